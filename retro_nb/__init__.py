@@ -1,0 +1,64 @@
+"""RETRO, the Retrieval-Enhanced Transformer (Borgeaud et al. 2021), from text to retrieval-augmented samples.
+
+The names here follow the reference implementation, RETRO-pytorch 0.3.9; the notebooks explain them in order.
+Data flows one way, from each module only to those below it in this list.
+"""
+
+from retro_nb.chunking import (
+    EOS_ID,
+    PAD_ID,
+    SOS_ID,
+    decode,
+    documents_to_chunks_,
+    text_folder_to_chunks_,
+    tokenize,
+)
+from retro_nb.corpus import Document, almanac, jsonl, speeches, text_folder
+from retro_nb.dataset import RETRODataset, knn_to_retrieved_chunks
+from retro_nb.embedding import bert_embed, chunks_to_embeddings_, embed_chunks
+from retro_nb.index import build_index, exact_search, search
+from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_, neighbours
+from retro_nb.model import RETRO
+from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
+from retro_nb.sampling import generate, gumbel_sample, top_k, top_p
+from retro_nb.training import evaluate_loss, fit, get_optimizer, split_by_document
+from retro_nb.wrapper import TrainingWrapper
+
+__version__ = "0.1.0"
+__all__ = [
+    "EOS_ID",
+    "PAD_ID",
+    "RETRO",
+    "SOS_ID",
+    "Document",
+    "RETRODataset",
+    "Retriever",
+    "TrainingWrapper",
+    "almanac",
+    "bert_embed",
+    "build_index",
+    "chunks_to_embeddings_",
+    "chunks_to_index_and_embed",
+    "chunks_to_precalculated_knn_",
+    "decode",
+    "documents_to_chunks_",
+    "embed_chunks",
+    "evaluate_loss",
+    "exact_search",
+    "fit",
+    "generate",
+    "get_optimizer",
+    "gumbel_sample",
+    "jsonl",
+    "knn_chunks_from_seq_chunks",
+    "knn_to_retrieved_chunks",
+    "neighbours",
+    "search",
+    "speeches",
+    "split_by_document",
+    "text_folder",
+    "text_folder_to_chunks_",
+    "tokenize",
+    "top_k",
+    "top_p",
+]

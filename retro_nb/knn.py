@@ -1,0 +1,313 @@
+"""Vectors become neighbours (notebook 03).
+
+RET(C) are the k chunks nearest to C in squared L2 distance of their vectors, none from C's own document
+(paper, §2.3): a chunk's own continuation would give the answer away. A document's chunks lie together, so
+its exclusion is one range of ids, applied inside the search: however many near chunks the document holds,
+k others come back if there are k others.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm.auto import tqdm
+
+from retro_nb.chunking import companion
+from retro_nb.embedding import chunks_to_embeddings_
+from retro_nb.index import (
+    NO_NEIGHBOUR,
+    Distances,
+    Neighbours,
+    Vectors,
+    build_index,
+    choose_index,
+    exact_search,
+    innermost,
+    parse_bytes,
+    read_index,
+    recall,
+    rows_of,
+    search,
+    write_index,
+)
+from retro_nb.storage import (
+    PathLike,
+    ResumableRows,
+    array_key,
+    cached,
+    file_record,
+    open_array,
+    read_manifest,
+)
+
+RECALL_QUERIES = 2000
+
+# the neighbours of every chunk
+
+
+def document_ranges(doc_ids: Int[np.ndarray, " c"]) -> Int[np.ndarray, "documents 2"]:
+    """First and last + 1 chunk of each document.
+
+    Raises:
+        ValueError: a document's chunks do not lie together.
+    """
+    if np.any(np.diff(doc_ids) < 0):
+        where = int(np.argmax(np.diff(doc_ids) < 0)) + 1
+        raise ValueError(f"chunk {where} goes back to document {doc_ids[where]}: a document's chunks lie together")
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(doc_ids)) + 1])
+    return np.stack([starts, np.append(starts[1:], len(doc_ids))], axis=1)
+
+
+Find = Callable[[np.ndarray, int, Sequence[tuple[int, int]]], tuple[Distances, Neighbours]]
+
+
+def _find_others(
+    find: Find, vectors: Vectors, rows: np.ndarray, own: tuple[int, int], k: int, max_similarity: float | None
+) -> Neighbours:
+    """k ids for each row, none in `own`, none too similar; asks for more until that is so or all are seen."""
+    ids = np.full((len(rows), k), NO_NEIGHBOUR, dtype=np.int64)
+    candidates = len(vectors) - (own[1] - own[0])
+    wanted = fetch = min(k, candidates)
+    open_rows = np.arange(len(rows))
+    while len(open_rows) and wanted:
+        queries = rows_of(vectors, rows[open_rows])
+        _, found = find(queries, fetch, [own])
+        if max_similarity is not None:
+            found = _drop_similar(vectors, queries, found, max_similarity)
+        ids[open_rows, :wanted] = found[:, :wanted]
+        if max_similarity is None or fetch == candidates:
+            break
+        open_rows = open_rows[(found[:, :wanted] < 0).any(axis=1)]
+        fetch = min(candidates, max(4 * fetch, 64))
+    return ids
+
+
+def _drop_similar(vectors: Vectors, queries: np.ndarray, ids: Neighbours, max_similarity: float) -> Neighbours:
+    """Remove neighbours whose cosine with the query exceeds the limit; the others move up."""
+    kept = np.full_like(ids, NO_NEIGHBOUR)
+    for query, row, out in zip(queries, ids, kept, strict=True):
+        row = row[row >= 0]
+        near = rows_of(vectors, row)
+        cosine = near @ query / (np.linalg.norm(near, axis=1) * np.linalg.norm(query) + 1e-12)
+        row = row[cosine <= max_similarity]
+        out[: len(row)] = row
+    return kept
+
+
+def neighbours(
+    index: faiss.Index,
+    vectors: Vectors,
+    doc_ids: Int[np.ndarray, " c"],
+    k: int,
+    *,
+    max_similarity: float | None = None,
+    rows: range | None = None,
+) -> Neighbours:
+    """The k nearest chunks of other documents, for every chunk or for some.
+
+    Where an approximate index finds fewer than k though there are k, exact search fills in.
+
+    Args:
+        index: filled with `vectors`.
+        vectors: one row per chunk.
+        doc_ids: the document of each chunk, ascending.
+        k: neighbours per chunk.
+        max_similarity: leave out chunks whose cosine with the query is above this (near-duplicates).
+        rows: which chunks to answer for; all if left out.
+
+    Returns:
+        Chunk ids by ascending distance; −1 only where no candidate is left.
+    """
+    rows = range(len(vectors)) if rows is None else rows
+    out = np.full((len(rows), k), NO_NEIGHBOUR, dtype=np.int64)
+    exact = isinstance(innermost(index), faiss.IndexFlat)
+    finders = [lambda q, fetch, exclude: search(index, q, fetch, exclude=exclude)]
+    if not exact:
+        finders.append(lambda q, fetch, exclude: exact_search(vectors, q, fetch, exclude=exclude))
+    ranges = document_ranges(doc_ids)
+    for own in ranges[(ranges[:, 0] < rows.stop) & (ranges[:, 1] > rows.start)]:
+        mine = np.arange(max(own[0], rows.start), min(own[1], rows.stop))
+        for find in finders:
+            missing = mine[(out[mine - rows.start] < 0).any(axis=1)]
+            if len(missing):
+                out[missing - rows.start] = _find_others(find, vectors, missing, tuple(own), k, max_similarity)
+    return out
+
+
+def measure_recall(
+    vectors: Vectors, doc_ids: Int[np.ndarray, " c"], found: Neighbours, max_similarity: float | None = None
+) -> float:
+    """Recall@k of stored neighbours against exact search with the same exclusions, on up to 2000 chunks."""
+    sample = np.linspace(0, len(vectors) - 1, min(RECALL_QUERIES, len(vectors))).astype(np.int64)
+    ranges, k, recalls = document_ranges(doc_ids), found.shape[1], []
+
+    def find(queries: np.ndarray, fetch: int, exclude: Sequence[tuple[int, int]]) -> tuple:
+        return exact_search(vectors, queries, fetch, exclude=exclude)
+
+    for own in ranges:
+        mine = sample[(sample >= own[0]) & (sample < own[1])]
+        if not len(mine):
+            continue
+        truth = _find_others(find, vectors, mine, tuple(own), k, max_similarity)
+        queries = rows_of(vectors, mine)
+        distances = ((vectors[np.maximum(truth, 0)] - queries[:, None]) ** 2).sum(axis=-1)
+        distances = np.where(truth < 0, np.inf, distances)
+        recalls.append((len(mine), recall(vectors, queries, found[mine], distances)))
+    weights, values = zip(*recalls, strict=True)
+    return float(np.average(values, weights=weights))
+
+
+# to disk
+
+
+def chunks_to_index_and_embed(
+    *,
+    num_chunks: int,
+    chunk_size: int,
+    chunk_memmap_path: PathLike,
+    use_cls_repr: bool = False,
+    max_rows_per_file: int = 1024,
+    chunks_to_embeddings_batch_size: int = 64,
+    embed_dim: int | None = None,
+    index_file: str = "knn.index",
+    index: str | None = None,
+    max_index_memory_usage: str | int | None = None,
+    current_memory_available: str | int | None = None,
+    bert: PathLike | None = None,
+    force_reprocess: bool = False,
+    progress: bool = True,
+) -> tuple[faiss.Index, Float[np.ndarray, "c d"]]:
+    """Embed a chunk array and index the vectors; both land beside it and are reused while nothing changes.
+
+    Args:
+        num_chunks, chunk_size, chunk_memmap_path: the chunk array.
+        use_cls_repr, chunks_to_embeddings_batch_size, embed_dim, bert: see `chunks_to_embeddings_`.
+        max_rows_per_file: the reference's block size; blocks here are fixed, and it changes nothing.
+        index_file: name of the index, in the chunk array's folder.
+        index: an index-factory string; None for the choice of `choose_index`.
+        max_index_memory_usage, current_memory_available: bytes, or "100m": the index takes no more than
+            the smaller of the two, at the price of exactness (see `choose_index`).
+
+    Returns:
+        The index and the vectors (read-only): row i of the vectors has id i in the index.
+    """
+    folder = Path(chunk_memmap_path).parent
+    embeddings_path = companion(chunk_memmap_path, "embedded.npy")
+    stats = chunks_to_embeddings_(
+        num_chunks=num_chunks,
+        chunks_memmap_path=chunk_memmap_path,
+        embeddings_memmap_path=embeddings_path,
+        chunk_size=chunk_size,
+        embed_dim=embed_dim,
+        batch_size=chunks_to_embeddings_batch_size,
+        use_cls_repr=use_cls_repr,
+        bert=bert,
+        force_reprocess=force_reprocess,
+        progress=progress,
+    )
+    vectors = open_array(embeddings_path, shape=(num_chunks, stats["dim"]))
+    limits = [parse_bytes(size) for size in (max_index_memory_usage, current_memory_available)]
+    limit = min((size for size in limits if size is not None), default=None)
+    spec = index or choose_index(num_chunks, stats["dim"], limit)
+
+    def build() -> dict:
+        started = time.perf_counter()
+        write_index(build_index(vectors, spec, progress=progress), folder / index_file)
+        size = (folder / index_file).stat().st_size
+        return {"index": spec, "vectors": num_chunks, "bytes": size, "seconds": time.perf_counter() - started}
+
+    settings = {"embeddings": array_key(embeddings_path), "index": spec}
+    cached(folder / index_file, settings, build, force_reprocess=force_reprocess)
+    return read_index(folder / index_file), vectors
+
+
+def knn_path(chunk_memmap_path: PathLike) -> Path:
+    """Where the neighbours of a chunk array lie: `chunks.knn.npy` for `chunks.npy`."""
+    path = Path(chunk_memmap_path)
+    return path.with_name(f"{path.stem}.knn{path.suffix}")
+
+
+def chunks_to_precalculated_knn_(
+    *,
+    num_nearest_neighbors: int,
+    num_chunks: int,
+    chunk_size: int,
+    chunk_memmap_path: PathLike,
+    doc_ids_memmap_path: PathLike,
+    max_rows_per_file: int = 1024,
+    num_extra_neighbors: int = 0,
+    max_similarity: float | None = None,
+    force_reprocess: bool = False,
+    index_file: str = "knn.index",
+    progress: bool = True,
+    **index_kwargs: object,
+) -> tuple[Path, faiss.Index]:
+    """Embed, index and search: the k nearest chunks of other documents for every chunk, to disk.
+
+    The neighbours are int32, num_chunks × k, ascending by distance, −1 where there is none. How good they
+    are is measured, and kept in the folder's manifest (`knn_stats`).
+
+    Args:
+        num_nearest_neighbors: k.
+        num_chunks, chunk_size, chunk_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
+        max_rows_per_file: chunks searched and saved at a time.
+        num_extra_neighbors: the reference fetches as many more and drops its own document's; here the
+            exclusion is exact, and nothing extra is needed.
+        max_similarity: leave out near-duplicates: chunks with a cosine above this.
+        force_reprocess: build again in any case.
+        index_file, **index_kwargs: see `chunks_to_index_and_embed`.
+
+    Returns:
+        The path of the neighbours, and the index.
+    """
+    if num_nearest_neighbors < 1:
+        raise ValueError(f"num_nearest_neighbors {num_nearest_neighbors}: ask for 1 or more")
+    if max_similarity is not None and not -1 < max_similarity <= 1:
+        raise ValueError(f"max_similarity {max_similarity} is a cosine: give something up to 1, e.g. 0.95")
+    doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
+    index, vectors = chunks_to_index_and_embed(
+        num_chunks=num_chunks,
+        chunk_size=chunk_size,
+        chunk_memmap_path=chunk_memmap_path,
+        index_file=index_file,
+        force_reprocess=force_reprocess,
+        progress=progress,
+        **index_kwargs,
+    )
+    path, k = knn_path(chunk_memmap_path), num_nearest_neighbors
+    settings = {
+        "index": array_key(path.parent / index_file),
+        "doc_ids": file_record(doc_ids_memmap_path),
+        "k": k,
+        "max_similarity": max_similarity,
+    }
+
+    def build() -> dict:
+        started = time.perf_counter()
+        rows = ResumableRows(path, (num_chunks, k), np.int32, settings)
+        with tqdm(total=num_chunks, initial=rows.done, desc="searching", unit=" chunks", disable=not progress) as bar:
+            for block in rows.blocks(max_rows_per_file):
+                part = range(block.start, block.stop)
+                rows.write(block, neighbours(index, vectors, doc_ids, k, max_similarity=max_similarity, rows=part))
+                bar.update(len(part))
+        rows.finish()
+        found = open_array(path)
+        return {
+            "k": k,
+            "recall": measure_recall(vectors, doc_ids, found, max_similarity),
+            "missing": int((found < 0).sum()),
+            "seconds": time.perf_counter() - started,
+        }
+
+    cached(path, settings, build, force_reprocess=force_reprocess)
+    return path, index
+
+
+def knn_stats(chunk_memmap_path: PathLike, index_file: str = "knn.index") -> dict:
+    """What was measured at the build: `index`, `bytes`, `recall` (at k), `missing` neighbours, seconds."""
+    arrays = read_manifest(Path(chunk_memmap_path).parent)
+    index, found = arrays[index_file]["stats"], arrays[knn_path(chunk_memmap_path).name]["stats"]
+    return {**index, **found, "seconds": index["seconds"] + found["seconds"]}

@@ -1,0 +1,269 @@
+"""The parts of RETRO: normalisation, rotary positions, attention, chunked cross-attention (notebook 04).
+
+Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k neighbours, r retrieved tokens
+per neighbour, d width, h heads. `_` stands for a size that no other argument has to share.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+ROTARY_DIM = 32  # at most so many features of a head are rotated, the others carry content only
+
+
+class RMSNorm(nn.Module):
+    """Scale every token to root mean square 1: x / sqrt(mean(x²) + eps) · gamma (Zhang & Sennrich 2019).
+
+    `gated` multiplies the result by sigmoid(gate · x), one learned number a feature.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-8, gated: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.ones(dim))
+        self.gate = nn.Parameter(torch.ones(dim)) if gated else None
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        out = F.rms_norm(x, self.gamma.shape, self.gamma, self.eps)
+        return out if self.gate is None else out * (x * self.gate).sigmoid()
+
+
+class PreNorm(nn.Module):
+    """Residual around `fn`, normalised at its entrance: x + fn(norm(x))."""
+
+    def __init__(self, fn: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.fn, self.norm = fn, norm
+
+    def forward(self, x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
+        return x + self.fn(self.norm(x), *args, **kwargs)
+
+
+class PostNorm(nn.Module):
+    """Residual around `fn`, normalised at its exit: norm(scale · x + fn(x)) (DeepNet, Wang et al. 2022)."""
+
+    def __init__(self, fn: nn.Module, norm: nn.Module, scale: float = 1.0):
+        super().__init__()
+        self.fn, self.norm, self.scale = fn, norm, scale
+
+    def forward(self, x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
+        return self.norm(self.scale * x + self.fn(x, *args, **kwargs))
+
+
+def rotary(positions: Int[Tensor, " n"], dim_head: int) -> Float[Tensor, "2 n _"]:
+    """Cosine and sine of the angles by which positions turn a head's first min(dim_head, 32) features.
+
+    Feature pair i of position p turns by p / 10000^(2i / dim) radians (RoFormer, Su et al. 2021). A query
+    at p and a key at p' then meet at angle p − p': attention sees distances, never positions.
+    """
+    dim = min(dim_head, ROTARY_DIM)
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=positions.device) / dim)
+    angles = repeat(positions[:, None] * frequencies, "n half -> n (two half)", two=2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "2 n _"]) -> Float[Tensor, "b h n d"]:
+    """Turn the leading features of every head by `rotary`; feature i is paired with feature i + dim/2."""
+    cos, sin = rotary
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.type_as(x), kept), dim=-1)
+
+
+class KeyValueCache:
+    """The keys and values of the tokens seen so far, so that decoding computes each of them once.
+
+    Room for `capacity` tokens is taken at the first use: appending then copies only what is new.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(
+        self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
+    ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
+        """Append the new tokens' keys and values; return those of all tokens."""
+        if self.keys is None:
+            b, h, _, d = keys.shape
+            self.keys, self.values = (keys.new_empty(b, h, self.capacity, d) for _ in range(2))
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head attention: softmax(q·k / sqrt(dim_head)) v, over the sequence itself or over a context.
+
+    Args:
+        dim: width d of the queries' side and of the result.
+        context_dim: width of the attended side, `dim` when left out.
+        causal: token i sees tokens 0 … i only. With fewer queries than keys the last ones line up.
+        dropout: share of the attention weights dropped in training.
+        null_kv: adds one learned key and value, so that a query may attend to nothing at all.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        causal: bool = False,
+        dropout: float = 0.0,
+        null_kv: bool = False,
+    ):
+        super().__init__()
+        context_dim, inner = context_dim or dim, heads * dim_head
+        self.heads, self.dim_head, self.causal, self.dropout = heads, dim_head, causal, dropout
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Linear(inner, dim)
+        self.null_k = nn.Parameter(torch.randn(inner)) if null_kv else None
+        self.null_v = nn.Parameter(torch.randn(inner)) if null_kv else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        *,
+        context: Float[Tensor, "b r _"] | None = None,
+        mask: Bool[Tensor, "b _"] | None = None,
+        q_rotary: Float[Tensor, "2 n _"] | None = None,
+        k_rotary: Float[Tensor, "2 _ _"] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Attend from x to `context` (to x itself when left out); `mask` is True where a key may be seen."""
+        keys, values = self.keys_values(x if context is None else context, k_rotary)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        return self.attend(self.queries(x, q_rotary), keys, values, mask)
+
+    def queries(
+        self, x: Float[Tensor, "b n _"], rotary: Float[Tensor, "2 n _"] | None = None
+    ) -> Float[Tensor, "b h n d"]:
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        return q if rotary is None else rotate(q, rotary)
+
+    def keys_values(
+        self, context: Float[Tensor, "b r _"], rotary: Float[Tensor, "2 r _"] | None = None
+    ) -> tuple[Float[Tensor, "b h r d"], Float[Tensor, "b h r d"]]:
+        k, v = (rearrange(to(context), "b r (h d) -> b h r d", h=self.heads) for to in (self.to_k, self.to_v))
+        return (k if rotary is None else rotate(k, rotary)), v
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h r d"],
+        v: Float[Tensor, "b h r d"],
+        mask: Bool[Tensor, "b r"] | None = None,
+    ) -> Float[Tensor, "b n _"]:
+        """Softmax over all r keys together, weighted sum of the values, heads merged."""
+        if mask is not None and self.null_k is None:
+            # A row without any visible key would divide 0 by 0. It sees everything instead: whoever reads
+            # that row's result knows it to be padding.
+            mask = mask | ~mask.any(dim=-1, keepdim=True)
+        if self.null_k is not None:
+            null_k, null_v = (repeat(t, "(h d) -> b h 1 d", b=len(q), h=self.heads).type_as(k)
+                              for t in (self.null_k, self.null_v))
+            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+
+        n, r = q.shape[2], k.shape[2]
+        if mask is not None:
+            mask = rearrange(mask, "b r -> b 1 1 r")
+        whole = self.causal and mask is None and n == r  # the case with a kernel of its own
+        if self.causal and not whole and n > 1:
+            past = torch.ones(n, r, dtype=torch.bool, device=q.device).tril(r - n)
+            mask = past if mask is None else mask & past
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=whole, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a GELU between them, `mult` times wider inside."""
+
+    def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
+        super().__init__()
+        inner = mult * dim
+        self.net = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim))
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.net(x)
+
+
+class Memory(NamedTuple):
+    """What the attending chunks of one layer read: keys and values of their k·r retrieved tokens."""
+
+    keys: Float[Tensor, "b h r d"]  # b runs over the l chunks of all sequences, r over all k neighbours
+    values: Float[Tensor, "b h r d"]
+    mask: Bool[Tensor, "b r"]
+    chunks: int  # l
+
+
+class ChunkedCrossAttention(nn.Module):
+    """CCA(H, E): every attending chunk reads the encoded neighbours of the chunk before (paper eq. 3–6).
+
+    The attending chunk of u is the last token of chunk u and the first m−1 tokens of chunk u+1. Its tokens
+    are the ones which may know chunk u as a whole, hence its neighbours E_u:
+
+        sequence          0 …  m−2 │ m−1 … 2m−2 │ 2m−1 … 3m−2 │ …
+        attends           nothing  │    E_1     │     E_2     │
+
+    Relative positions (eq. 6): query i of an attending chunk stands at m−1+i, and the r tokens of each
+    neighbour stand at 0 … r−1. One softmax runs over all k·r retrieved tokens and the null key.
+    """
+
+    def __init__(self, chunk_size: int, **attention):
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.attn = Attention(null_kv=True, **attention)
+
+    def remember(
+        self, encoded: Float[Tensor, "b l k r _"] | None, mask: Bool[Tensor, "b l k r"] | None
+    ) -> Memory | None:
+        """Project the encoded neighbours, if there are any, to keys and values; mask is False on padding."""
+        if encoded is None:
+            return None
+        _, l, k, r, _ = encoded.shape
+        positions = repeat(torch.arange(r, device=encoded.device), "r -> (k r)", k=k)
+        keys, values = self.attn.keys_values(
+            rearrange(encoded, "b l k r d -> (b l) (k r) d"), rotary(positions, self.attn.dim_head)
+        )
+        return Memory(keys, values, rearrange(mask, "b l k r -> (b l) (k r)"), chunks=l)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], memory: Memory | None, start: int = 0
+    ) -> Float[Tensor, "b n d"]:
+        """What the tokens read, zero where there is nothing to read yet.
+
+        Args:
+            x: tokens at positions start … start+n−1: a whole sequence, or a piece of one attending chunk.
+            memory: of the l chunks whose attending chunks x covers; None where no chunk has neighbours.
+        """
+        if memory is None:
+            return torch.zeros_like(x)
+        m, l = self.chunk_size, memory.chunks
+        before = max(m - 1 - start, 0)  # tokens ahead of the first attending chunk
+        first = (start + before + 1) % m  # where in its attending chunk the first reader stands
+        n = x.shape[1] - before
+        width = m if l > 1 else n
+        attending = F.pad(x[:, before:], (0, 0, 0, l * width - n))
+        attending = rearrange(attending, "b (l m) d -> (b l) m d", l=l)
+
+        positions = m - 1 + first + torch.arange(width, device=x.device)
+        q = self.attn.queries(attending, rotary(positions, self.attn.dim_head))
+        out = self.attn.attend(q, memory.keys, memory.values, memory.mask)
+        out = rearrange(out, "(b l) m d -> b (l m) d", l=l)[:, :n]
+        return F.pad(out, (0, 0, before, 0))

@@ -1,0 +1,626 @@
+"""RETRO, the Retrieval-Enhanced Transformer (Borgeaud et al. 2021, arXiv 2112.04426; notebook 04).
+
+Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k neighbours, r retrieved tokens
+per neighbour, d width, v vocabulary.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from retro_nb.layers import (
+    Attention,
+    ChunkedCrossAttention,
+    FeedForward,
+    KeyValueCache,
+    Memory,
+    PostNorm,
+    PreNorm,
+    RMSNorm,
+    rotary,
+)
+from retro_nb.storage import replacing, write_json
+
+NORMS = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
+Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
+Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside its residual
+
+# Table 2 of the paper. The encoder is the same for all: width 896, 16 heads of 64, 2 layers.
+EVERY_THIRD = (9, 12, 15, 18, 21, 24)
+PRESETS = {
+    "172M": dict(dec_dim=896, heads=16, dim_head=64, dec_depth=12, dec_cross_attn_layers=(6, 9, 12)),
+    "425M": dict(dec_dim=1536, heads=12, dim_head=128, dec_depth=12, dec_cross_attn_layers=(6, 9, 12)),
+    "1.5B": dict(dec_dim=2048, heads=16, dim_head=128, dec_depth=24, dec_cross_attn_layers=EVERY_THIRD),
+    "7.5B": dict(
+        dec_dim=4096, heads=32, dim_head=128, dec_depth=32, dec_cross_attn_layers=(*EVERY_THIRD, 27, 30, 32)
+    ),
+}
+AS_IN_THE_PAPER = dict(
+    enc_dim=896, enc_depth=2, enc_heads=16, enc_dim_head=64, enc_cross_attn_layers=(1,), chunk_size=64,
+    separate_embeddings=True, absolute_positions=False, tied_output=True, project_encoded=False,
+)  # fmt: skip
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention (in some layers only) and feed-forward, each inside its residual."""
+
+    def __init__(self, attn: nn.Module, cross_attn: nn.Module | None, ff: nn.Module):
+        super().__init__()
+        self.attn, self.cross_attn, self.ff = attn, cross_attn, ff
+
+
+class Encoder(nn.Module):
+    """Reads the retrieved tokens in both directions, in the light of the chunk that retrieved them.
+
+    E_u^j = Encoder(RET(C_u)^j, H_u): in the layers P_enc each neighbour attends to H_u, the activations of
+    the chunk it was retrieved for (paper section 2.4, eq. 7: both sides count their positions from 0).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        cross_attn_layers: Sequence[int],
+        *,
+        chunk_dim: int,
+        out_dim: int | None,
+        ff_mult: int,
+        ff_dropout: float,
+        wrap: Wrap,
+        norm_out: nn.Module,
+        **attention,
+    ):
+        super().__init__()
+        self.dim_head = attention["dim_head"]
+        self.layers = nn.ModuleList()
+        for i in range(1, depth + 1):
+            attn, cross = Attention(dim, **attention), None
+            if i in cross_attn_layers:
+                cross = wrap(Attention(dim, context_dim=chunk_dim, **attention))
+            self.layers.append(Layer(wrap(attn), cross, wrap(FeedForward(dim, ff_mult, ff_dropout))))
+        self.norm_out = norm_out
+        self.project_out = nn.Linear(dim, out_dim) if out_dim else nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "b l k r _"], mask: Bool[Tensor, "b l k r"], chunks: Float[Tensor, "b l m _"]
+    ) -> Float[Tensor, "b l k r _"]:
+        """Encode embedded neighbours `x`; `mask` is False on their padding, `chunks` holds H_1 … H_l."""
+        b, l, k, r, _ = x.shape
+        within = rotary(torch.arange(r, device=x.device), self.dim_head)
+        across = repeat(within, "two r d -> two (k r) d", k=k)
+        chunk = rotary(torch.arange(chunks.shape[2], device=x.device), self.dim_head)
+
+        x = rearrange(x, "b l k r d -> (b l k) r d")
+        mask = rearrange(mask, "b l k r -> (b l k) r")
+        chunks = rearrange(chunks, "b l m d -> (b l) m d")
+        for layer in self.layers:
+            x = layer.attn(x, mask=mask, q_rotary=within, k_rotary=within)
+            if layer.cross_attn is not None:  # the k neighbours of a chunk share its keys and values
+                x = rearrange(x, "(c k) r d -> c (k r) d", k=k)
+                x = layer.cross_attn(x, context=chunks, q_rotary=across, k_rotary=chunk)
+                x = rearrange(x, "c (k r) d -> (c k) r d", k=k)
+            x = layer.ff(x)
+        return rearrange(self.project_out(self.norm_out(x)), "(b l k) r d -> b l k r d", b=b, l=l)
+
+
+@dataclass
+class DecodingState:
+    """Everything `RETRO.decode` keeps of the tokens it was fed; made by `RETRO.start_decoding`."""
+
+    capacity: int  # tokens there is room for
+    retrieval: bool  # RETRO[ON], or RETRO[OFF] = forward(retrieved=None)
+    caches: list[KeyValueCache]  # self-attention keys and values, one cache a layer
+    chunk: Tensor  # b i d: the current chunk after self-attention at layer min(P), to condition the encoder
+    memories: dict[int, Memory | None] = field(default_factory=dict)  # what each layer reads of E_u
+    length: int = 0  # tokens fed so far
+
+
+class Decoder(nn.Module):
+    """A causal transformer in which the layers P read the encoded neighbours.
+
+    RETRO(H, E) = FFW(CCA(ATTN(H), E)) in the layers P, LM(H) = FFW(ATTN(H)) in the others (paper eq. 2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        cross_attn_layers: Sequence[int],
+        *,
+        chunk_size: int,
+        encoded_dim: int,
+        ff_mult: int,
+        ff_dropout: float,
+        wrap: Wrap,
+        norm_out: nn.Module,
+        **attention,
+    ):
+        super().__init__()
+        self.chunk_size, self.dim_head, self.first = chunk_size, attention["dim_head"], min(cross_attn_layers)
+        self.layers = nn.ModuleList()
+        for i in range(1, depth + 1):
+            attn, cross = Attention(dim, causal=True, **attention), None
+            if i in cross_attn_layers:
+                cross = wrap(ChunkedCrossAttention(chunk_size, dim=dim, context_dim=encoded_dim, **attention))
+            self.layers.append(Layer(wrap(attn), cross, wrap(FeedForward(dim, ff_mult, ff_dropout))))
+        self.norm_out = norm_out
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        encoder: Encoder,
+        retrieved: Float[Tensor, "b l k r _"] | None = None,
+        mask: Bool[Tensor, "b l k r"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Whole sequences at once (paper Algorithm 1); without `retrieved` the layers P do not read."""
+        turn = rotary(torch.arange(x.shape[1], device=x.device), self.dim_head)
+        encoded = None
+        for layer in self.layers:
+            x = layer.attn(x, q_rotary=turn, k_rotary=turn)
+            if layer.cross_attn is not None and retrieved is not None:
+                l, m = retrieved.shape[1], self.chunk_size
+                if encoded is None and l > 0:  # layer min(P)
+                    chunks = rearrange(x[:, : l * m], "b (l m) d -> b l m d", m=m)
+                    encoded = encoder(retrieved, mask, chunks)
+                x = layer.cross_attn(x, layer.cross_attn.fn.remember(encoded, mask))
+            x = layer.ff(x)
+        return self.norm_out(x)
+
+    def decode(
+        self,
+        x: Float[Tensor, "b n d"],
+        state: DecodingState,
+        encoder: Encoder,
+        retrieved: Float[Tensor, "b 1 k r _"] | None = None,
+        mask: Bool[Tensor, "b 1 k r"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """The same for the next piece of the sequences, all of it in one attending chunk."""
+        start, m = state.length, self.chunk_size
+        turn = rotary(start + torch.arange(x.shape[1], device=x.device), self.dim_head)
+        chunk_ends = (start + 1) % m == 0  # with the first token of this piece
+        encoded = None
+        for i, layer in enumerate(self.layers, start=1):
+            x = layer.attn(x, q_rotary=turn, k_rotary=turn, cache=state.caches[i - 1])
+            if layer.cross_attn is not None and state.retrieval:
+                if i == self.first:
+                    chunk = torch.cat((state.chunk.type_as(x), x), dim=1)
+                    if retrieved is not None:
+                        encoded = encoder(retrieved, mask, rearrange(chunk[:, :m], "b m d -> b 1 m d"))
+                    state.chunk = chunk[:, m:] if chunk_ends else chunk
+                if chunk_ends:
+                    state.memories[i] = layer.cross_attn.fn.remember(encoded, mask)
+                x = layer.cross_attn(x, state.memories.get(i), start)
+            x = layer.ff(x)
+        state.length += x.shape[1]
+        return self.norm_out(x)
+
+
+class RETRO(nn.Module):
+    """A causal language model that reads, after every chunk, the neighbours retrieved for it.
+
+    The arguments are those of retro-pytorch 0.3.9; the last seven are the paper's and, at their defaults,
+    leave the reference's model.
+
+    Args:
+        num_tokens: vocabulary size v.
+        max_seq_len: longest sequence n, in tokens.
+        enc_dim, enc_depth: width d' and layers of the encoder.
+        enc_cross_attn_layers: P_enc, encoder layers (counted from 1) conditioned on the chunk; None = all.
+        dec_dim, dec_depth: width d and layers of the decoder.
+        dec_cross_attn_layers: P, decoder layers (counted from 1) that read the neighbours; None = all.
+        heads, dim_head: attention heads and their size.
+        enc_attn_dropout, enc_ff_dropout, dec_attn_dropout, dec_ff_dropout: shares dropped in training.
+        chunk_size: m, in tokens.
+        pad_id: the token that is never attended to in neighbours and never counted in the loss.
+        use_deepnet: post-norm, with DeepNet's residual scales and initialisation, and LayerNorm.
+        enc_scale_residual, dec_scale_residual: other residual scales for `use_deepnet`.
+        norm_klass: RMSNorm (default) or LayerNorm, the class or its name.
+        gated_rmsnorm: RMSNorm with a gate, see `layers.RMSNorm`.
+        enc_heads, enc_dim_head: for an encoder with other heads than the decoder.
+        ff_mult: width of the feed-forward layers, as a multiple of d (paper: 4).
+        separate_embeddings: EMB_enc ≠ EMB (paper section 2.4: "disjoint"), each as wide as its side. Without,
+            one table of width enc_dim serves both and a linear map leads to dec_dim.
+        absolute_positions: a learned vector for every position, beside the relative ones. The paper has
+            relative positions only; here they are always rotary.
+        tied_output: the output weights are the decoder's token embedding (the paper's sizes count one table).
+        project_encoded: the encoder ends in a linear map to dec_dim. In the paper K and V of the chunked
+            cross-attention read width d' themselves.
+
+    What all-padding neighbours promise: their tokens are never read, so adding them to real neighbours
+    changes nothing. A chunk with no other neighbours reads the learned null value, which is one vector and
+    not zero; only `retrieved=None` skips reading. The first m−1 tokens never read; with `use_deepnet` they
+    are still normalised where they would have read, as in the reference.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int = 30522,
+        max_seq_len: int = 2048,
+        enc_dim: int = 896,
+        enc_depth: int = 2,
+        enc_cross_attn_layers: Sequence[int] | None = None,
+        dec_depth: int = 12,
+        dec_cross_attn_layers: Sequence[int] | None = (1, 3, 6, 9),
+        heads: int = 8,
+        dec_dim: int = 768,
+        dim_head: int = 64,
+        enc_attn_dropout: float = 0.0,
+        enc_ff_dropout: float = 0.0,
+        dec_attn_dropout: float = 0.0,
+        dec_ff_dropout: float = 0.0,
+        chunk_size: int = 64,
+        pad_id: int = 0,
+        enc_scale_residual: float | None = None,
+        dec_scale_residual: float | None = None,
+        norm_klass: type[nn.Module] | str | None = None,
+        gated_rmsnorm: bool = False,
+        use_deepnet: bool = False,
+        enc_heads: int | None = None,
+        enc_dim_head: int | None = None,
+        ff_mult: int = 4,
+        separate_embeddings: bool = False,
+        absolute_positions: bool = True,
+        tied_output: bool = False,
+        project_encoded: bool = True,
+    ):
+        self.config = _config(locals())
+        super().__init__()
+        enc_layers = _layers("enc_cross_attn_layers", enc_cross_attn_layers, enc_depth)
+        dec_layers = _layers("dec_cross_attn_layers", dec_cross_attn_layers, dec_depth)
+        if not dec_layers:
+            raise ValueError("dec_cross_attn_layers is empty: name at least one layer, such as (1,), or None")
+        self.num_tokens, self.pad_id = num_tokens, pad_id
+        self.seq_len, self.chunk_size = max_seq_len, chunk_size
+
+        # embeddings
+
+        embed_dim = dec_dim if separate_embeddings else enc_dim
+        self.token_emb = nn.Embedding(num_tokens, embed_dim)
+        self.enc_token_emb = nn.Embedding(num_tokens, enc_dim) if separate_embeddings else None
+        self.pos_emb = nn.Embedding(max_seq_len, embed_dim) if absolute_positions else None
+        self.to_dec_dim = nn.Linear(embed_dim, dec_dim) if embed_dim != dec_dim else nn.Identity()
+
+        # encoder and decoder
+
+        norm = _norm(norm_klass, gated_rmsnorm, use_deepnet)
+
+        def residual(dim: int, scale: float) -> dict:
+            if use_deepnet:
+                return dict(wrap=lambda fn: PostNorm(fn, norm(dim), scale), norm_out=nn.Identity())
+            return dict(wrap=lambda fn: PreNorm(fn, norm(dim)), norm_out=norm(dim))
+
+        enc_scale = enc_scale_residual or 0.81 * (enc_depth**4 * dec_depth) ** (1 / 16)
+        dec_scale = dec_scale_residual or (3 * dec_depth) ** (1 / 4)
+        self.encoder = Encoder(
+            enc_dim, enc_depth, enc_layers, chunk_dim=dec_dim, out_dim=dec_dim if project_encoded else None,
+            heads=enc_heads or heads, dim_head=enc_dim_head or dim_head, dropout=enc_attn_dropout,
+            ff_mult=ff_mult, ff_dropout=enc_ff_dropout, **residual(enc_dim, enc_scale),
+        )  # fmt: skip
+        self.decoder = Decoder(
+            dec_dim, dec_depth, dec_layers, chunk_size=chunk_size,
+            encoded_dim=dec_dim if project_encoded else enc_dim, heads=heads, dim_head=dim_head,
+            dropout=dec_attn_dropout, ff_mult=ff_mult, ff_dropout=dec_ff_dropout,
+            **residual(dec_dim, dec_scale),
+        )  # fmt: skip
+        if use_deepnet:
+            _deepnet_init(self.encoder, gain=0.87 * (enc_depth**4 * dec_depth) ** (-1 / 16))
+            _deepnet_init(self.decoder, gain=(12 * dec_depth) ** (-1 / 4))
+
+        # output
+
+        self.to_logits = nn.Linear(dec_dim, num_tokens)
+        if tied_output:
+            if embed_dim != dec_dim:
+                raise ValueError(
+                    f"tied_output needs embeddings as wide as the decoder, not enc_dim {embed_dim} and "
+                    f"dec_dim {dec_dim}: pass separate_embeddings=True, or enc_dim={dec_dim}"
+                )
+            nn.init.normal_(self.token_emb.weight, std=dec_dim**-0.5)  # logits of variance 1
+            self.to_logits.weight = self.token_emb.weight
+
+    # whole sequences
+
+    def forward(
+        self, seq: Int[Tensor, "b _"], retrieved: Retrieved | None = None, return_loss: bool = False
+    ) -> Float[Tensor, "b n v"] | Float[Tensor, ""]:
+        """Logits of the next token at every position, or the mean loss.
+
+        Args:
+            seq: (b, n) token ids; (b, n+1) with return_loss, whose last n tokens are then the labels.
+            retrieved: (b, l, k, r) the neighbours of the l = n // m complete chunks, r ≥ m; (b, l, r) for a
+                single neighbour. None is the model without retrieval, RETRO[OFF].
+            return_loss: return the mean cross-entropy in nats over all labels that are not padding
+                (0 if all are), in training and evaluation mode alike.
+
+        Raises:
+            ValueError: a sequence that is empty or longer than max_seq_len, neighbours of another number of
+                chunks or shorter than a chunk, a token outside the vocabulary (looked for on the CPU only;
+                on a GPU the check would hold up every step).
+        """
+        if return_loss:
+            seq, labels = seq[:, :-1], seq[:, 1:]
+        n = seq.shape[1]
+        if not 1 <= n <= self.seq_len:
+            raise ValueError(
+                f"the sequence holds {n} tokens{' before its last label' * return_loss}; this model takes "
+                f"1 to {self.seq_len}: shorten it or build RETRO with a larger max_seq_len"
+            )
+        retrieved = self._check_retrieved(retrieved, chunks=n // self.chunk_size)
+        x = self.decoder(self._embed(seq), self.encoder, *self._embed_retrieved(retrieved))
+        logits = self.to_logits(x)
+        if not return_loss:
+            return logits
+
+        total = F.cross_entropy(
+            rearrange(logits, "b n v -> (b n) v"), rearrange(labels, "b n -> (b n)").long(),
+            ignore_index=self.pad_id, reduction="sum",
+        )  # fmt: skip
+        return total / (labels != self.pad_id).sum().clamp(min=1)
+
+    # piece by piece
+
+    def start_decoding(
+        self, batch: int, capacity: int | None = None, retrieval: bool = True
+    ) -> DecodingState:
+        """An empty state for `decode`.
+
+        Args:
+            batch: number of sequences.
+            capacity: most tokens that will be fed, max_seq_len when left out.
+            retrieval: False for RETRO[OFF], the model of forward(retrieved=None).
+        """
+        capacity = self.seq_len if capacity is None else capacity
+        if not 1 <= capacity <= self.seq_len:
+            raise ValueError(f"capacity {capacity} is not in 1 … max_seq_len {self.seq_len}")
+        weight = self.to_logits.weight
+        return DecodingState(
+            capacity, retrieval,
+            caches=[KeyValueCache(capacity) for _ in self.decoder.layers],
+            chunk=weight.new_empty(batch, 0, weight.shape[1]),
+        )  # fmt: skip
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut the positions start … stop−1 before each chunk's last token, into pieces for `decode`."""
+        m = self.chunk_size
+        while start < stop:
+            end = min(stop, (start + 1) // m * m + m - 1)
+            yield start, end
+            start = end
+
+    def decode(
+        self, seq: Int[Tensor, "b n"], state: DecodingState, retrieved: Int[Tensor, "b k r"] | None = None
+    ) -> Float[Tensor, "b n v"]:
+        """Feed the next tokens and return their logits: those of `forward` on everything fed so far.
+
+        All tokens of a call lie in one attending chunk, the last token of a chunk and the first m−1 of the
+        next, because they read the same neighbours (`pieces` cuts a longer text). A piece that begins with
+        a chunk's last token brings the neighbours of that chunk.
+
+        Args:
+            seq: (b, n) the next tokens.
+            state: from `start_decoding`; it is updated.
+            retrieved: (b, k, r) the neighbours of the chunk that ends with this piece's first token. Without,
+                the attending chunk reads nothing.
+
+        Raises:
+            ValueError: a piece that crosses into the next attending chunk, neighbours where no chunk ends
+                or in a state without retrieval, more tokens than the state has room for.
+        """
+        m, start, stop = self.chunk_size, state.length, state.length + seq.shape[1]
+        if stop > state.capacity:
+            raise ValueError(f"{stop} tokens exceed the state's capacity {state.capacity}: start with more")
+        pieces = list(self.pieces(start, stop))
+        if len(pieces) != 1:
+            raise ValueError(f"positions {start} … {stop - 1} are not one piece: feed {pieces} one by one")
+        if retrieved is not None:
+            if not state.retrieval or (start + 1) % m:
+                raise ValueError(
+                    f"no neighbours are read at position {start} (retrieval={state.retrieval}): they come "
+                    f"with a chunk's last token, {m - 1}, {2 * m - 1}, …, after start_decoding(retrieval=True)"
+                )
+            retrieved = self._check_retrieved(rearrange(retrieved, "b k r -> b 1 k r"), chunks=1)
+        x = self._embed(seq, start)
+        return self.to_logits(self.decoder.decode(x, state, self.encoder, *self._embed_retrieved(retrieved)))
+
+    # what both share
+
+    def _embed(self, seq: Int[Tensor, "b n"], start: int = 0) -> Float[Tensor, "b n _"]:
+        self._check_tokens(seq, "seq")
+        x = self.token_emb(seq)
+        if self.pos_emb is not None:
+            x = x + self.pos_emb.weight[start : start + seq.shape[1]]
+        return self.to_dec_dim(x)
+
+    def _embed_retrieved(
+        self, retrieved: Int[Tensor, "b l k r"] | None
+    ) -> tuple[Float[Tensor, "b l k r _"] | None, Bool[Tensor, "b l k r"] | None]:
+        if retrieved is None:
+            return None, None
+        self._check_tokens(retrieved, "retrieved")
+        embed = self.token_emb if self.enc_token_emb is None else self.enc_token_emb
+        return embed(retrieved), retrieved != self.pad_id
+
+    def _check_tokens(self, ids: Int[Tensor, "..."], name: str) -> None:
+        if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
+            return
+        low, high = ids.aminmax()
+        if low < 0 or high >= self.num_tokens:
+            raise ValueError(
+                f"{name} holds token {low if low < 0 else high}, the vocabulary is 0 … {self.num_tokens - 1}: "
+                f"build RETRO with the tokenizer's num_tokens (a missing neighbour is all {self.pad_id})"
+            )
+
+    def _check_retrieved(self, retrieved: Retrieved | None, chunks: int) -> Int[Tensor, "b l k r"] | None:
+        if retrieved is None:
+            return None
+        if retrieved.ndim == 3:
+            retrieved = rearrange(retrieved, "b l r -> b l 1 r")
+        _, l, _, r = retrieved.shape
+        if l != chunks:
+            raise ValueError(
+                f"retrieved holds the neighbours of {l} chunks, but the sequence has {chunks} complete "
+                f"chunks of {self.chunk_size} tokens: pass retrieved of shape (b, {chunks}, k, r)"
+            )
+        if r < self.chunk_size:
+            raise ValueError(
+                f"retrieved holds {r} tokens a neighbour, fewer than chunk_size {self.chunk_size}: pass each "
+                f"neighbour's chunk, with its continuation ({2 * self.chunk_size} tokens) or padded"
+            )
+        return retrieved
+
+    # sizes, weights
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "RETRO":
+        """A model of the paper's Table 2: "172M", "425M", "1.5B" or "7.5B" (without embeddings).
+
+        `changes` are constructor arguments that differ, such as num_tokens. Build inside
+        `torch.device("meta")` to look at a size without taking its memory.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**{**AS_IN_THE_PAPER, **PRESETS[name], **changes})
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """How many parameters; with embeddings=False without token, position and output tables."""
+        tables = (self.token_emb, self.enc_token_emb, self.pos_emb, self.to_logits)
+        left_out = {id(p) for table in tables if table is not None for p in table.parameters()}
+        return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in left_out)
+
+    @classmethod
+    def from_retro_pytorch(cls, state_dict: Mapping[str, Tensor], **config) -> "RETRO":
+        """The model of a retro-pytorch 0.3.9 checkpoint.
+
+        `config` are the arguments that its RETRO was built with. That one always has 8 heads, whatever
+        `heads` was, and so has this. Outputs differ where the reference misplaces the queries of its chunked
+        cross-attention: in every chunk all but the first at position 0.
+
+        Raises:
+            ValueError: names or shapes do not fit, so `config` is another model's.
+        """
+        model = cls(**{**config, "heads": 8})
+        weights = {}
+        for name, value in state_dict.items():
+            if not name.endswith("inv_freq"):
+                for theirs, ours in RETRO_PYTORCH_NAMES:
+                    name = re.sub(theirs, ours, name)
+                weights[name] = value
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"these are not the weights of retro_pytorch.RETRO(**{config}): {error}") from error
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json into `folder`, each replaced as a whole or not at all."""
+        config = {"model": "retro_nb.RETRO", **self.config}
+        with replacing(Path(folder) / "model.safetensors") as temporary:
+            save_model(self, str(temporary), metadata={"config": json.dumps(config)})
+        write_json(Path(folder) / "config.json", config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "RETRO":
+        """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the configuration is not RETRO's, the weights are damaged, or the two do not belong
+                together.
+        """
+        config_path, weights_path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: save_pretrained({str(folder)!r}) writes it")
+        config = _read_config(config_path)
+        try:
+            with safe_open(weights_path, "pt") as weights:
+                saved_with = json.loads((weights.metadata() or {}).get("config", "null"))
+            if saved_with != config:
+                raise ValueError("they were saved with another configuration")
+            model = cls(**{key: value for key, value in config.items() if key != "model"})
+            load_model(model, weights_path, device=str(device))
+        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{weights_path} does not hold the weights of the model in {config_path}: {error}. Save both "
+                f"again with save_pretrained"
+            ) from error
+        return model.to(device).eval()
+
+
+# Regular expressions from the names of retro-pytorch's parameters to ours.
+RETRO_PYTORCH_NAMES = [
+    (r"^to_decoder_model_dim\.", "to_dec_dim."),
+    (r"(layers\.\d+)\.0\.", r"\1.attn."),
+    (r"(layers\.\d+)\.1\.", r"\1.cross_attn."),
+    (r"(layers\.\d+)\.2\.", r"\1.ff."),
+    (r"\.fn\.cross_attn\.", ".fn.attn."),
+    (r"\.fn\.ff\.", ".fn.net."),
+]
+
+
+def _config(arguments: dict) -> dict:
+    """The constructor's arguments as JSON can hold them."""
+    config = {key: value for key, value in arguments.items() if key not in ("self", "__class__")}
+    for key, value in config.items():
+        if isinstance(value, type):
+            config[key] = value.__name__
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            config[key] = list(value)
+    return config
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model") != "retro_nb.RETRO":
+        raise ValueError(f"{path} is not the configuration of a RETRO saved with save_pretrained")
+    return config
+
+
+def _layers(name: str, layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """The layers that cross-attend, None being all."""
+    layers = tuple(range(1, depth + 1)) if layers is None else tuple(layers)
+    if outside := [i for i in layers if not 1 <= i <= depth]:
+        raise ValueError(f"{name} names layer {outside[0]}, but the layers are 1 … {depth}: leave it out")
+    return layers
+
+
+def _norm(norm_klass: type[nn.Module] | str | None, gated: bool, deepnet: bool) -> Callable[[int], nn.Module]:
+    if gated:
+        return partial(RMSNorm, gated=True)
+    if deepnet:
+        return nn.LayerNorm
+    name = norm_klass.__name__ if isinstance(norm_klass, type) else norm_klass or "RMSNorm"
+    if name not in NORMS:
+        raise ValueError(f"norm_klass {name} is unknown: choose one of {', '.join(NORMS)}")
+    return NORMS[name]
+
+
+@torch.no_grad()
+def _deepnet_init(module: nn.Module, gain: float) -> None:
+    """Xavier's normal initialisation, scaled by `gain` in values, attention outputs and feed-forward."""
+    scaled = set()
+    for part in module.modules():
+        if isinstance(part, Attention):
+            scaled |= {part.to_v, part.to_out}
+        elif isinstance(part, FeedForward):
+            scaled |= {part.net[0], part.net[-1]}
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.xavier_normal_(linear.weight, gain=gain if linear in scaled else 1.0)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)

@@ -1,0 +1,73 @@
+"""Execute the committed notebooks again and store them in one normal form, so that diffs show only changes.
+
+The form is what tests/test_notebooks.py asks of every committed notebook.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from tqdm import tqdm
+
+from retro_nb.experiments import Result, execute_as_committed, find_notebooks
+from retro_nb.storage import replacing
+
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def _normal_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """Drop stderr and live widgets, join printed pieces, and cut a traceback, full of paths, to its error."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
+            continue
+        output.get("metadata", {}).clear()
+        if output.output_type == "error":
+            output.traceback = [f"{output.ename}: {output.evalue}"]
+        if kept and output.output_type == "stream" == kept[-1].output_type:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+def normalise(notebook: NotebookNode) -> NotebookNode:
+    """Bring an executed notebook into the committed form, in place; cell ids and tags stay as they are."""
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": language})
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs = _normal_outputs(cell.outputs)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def refresh(names: Sequence[str] = ()) -> list[Result]:
+    """Execute committed notebooks and their solutions, and replace each that succeeds, atomically.
+
+    Args:
+        names: as `find_notebooks` takes them; none means all.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    chosen = find_notebooks(names or ["all"])
+    solutions = [path.parent / "solutions" / path.name for path in chosen]
+    notebooks = chosen + [path for path in solutions if path.exists()]
+    results = []
+    with tqdm(notebooks, unit="notebook") as bar:
+        for notebook in bar:
+            bar.set_description(notebook.stem)
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(execute_as_committed(notebook, Path(folder)))
+                if results[-1].status == "failed":
+                    continue
+                fresh = normalise(nbformat.read(Path(folder, notebook.name), as_version=4))
+            with replacing(notebook) as temporary:
+                nbformat.write(fresh, temporary)
+    return results

@@ -1,0 +1,185 @@
+"""Live retrieval: neighbours for chunks that are being written, and where they come from (notebook 06).
+
+At build time every chunk of the corpus got its neighbours (`retro_nb.knn`). A chunk that the model has just
+written gets them here, through the same embedding and the same index.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from retro_nb.chunking import decode, read_documents
+from retro_nb.dataset import knn_to_retrieved_chunks
+from retro_nb.embedding import embed_chunks
+from retro_nb.index import NO_NEIGHBOUR, search
+from retro_nb.storage import PathLike, open_array
+
+Ranges = Sequence[tuple[int, int]]
+
+
+def nearest_chunks(
+    seq_chunks: Int[Tensor, "b m"],
+    *,
+    knn: int,
+    faiss_index: faiss.Index,
+    exclude: Ranges = (),
+    use_cls_repr: bool = False,
+    bert: PathLike | None = None,
+    device: torch.device | None = None,
+) -> tuple[Float[np.ndarray, "b k"], Int64[np.ndarray, "b k"]]:
+    """Squared L2 distances and ids of the chunks nearest to these, ranges of ids left out; −1 is no chunk."""
+    vectors = embed_chunks(seq_chunks.cpu(), use_cls_repr=use_cls_repr, bert=bert, device=device)
+    return search(faiss_index, vectors.numpy(), knn, exclude=exclude)
+
+
+def knn_chunks_from_seq_chunks(
+    seq_chunks: Int[Tensor, "b m"],
+    *,
+    knn: int,
+    faiss_index: faiss.Index,
+    num_chunks: int,
+    chunk_size: int,
+    chunks_memmap_path: PathLike,
+    doc_ids_memmap_path: PathLike | None = None,
+    **options: Any,
+) -> Int64[Tensor, "b k r"]:
+    """RET(C) for chunks that are being written: embed them, search the index, read N and F of each hit.
+
+    Args:
+        seq_chunks: the chunks' tokens.
+        knn: k.
+        faiss_index: over the chunks at `chunks_memmap_path`, of shape (num_chunks, chunk_size + 1).
+        doc_ids_memmap_path: the document of each chunk, so that F does not run into the next document.
+        **options: `exclude`, `use_cls_repr`, `bert` and `device` of `nearest_chunks`.
+
+    Returns:
+        Their tokens, on the device of `seq_chunks`; padding where there are fewer than k.
+    """
+    _, ids = nearest_chunks(seq_chunks, knn=knn, faiss_index=faiss_index, **options)
+    retrieved = knn_to_retrieved_chunks(
+        ids,
+        open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1)),
+        num_chunks=num_chunks,
+        doc_ids=None if doc_ids_memmap_path is None else open_array(doc_ids_memmap_path, shape=(num_chunks,)),
+    )
+    return torch.from_numpy(retrieved).to(seq_chunks.device)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A retrieved chunk: its id and document, its squared L2 distance, its text N and what follows, F."""
+
+    chunk: int
+    document: int
+    title: str
+    source: str
+    distance: float
+    text: str
+    continuation: str
+
+    def __str__(self) -> str:
+        return f"[{self.title}, d²={self.distance:.2f}] {self.text}"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A chunk of a text, and the neighbours that it found: the next chunk reads them."""
+
+    text: str
+    neighbours: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text, the prompt included: its tokens, and chunk by chunk what was retrieved."""
+
+    text: str
+    tokens: tuple[int, ...]
+    passages: tuple[Passage, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Retriever:
+    """The corpus of a build, open for questions: what is near, and what is it?
+
+    Args:
+        faiss_index: over the chunks.
+        knn: k.
+        num_chunks, chunk_size, chunks_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
+        use_cls_repr, bert: how the index was embedded.
+    """
+
+    def __init__(
+        self,
+        *,
+        faiss_index: faiss.Index,
+        knn: int,
+        num_chunks: int,
+        chunk_size: int,
+        chunks_memmap_path: PathLike,
+        doc_ids_memmap_path: PathLike,
+        use_cls_repr: bool = False,
+        bert: PathLike | None = None,
+    ) -> None:
+        self.index, self.knn, self.chunk_size = faiss_index, knn, chunk_size
+        self.use_cls_repr, self.bert = use_cls_repr, bert
+        self.chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
+        self.doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
+        self.documents = read_documents(chunks_memmap_path)
+
+    def nearest(
+        self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[int | str] = ()
+    ) -> tuple[Float[np.ndarray, "b k"], Int64[np.ndarray, "b k"]]:
+        """Squared L2 distances and ids of the nearest chunks, documents named in `exclude` left out."""
+        return nearest_chunks(
+            seq_chunks,
+            knn=self.knn,
+            faiss_index=self.index,
+            exclude=[self.document_range(document) for document in exclude],
+            use_cls_repr=self.use_cls_repr,
+            bert=self.bert,
+        )
+
+    def document_range(self, document: int | str) -> tuple[int, int]:
+        """Chunk ids [first, stop) of a document, by its number or title.
+
+        Raises:
+            KeyError: there is no such document; names the closest titles.
+        """
+        if isinstance(document, int) and 0 <= document < len(self.documents):
+            return tuple(self.documents[document]["chunks"])
+        titles = [about["title"] for about in self.documents]
+        if document in titles:
+            return tuple(self.documents[titles.index(document)]["chunks"])
+        near = difflib.get_close_matches(str(document), titles, n=3) or titles[:3]
+        raise KeyError(f"no document {document!r} among {len(titles)}; there are e.g. {near}")
+
+    def neighbour(self, chunk: int, distance: float = float("nan")) -> Neighbour:
+        """What is known of a chunk of the corpus: its document, its text, what follows."""
+        both = knn_to_retrieved_chunks(np.array([[chunk]]), self.chunks, doc_ids=self.doc_ids)[0, 0]
+        text, continuation = (decode(half, bert=self.bert) for half in np.split(both, 2))
+        document = int(self.doc_ids[chunk])
+        about = self.documents[document]
+        return Neighbour(chunk, document, about["title"], about["source"], distance, text, continuation)
+
+    def passages(self, tokens: Int[Tensor, " n"], exclude: Sequence[int | str] = ()) -> tuple[Passage, ...]:
+        """A text chunk by chunk, each complete chunk with the neighbours that it finds."""
+        m, whole = self.chunk_size, len(tokens) // self.chunk_size
+        found: list[tuple[Neighbour, ...]] = [()] * (whole + 1)
+        if whole:
+            chunks = rearrange(tokens[: whole * m], "(l m) -> l m", m=m)
+            for u, (distances, ids) in enumerate(zip(*self.nearest(chunks, exclude), strict=True)):
+                hits = [(int(i), float(d)) for d, i in zip(distances, ids, strict=True) if i != NO_NEIGHBOUR]
+                found[u] = tuple(self.neighbour(*hit) for hit in hits)
+        parts = [tokens[start : start + m] for start in range(0, len(tokens), m)]
+        return tuple(Passage(decode(part, bert=self.bert), near) for part, near in zip(parts, found, strict=False))

@@ -1,0 +1,210 @@
+"""Writing with RETRO: token by token, with new neighbours at the end of every chunk (notebook 06).
+
+Shapes: b batch, n sequence length, m chunk length, l chunks, k neighbours, r retrieved tokens per neighbour,
+v vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retro_nb.model import RETRO
+
+EOS_ID = 102  # [SEP] in BERT's vocabulary
+
+FetchNeighbours = Callable[[Tensor, int], Tensor]  # (b, m) tokens of a chunk, its number -> (b, k, r)
+OnToken = Callable[[int, Tensor], object]  # position, (b,) tokens
+
+
+def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tensor, "*b v"]:
+    """Keep the likeliest tokens, −inf for the others.
+
+    Args:
+        logits: scores of the v tokens.
+        thres: share of the vocabulary to filter out, 0 … 1. round((1 − thres) · v) tokens stay, at least one.
+    """
+    _check_share(thres)
+    values, tokens = logits.topk(max(1, round((1 - thres) * logits.shape[-1])))
+    return torch.full_like(logits, float("-inf")).scatter(-1, tokens, values)
+
+
+def top_p(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tensor, "*b v"]:
+    """Keep the smallest set of tokens whose probabilities sum to 1 − thres or more (nucleus sampling).
+
+    Args:
+        logits: scores of the v tokens.
+        thres: share of the probability to filter out, 0 … 1: 0.1 keeps 90 % of it. At least one token stays.
+    """
+    _check_share(thres)
+    if thres == 0:  # rounding must not cost the least likely tokens
+        return logits
+    values, tokens = logits.sort(descending=True, stable=True)
+    probabilities = values.softmax(dim=-1)
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    mass_before[..., 0] = -1  # the likeliest token always stays
+    values = values.masked_fill(mass_before >= 1 - thres, float("-inf"))
+    return torch.empty_like(logits).scatter(-1, tokens, values)
+
+
+def _check_share(thres: float | int) -> None:
+    if not 0 <= thres <= 1:
+        raise ValueError(f"thres {thres} is the share to filter out: pass a number from 0 (nothing) to 1")
+
+
+def gumbel_sample(
+    t: Float[Tensor, "..."], temperature: float | int = 1.0, dim: int = -1, generator: torch.Generator | None = None
+) -> Int[Tensor, "..."]:
+    """Draw from softmax(t / temperature) along `dim`: the argmax after adding Gumbel noise.
+
+    Temperature 0 is the plain argmax. `generator` (on t's device) makes the draw reproducible.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 samples the model as it is")
+    if temperature == 0:
+        return t.argmax(dim=dim)
+    exponential = torch.empty_like(t, dtype=torch.float32).exponential_(generator=generator)
+    return (t.float() / temperature - exponential.log()).argmax(dim=dim)
+
+
+def generate(
+    retro: RETRO,
+    prompt: Int[Tensor, "b _"],
+    fetch_neighbours: FetchNeighbours | None = None,
+    *,
+    retrieved: Int[Tensor, "b l k r"] | None = None,
+    prompt_lengths: Int[Tensor, " b"] | None = None,
+    max_new_tokens: int | None = None,
+    filter_fn: Callable[..., Tensor] = top_k,
+    filter_thres: float | int = 0.9,
+    temperature: float | int = 1.0,
+    generator: torch.Generator | None = None,
+    eos_id: int = EOS_ID,
+    on_token: OnToken | None = None,
+) -> Int[Tensor, "b _"]:
+    """Continue the prompts, one token at a time, in evaluation mode.
+
+    Each row ends at the first [SEP] that it generates itself, after max_new_tokens, or at the model's
+    max_seq_len; what follows in the row is padding. Prompts are kept as they are, whatever they hold.
+
+    Args:
+        prompt: (b, p) with 1 ≤ p ≤ max_seq_len.
+        fetch_neighbours: gets a completed chunk (b, m) and its number (from 0), returns its neighbours
+            (b, k, r). Called once a chunk, when a token follows it. Rows that have ended hold padding there.
+        retrieved: neighbours of the prompt's first l chunks, used as they are. Chunks that neither this nor
+            fetch_neighbours covers get all-padding neighbours. With neither given, nothing is ever read.
+        prompt_lengths: (b,) for prompts of different lengths, each padded at its end. A longer prompt goes on
+            being read while shorter rows are already being written.
+        max_new_tokens: for each row, counted from its own prompt's end.
+        filter_fn, filter_thres: top_k or top_p and the share that it filters out.
+        temperature: 0 is greedy.
+        generator: noise for all rows is drawn at every step, so a row's text does not depend on when the
+            others end.
+        on_token: called with every new position and its (b,) tokens, as they come.
+
+    Returns:
+        (b, n), prompt included, as long as the longest row.
+
+    Raises:
+        ValueError: an empty prompt or one longer than max_seq_len, lengths outside the prompt, `retrieved`
+            for chunks that the shortest prompt does not complete.
+    """
+    prompt = prompt.to(retro.to_logits.weight.device)
+    lengths, ends = _row_limits(retro, prompt, prompt_lengths, max_new_tokens)
+    seq = _room(prompt, lengths, int(ends.max()), retro.pad_id)
+    neighbours = _neighbours(retro, seq, fetch_neighbours, retrieved, shortest=int(lengths.min()))
+    state = retro.start_decoding(len(seq), capacity=seq.shape[1], retrieval=neighbours is not None)
+    ended, position = ends <= lengths.min(), int(lengths.min())
+
+    with _evaluating(retro):
+        while position < seq.shape[1] and not ended.all():
+            for begin, end in retro.pieces(state.length, position):
+                chunk_ends = (begin + 1) % retro.chunk_size == 0
+                found = neighbours(begin // retro.chunk_size) if neighbours and chunk_ends else None
+                logits = retro.decode(seq[:, begin:end], state, found)[:, -1]
+
+            token = gumbel_sample(filter_fn(logits, thres=filter_thres), temperature, generator=generator)
+            in_prompt = position < lengths
+            seq[:, position] = seq[:, position].where(in_prompt, token.masked_fill(ended, retro.pad_id))
+            ended |= (token == eos_id) & ~in_prompt | (ends <= position + 1)
+            if on_token is not None:
+                on_token(position, seq[:, position])
+            position += 1
+    return seq[:, :position]
+
+
+@contextmanager
+def _evaluating(retro: RETRO) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the mode is what it was."""
+    was_training = retro.training
+    retro.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        retro.train(was_training)
+
+
+def _row_limits(
+    retro: RETRO, prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"] | None, max_new_tokens: int | None
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """Of each row: how many tokens are its prompt, and at how many it ends at the latest."""
+    b, p = prompt.shape
+    if not b or not p:
+        raise ValueError(f"the prompt has shape {(b, p)}: it needs one token at least, such as [CLS] (101)")
+    if p > retro.seq_len:
+        raise ValueError(f"the prompt holds {p} tokens, the model takes {retro.seq_len}: keep its last ones")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is negative: pass 0 or more, or None for no limit")
+    lengths = torch.full((b,), p, device=prompt.device) if lengths is None else lengths.to(prompt.device)
+    if int(lengths.min()) < 1 or int(lengths.max()) > p:
+        raise ValueError(f"prompt_lengths {lengths.tolist()} must lie in 1 … {p}, the width of the prompt")
+    new = retro.seq_len if max_new_tokens is None else max_new_tokens
+    return lengths, (lengths + new).clamp(max=retro.seq_len)
+
+
+def _room(
+    prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"], n: int, pad_id: int
+) -> Int[Tensor, "b {n}"]:
+    """The prompts at the beginning of rows of n tokens, the rest padding."""
+    seq = F.pad(prompt.long(), (0, n - prompt.shape[1]), value=pad_id)  # a negative number cuts
+    positions = torch.arange(n, device=prompt.device)
+    return seq.masked_fill(positions >= rearrange(lengths, "b -> b 1"), pad_id)
+
+
+def _neighbours(
+    retro: RETRO,
+    seq: Int[Tensor, "b n"],
+    fetch: FetchNeighbours | None,
+    given: Int[Tensor, "b l k r"] | None,
+    shortest: int,
+) -> Callable[[int], Tensor] | None:
+    """A function from a chunk's number to its neighbours (b, k, r); None for no retrieval at all."""
+    if fetch is None and given is None:
+        return None
+    m, l = retro.chunk_size, 0 if given is None else given.shape[1]
+    if l > shortest // m:
+        raise ValueError(
+            f"retrieved holds the neighbours of {l} chunks, but the shortest prompt ({shortest} tokens) "
+            f"completes {shortest // m} of {m} tokens: pass retrieved[:, :{shortest // m}]"
+        )
+
+    def neighbours(u: int) -> Tensor:
+        if u < l:
+            found = given[:, u]
+        elif fetch is None:
+            found = torch.full_like(seq[:, :1, None], retro.pad_id).expand(-1, 1, m)
+        else:
+            found = fetch(seq[:, u * m : (u + 1) * m], u)
+        if found.ndim != 3 or len(found) != len(seq):
+            raise ValueError(
+                f"the neighbours of chunk {u} have shape {tuple(found.shape)}: fetch_neighbours must return "
+                f"(b, k, r) with b = {len(seq)}"
+            )
+        return found.to(seq.device)
+
+    return neighbours

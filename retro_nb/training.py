@@ -1,0 +1,336 @@
+"""Training RETRO: the optimizer, the order of the data, the loop (notebook 05).
+
+`fit` is the loop that notebook 05 writes by hand, made safe for long runs: gradient accumulation, several
+processes, bfloat16, a log, checkpoints and an exact resume. It is built on two decisions.
+
+- *The data is one endless stream*: epoch after epoch of shuffled sequences, each order drawn from (seed,
+  epoch). A step is a place in that stream, so a resumed run only has to know its step.
+- *A step's loss is the mean over its tokens*, not over its batches: micro-batches and processes are weighted
+  by their tokens, so cutting a batch into pieces changes neither the loss nor the gradient.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from retro_nb.checkpoints import Checkpoints, History, Log, interrupt_between_steps, read_log  # noqa: F401
+from retro_nb.storage import PathLike
+
+PAPER_WARMUP_STEPS = 750
+PAPER_FIRST_LR = 1e-7
+FREE_SETTINGS = ("epochs", "log_every", "eval_every", "checkpoint_every")  # may change when a run goes on
+
+
+def get_optimizer(
+    params: Iterable[nn.Parameter], lr: float = 3e-4, wd: float = 1e-1, filter_by_requires_grad: bool = False
+) -> AdamW:
+    """AdamW whose weight decay spares vectors: biases and norm gains (1-D) are not decayed, all else is.
+
+    Parameters keep the order of `params` within the two groups, a tied one counts once. Checkpoints name
+    moments by position, so an order that changed with the process would resume with the wrong moments.
+    `filter_by_requires_grad` leaves frozen parameters out.
+    """
+    kept = [param for param in dict.fromkeys(params) if param.requires_grad or not filter_by_requires_grad]
+    groups = [
+        {"params": [param for param in kept if param.ndim >= 2]},
+        {"params": [param for param in kept if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = bool(kept) and all(param.is_cuda for param in kept)
+    return AdamW(groups, lr=lr, weight_decay=wd, fused=fused or None)
+
+
+def learning_rate(step: int, *, steps: int, lr: float = 3e-4, warmup_steps: int = 0) -> float:
+    """Learning rate of optimizer step `step`, counted from 1 to `steps` (paper, appendix C.1).
+
+    A straight line from 1e-7 at step 0 to `lr` at step `warmup_steps`, then half a cosine down to a tenth of
+    `lr` at the last step.
+    """
+    if step < warmup_steps:
+        first = min(PAPER_FIRST_LR, lr)
+        return first + (lr - first) * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of sequence numbers without end: a DataLoader's `batch_sampler`.
+
+    Every epoch holds each of `length` sequences once, in an order drawn from (seed, epoch). A batch may join
+    the end of one epoch to the start of the next, so all batches are full. `start` skips that many batches
+    at no cost. With `share` (p, q), process p of q gets every q-th sequence of each batch.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int = 0, *, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        if length < 1 or batch_size < share[1]:
+            raise ValueError(
+                f"{length} sequences in batches of {batch_size} for {share[1]} processes: there must be at least "
+                f"one sequence, and one a process in each batch"
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.share = start, share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, skip = divmod(self.start * self.batch_size, self.length)
+        batch: list[int] = []
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            for number in order[skip:].tolist():
+                batch.append(number)
+                if len(batch) == self.batch_size:
+                    yield batch[self.share[0] :: self.share[1]]
+                    batch = []
+            epoch, skip = epoch + 1, 0
+
+
+def split_by_document(dataset: Dataset, valid_share: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:
+    """Split sequences into (train, valid) so that no document has sequences on both sides.
+
+    `dataset.sequence_documents` holds one document id per sequence. `valid_share` of the documents, drawn
+    with `seed`, go to validation; each side gets at least one. Fewer than two documents are a ValueError.
+    """
+    if not 0 < valid_share < 1:
+        raise ValueError(f"valid_share {valid_share} is not between 0 and 1: pass e.g. 0.1")
+    owners = np.asarray(dataset.sequence_documents)
+    documents = np.unique(owners)
+    if len(documents) < 2:
+        raise ValueError(f"{len(documents)} document(s) cannot be split by document: pass a larger corpus")
+    count = min(max(1, round(valid_share * len(documents))), len(documents) - 1)
+    chosen = np.random.default_rng(seed).permutation(documents)[:count]
+    held_out = np.isin(owners, chosen)
+    train, valid = (Subset(dataset, np.flatnonzero(side).tolist()) for side in (~held_out, held_out))
+    return train, valid
+
+
+def _count_targets(retro: nn.Module, seq: Tensor) -> Tensor:
+    return (seq[:, 1:] != retro.pad_id).sum()
+
+
+def _forward_loss(
+    model: nn.Module, batch: Sequence[Tensor], device: torch.device, retrieval: bool, precision: str
+) -> Tensor:
+    seq = batch[0].to(device, non_blocking=True)
+    retrieved = batch[1].to(device, non_blocking=True) if retrieval else None
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(seq, retrieved, return_loss=True)
+
+
+@torch.no_grad()
+def _loss_sum(
+    retro: nn.Module, dataset: Dataset, batch_size: int, retrieval: bool, precision: str
+) -> tuple[float, int]:
+    """Summed cross-entropy in nats over `dataset`, and the number of tokens it was summed over."""
+    device, was_training = next(retro.parameters()).device, retro.training
+    total, tokens = 0.0, 0
+    retro.eval()
+    try:
+        for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
+            if count := int(_count_targets(retro, batch[0])):
+                total += _forward_loss(retro, batch, device, retrieval, precision).item() * count
+                tokens += count
+    finally:
+        retro.train(was_training)
+    return total, tokens
+
+
+def _mean_loss(sums: list[tuple[float, int]]) -> float:
+    if not (tokens := sum(count for _, count in sums)):
+        raise ValueError("the dataset to evaluate on holds no token to predict: pass one with text in it")
+    return sum(loss for loss, _ in sums) / tokens
+
+
+def evaluate_loss(
+    retro: nn.Module, dataset: Dataset, *, batch_size: int = 8, retrieval: str = "on", precision: str = "no"
+) -> float:
+    """Mean cross-entropy over all tokens of `dataset`, in nats per token, without dropout.
+
+    `dataset` gives (seq (n+1,), retrieved (l, k, r)); padding is not counted, and every token counts the same
+    whatever its batch. `retrieval="off"` drops the neighbours (the paper's RETRO[OFF]). The model stays on
+    its device and in the mode it was in. A ValueError meets a dataset without a token to predict.
+    """
+    if retrieval not in ("on", "off"):
+        raise ValueError(f'retrieval {retrieval!r} is unknown: pass "on" or "off"')
+    return _mean_loss([_loss_sum(retro, dataset, batch_size, retrieval == "on", precision)])
+
+
+class _Trainer:
+    """Model, optimizer and stream of batches of one run, as this process sees them."""
+
+    def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any]) -> None:
+        set_seed(run["seed"], device_specific=True)
+        self.accelerator, self.retro, self.run, self.was_training = accelerator, retro, run, retro.training
+        retro.train().to(accelerator.device)
+        optimizer = get_optimizer(retro.parameters(), run["lr"], run["wd"], filter_by_requires_grad=True)
+        self.model, self.optimizer = accelerator.prepare(retro, optimizer)
+
+    def stream(self, train: Dataset, done: int, num_workers: int) -> Iterator[list[tuple[Tensor, ...]]]:
+        """The micro-batches (seq, retrieved) of step `done` + 1, then of the one after it, and so on."""
+        run, start = self.run, done * self.run["accumulate"]
+        share = (self.accelerator.process_index, self.accelerator.num_processes)
+        sampler = ShuffledBatches(len(train), run["batch_size"], run["seed"], start=start, share=share)
+        # A generator of its own keeps the loader from drawing on the global one, which dropout uses.
+        options = {"generator": torch.Generator(), "pin_memory": self.accelerator.device.type == "cuda"}
+        batches = iter(DataLoader(train, batch_sampler=sampler, num_workers=num_workers, **options))
+        while True:
+            yield list(islice(batches, run["accumulate"]))
+
+    def step(self, step: int, batches: list[tuple[Tensor, ...]]) -> tuple[float, Tensor, Tensor, Tensor]:
+        """One optimizer step: (learning rate, this process's share of the loss, gradient norm, all tokens).
+
+        Each micro-batch's mean loss is weighted by its share of the step's tokens. The factor `num_processes`
+        undoes the mean that several processes take over their gradients.
+        """
+        accelerator, device, run = self.accelerator, self.accelerator.device, self.run
+        counts = torch.stack([_count_targets(self.retro, batch[0]) for batch in batches]).to(device)
+        tokens = accelerator.reduce(counts.sum())
+        step_loss = torch.zeros((), device=device)
+        for left, batch, count in zip(reversed(range(len(batches))), batches, counts, strict=True):
+            with accelerator.no_sync(self.model) if left else nullcontext():  # processes meet at the last
+                loss = _forward_loss(self.model, batch, device, run["retrieval"], run["precision"])
+                share = loss.float() * (count / tokens)
+                accelerator.backward(share * accelerator.num_processes)
+            step_loss += share.detach()
+        lr = learning_rate(step, steps=run["steps"], lr=run["lr"], warmup_steps=run["warmup_steps"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), run["grad_clip"])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return lr, step_loss, grad_norm, tokens
+
+    def valid_loss(self, valid: Dataset) -> float:
+        """As `evaluate_loss`, each process taking a share of the sequences."""
+        run, accelerator = self.run, self.accelerator
+        share = Subset(valid, range(accelerator.process_index, len(valid), accelerator.num_processes))
+        sums = _loss_sum(self.retro, share, run["batch_size"], run["retrieval"], run["precision"])
+        return _mean_loss(gather_object([sums]))
+
+    def close(self) -> None:
+        """Hand the model back as it came, but trained."""
+        self.retro.train(self.was_training).zero_grad()
+        self.retro.__dict__.pop("_is_accelerate_prepared", None)  # or a later `prepare` would do nothing
+        self.accelerator.free_memory()
+
+
+def _new_accelerator() -> Accelerator:
+    AcceleratorState._reset_state()  # a notebook's earlier Accelerator may have had another precision
+    # Without neighbours the encoder has no gradient: for the baseline always, else in a batch without any.
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[handler])
+
+
+def _resolve(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Check a run's settings, fill in what was left out, and keep what its losses depend on."""
+    for name in ("steps", "batch_size", "accumulate", "sequences", *FREE_SETTINGS):
+        if run[name] is not None and run[name] < 1:
+            raise ValueError(f"{name} is {run[name]}: it must be at least 1")
+    if (run["steps"] is None) == (run["epochs"] is None):
+        raise ValueError(f"steps is {run['steps']} and epochs {run['epochs']}: pass exactly one of them")
+    if run["steps"] is None:
+        run["steps"] = math.ceil(run["epochs"] * run["sequences"] / (run["batch_size"] * run["accumulate"]))
+    if run["warmup_steps"] is None:
+        run["warmup_steps"] = min(PAPER_WARMUP_STEPS, run["steps"] // 10)
+    if not 0 <= run["warmup_steps"] < run["steps"]:
+        raise ValueError(f"warmup_steps {run['warmup_steps']} must be from 0 to below steps, {run['steps']}")
+    if run["precision"] is None:
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        run["precision"] = "bf16" if has_bf16 else "no"
+    if run["precision"] not in ("no", "bf16"):
+        raise ValueError(f'precision {run["precision"]!r} is unknown: pass "no" or "bf16"')
+    return {name: run[name] for name in run if name not in FREE_SETTINGS}
+
+
+def fit(
+    retro: nn.Module,
+    train: Dataset,
+    valid: Dataset | None = None,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 8,
+    accumulate: int = 1,
+    lr: float = 3e-4,
+    wd: float = 0.1,
+    warmup_steps: int | None = None,
+    grad_clip: float = 1.0,
+    precision: str | None = None,
+    retrieval: bool = True,
+    seed: int = 0,
+    out_dir: PathLike | None = None,
+    resume: bool = True,
+    log_every: int = 10,
+    eval_every: int = 100,
+    checkpoint_every: int = 100,
+    progress: bool = True,
+    num_workers: int = 0,
+) -> History:
+    """Train `retro` in place on `train`, which gives (seq (n+1,), retrieved (l, k, r)); return the history.
+
+    The model moves to Accelerate's device and ends there with the trained weights, in the mode it was in.
+    Under `accelerate launch` the processes share each batch.
+
+    Args:
+        steps, epochs: optimizer steps, or passes over `train` rounded up to whole steps; pass one of them.
+        batch_size, accumulate: sequences in a micro-batch, over all processes, and micro-batches in a step.
+        lr, wd, warmup_steps: AdamW's peak rate and decay, and the schedule's warm-up (`learning_rate`); left
+            out, the warm-up is a tenth of the steps, at most the paper's 750.
+        grad_clip, precision: largest norm of the gradient (math.inf: no clipping); "no" or "bf16" (autocast),
+            left out "bf16" on a GPU that has it.
+        retrieval: False drops the neighbours and so trains the baseline.
+        seed: of the data's order and of dropout; also seeds random, numpy and torch.
+        out_dir, resume: folder for log.jsonl and checkpoints/; left out, nothing is written. A run whose
+            checkpoint is there goes on, with the same losses as if never stopped; resume=False removes it.
+        log_every, eval_every, checkpoint_every: steps between reading the losses off the device, evaluating
+            `valid`, and saving; each also happens at the last step.
+
+    Ctrl-C ends the step under way, saves a checkpoint and raises KeyboardInterrupt (a single process only;
+    several leave the newest regular checkpoint).
+
+    Raises:
+        ValueError: a setting out of range, or a checkpoint of another model or of other settings.
+        FloatingPointError: a loss or gradient that is not finite, naming the step.
+    """
+    accelerator = _new_accelerator()
+    asked = dict(
+        steps=steps, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, wd=wd,
+        warmup_steps=warmup_steps, grad_clip=grad_clip, precision=precision, retrieval=retrieval, seed=seed,
+        log_every=log_every, eval_every=eval_every, checkpoint_every=checkpoint_every, sequences=len(train),
+    )  # fmt: skip
+    run = _resolve(asked, accelerator.device)
+    checkpoints = Checkpoints(accelerator, retro, out_dir, run, resume)
+    done, steps, alone = checkpoints.step, run["steps"], accelerator.num_processes == 1
+    with (
+        closing(_Trainer(accelerator, retro, run)) as trainer,
+        closing(Log(accelerator, out_dir, done, steps, progress)) as log,
+        interrupt_between_steps(alone) as interrupted,
+    ):
+        checkpoints.load()
+        stream = trainer.stream(train, done, num_workers)
+        for step in range(done + 1, steps + 1):
+            log.begin_step()
+            log.end_step(step, *trainer.step(step, next(stream)))
+            last, stop = step == steps, interrupted.is_set()
+            evaluate = valid is not None and (last or step % eval_every == 0)
+            save = out_dir is not None and (last or stop or step % checkpoint_every == 0)
+            if last or stop or evaluate or save or step % log_every == 0:
+                record = log.collect()
+                if evaluate:
+                    record["valid_loss"] = trainer.valid_loss(valid)
+                log.write()
+            if save:
+                checkpoints.save(step)
+            if stop:
+                break  # leaving the block raises KeyboardInterrupt
+    return log.history

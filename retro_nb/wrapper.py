@@ -1,0 +1,270 @@
+"""TrainingWrapper: chunks, vectors, neighbours, training and sampling tied together for one corpus.
+
+It builds what is missing, in one work folder, and offers the rest: a dataset, a training loop, and sampling
+that retrieves from the corpus as it writes (notebooks 05 and 06).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from retro_nb.checkpoints import History
+from retro_nb.chunking import SOS_ID, decode, documents_to_chunks_, get_tokenizer, tokenize
+from retro_nb.corpus import jsonl, text_folder
+from retro_nb.dataset import RETRODataset
+from retro_nb.knn import chunks_to_precalculated_knn_, knn_stats
+from retro_nb.model import RETRO
+from retro_nb.retrieval import Generation, Retriever, knn_chunks_from_seq_chunks
+from retro_nb.sampling import generate, top_k
+from retro_nb.storage import WORK, PathLike, write_json
+from retro_nb.training import fit, get_optimizer, split_by_document
+
+
+def _default_work_dir(documents: Any, described: Any) -> Path:
+    """One folder for each corpus, so that two never overwrite one another."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:10]
+    return WORK / f"{type(documents).__name__}-{digest}"
+
+
+def _as_corpus(documents_path: Any, glob: str) -> tuple[Any, Path]:
+    """The corpus that `documents_path` means, and where its files go if nothing else is said."""
+    if not isinstance(documents_path, (str, Path)):
+        described = documents_path.fingerprint() if hasattr(documents_path, "fingerprint") else id(documents_path)
+        return documents_path, _default_work_dir(documents_path, described)
+    path = Path(documents_path)
+    corpus = jsonl(path) if path.suffix == ".jsonl" else text_folder(path, glob)
+    return corpus, _default_work_dir(corpus, [str(path.resolve()), glob])
+
+
+class TrainingWrapper(nn.Module):
+    """Everything that a RETRO needs of one corpus.
+
+    Building it chunks, embeds, indexes and searches the corpus; what an earlier run has built with the same
+    settings is used again, and REPROCESS=1 in the environment builds all anew. `.stats` says what was built,
+    `.ds` is the dataset, `.retriever` answers questions about the corpus.
+
+    Args:
+        retro: the model.
+        chunk_size: m, tokens; the model's.
+        documents_path: a folder of text files, a .jsonl file, or a corpus of `retro_nb.corpus`.
+        knn: k, neighbours per chunk.
+        glob: which files of a folder.
+        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path, processed_stats_json_path: files to write;
+            left out, they lie in `work_dir`.
+        max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
+        knn_extra_neighbors: the reference's margin for same-document exclusion, which is exact here: unused.
+        faiss_index_filename: name of the index, beside the chunks.
+        work_dir: one folder for all files; left out, a folder of this corpus's own under data/work.
+        bert: which BERT embeds and whose tokenizer cuts (see `chunking.bert_folder`).
+        progress: show progress bars.
+        **index_kwargs: of `knn.chunks_to_precalculated_knn_`: `index`, `max_similarity`, `use_cls_repr`,
+            `max_index_memory_usage`, …
+
+    Raises:
+        TypeError: `retro` is no RETRO.
+        ValueError: sizes of model and corpus do not go together.
+    """
+
+    def __init__(
+        self,
+        *,
+        retro: RETRO,
+        chunk_size: int,
+        documents_path: Any,
+        knn: int,
+        glob: str = "**/*.txt",
+        chunks_memmap_path: PathLike | None = None,
+        seqs_memmap_path: PathLike | None = None,
+        doc_ids_memmap_path: PathLike | None = None,
+        max_chunks: int | None = None,
+        max_seqs: int | None = None,
+        knn_extra_neighbors: int = 0,
+        processed_stats_json_path: PathLike | None = None,
+        faiss_index_filename: str = "knn.index",
+        work_dir: PathLike | None = None,
+        bert: PathLike | None = None,
+        progress: bool = True,
+        **index_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self._check(retro, chunk_size, bert)
+        corpus, default = _as_corpus(documents_path, glob)
+        self.retro, self.bert, self.chunk_size, self.max_seq_len = retro, bert, chunk_size, retro.seq_len
+        self.work_dir = Path(work_dir) if work_dir is not None else default
+        paths = {
+            "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / "chunks.npy"),
+            "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / "seqs.npy"),
+            "doc_ids_memmap_path": Path(doc_ids_memmap_path or self.work_dir / "doc_ids.npy"),
+        }
+        chunk_stats = documents_to_chunks_(
+            corpus,
+            **paths,
+            chunk_size=chunk_size,
+            seq_len=retro.seq_len,
+            max_chunks=max_chunks,
+            max_seqs=max_seqs,
+            bert=bert,
+            progress=progress,
+        )
+        chunks_path, doc_ids_path = paths["chunks_memmap_path"], paths["doc_ids_memmap_path"]
+        knn_path, index = chunks_to_precalculated_knn_(
+            num_nearest_neighbors=knn,
+            num_chunks=chunk_stats["chunks"],
+            chunk_size=chunk_size,
+            chunk_memmap_path=chunks_path,
+            doc_ids_memmap_path=doc_ids_path,
+            index_file=faiss_index_filename,
+            bert=bert,
+            progress=progress,
+            **index_kwargs,
+        )
+        self.stats = {**chunk_stats, **knn_stats(chunks_path, faiss_index_filename)}
+        if processed_stats_json_path is not None:
+            write_json(processed_stats_json_path, self.stats)
+        self.ds = RETRODataset(
+            num_sequences=self.stats["seqs"],
+            num_chunks=self.stats["chunks"],
+            num_neighbors=knn,
+            chunk_size=chunk_size,
+            seq_len=retro.seq_len,
+            chunk_memmap_path=chunks_path,
+            chunk_nn_memmap_path=knn_path,
+            seq_memmap_path=paths["seqs_memmap_path"],
+            doc_ids_memmap_path=doc_ids_path,
+        )
+        database = {
+            "knn": knn,
+            "faiss_index": index,
+            "num_chunks": self.stats["chunks"],
+            "chunk_size": chunk_size,
+            "chunks_memmap_path": chunks_path,
+            "doc_ids_memmap_path": doc_ids_path,
+            "use_cls_repr": index_kwargs.get("use_cls_repr", False),
+            "bert": bert,
+        }
+        self.retriever = Retriever(**database)
+        self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database)
+
+    @staticmethod
+    def _check(retro: RETRO, chunk_size: int, bert: PathLike | None) -> None:
+        if not isinstance(retro, RETRO):
+            raise TypeError(f"retro is a {type(retro).__name__}: pass a retro_nb.RETRO")
+        if chunk_size != retro.chunk_size:
+            raise ValueError(f"chunk_size {chunk_size}, but the model was made for {retro.chunk_size}: make them equal")
+        vocabulary = get_tokenizer(bert).get_vocab_size()
+        if retro.token_emb.num_embeddings < vocabulary:
+            raise ValueError(
+                f"the model knows {retro.token_emb.num_embeddings} tokens, the tokenizer gives {vocabulary}: "
+                f"make it with RETRO(num_tokens={vocabulary}, …)"
+            )
+
+    def forward(self, seq: Int[Tensor, "b n"], retrieved: Tensor | None = None, return_loss: bool = False) -> Tensor:
+        """The model's forward pass."""
+        return self.retro(seq, retrieved, return_loss)
+
+    # training
+
+    def get_dataloader(self, **kwargs: Any) -> DataLoader:
+        """A DataLoader over `.ds`; keyword arguments are DataLoader's."""
+        return DataLoader(self.ds, **kwargs)
+
+    def get_optimizer(self, **kwargs: Any) -> torch.optim.AdamW:
+        """AdamW over the model's parameters; keyword arguments are those of `training.get_optimizer`."""
+        return get_optimizer(self.retro.parameters(), **kwargs)
+
+    def fit(self, *, valid_share: float = 0.1, **kwargs: Any) -> History:
+        """Train the model on this corpus.
+
+        Args:
+            valid_share: the share of documents held out of training and used for the validation loss; 0 for
+                none. They stay in the database, where only other documents retrieve them.
+            **kwargs: `steps` or `epochs`, and the rest of `training.fit`.
+
+        Returns:
+            The log: one record for each logged step.
+        """
+        train, valid = self.ds, None
+        if valid_share:
+            train, valid = split_by_document(self.ds, valid_share, kwargs.get("seed", 0))
+        return fit(self.retro, train, valid, **kwargs)
+
+    # sampling
+
+    def generate(
+        self,
+        start: Int[Tensor, "b n"] | None = None,
+        retrieved: Int[Tensor, "b l k r"] | None = None,
+        filter_fn: Callable = top_k,
+        filter_thres: float = 0.9,
+        temperature: float = 1.0,
+        *,
+        exclude: Sequence[int | str] = (),
+        **options: Any,
+    ) -> Int[Tensor, "b n_out"]:
+        """Sample from the model, retrieving for every chunk as it is completed.
+
+        Args:
+            start: prompts; a [CLS] alone if left out.
+            retrieved: neighbours of the prompt's complete chunks, to be used instead of retrieving them.
+            filter_fn, filter_thres, temperature: `top_k` or `top_p`, the share that it filters out, and the
+                temperature of what is left (0: the likeliest token).
+            exclude: numbers or titles of documents that must not be retrieved, e.g. the prompt's own.
+            **options: `max_new_tokens`, `generator`, `prompt_lengths`, `on_token` of `sampling.generate`.
+
+        Returns:
+            Prompts and samples, at most n tokens; a row ends with its own [SEP], then padding.
+        """
+        device = next(self.retro.parameters()).device
+        if start is None:
+            start = torch.full((1, 1), SOS_ID)
+        ranges = [self.retriever.document_range(document) for document in exclude]
+
+        def fetch(chunk: Tensor, position: int) -> Tensor:
+            return self.fetch_knn_chunks_fn(chunk, exclude=ranges)
+
+        return generate(
+            self.retro,
+            start.to(device),
+            fetch,
+            retrieved=None if retrieved is None else retrieved.to(device),
+            filter_fn=filter_fn,
+            filter_thres=filter_thres,
+            temperature=temperature,
+            **options,
+        )
+
+    def generate_text(
+        self,
+        prompt: str = "",
+        *,
+        exclude: Sequence[int | str] = (),
+        on_text: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Write on from a prompt; say chunk by chunk what was retrieved, and from where.
+
+        Args:
+            prompt: the beginning of the text.
+            exclude: numbers or titles of documents that must not be retrieved.
+            on_text: called with the text so far after each token, for streaming.
+            **options: those of `generate`.
+        """
+        start = tokenize(prompt, bert=self.bert)[:, :-1]  # [CLS] and the prompt, but no [SEP]: it goes on
+        written = start[0].tolist()
+
+        def stream(position: int, tokens: Tensor) -> None:
+            written.append(int(tokens[0]))
+            on_text(decode(written, bert=self.bert))
+
+        out = self.generate(start, exclude=exclude, **{"on_token": stream if on_text else None, **options})
+        row = out[0].cpu()
+        passages = self.retriever.passages(row, exclude)
+        return Generation(decode(row, bert=self.bert), tuple(row.tolist()), passages)

@@ -1,0 +1,308 @@
+"""The runner: parameters, presets, one notebook, several, sweeps and refreshing, on throw-away notebooks."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from retro_nb import experiments, refresh, sweep
+from retro_nb.__main__ import main
+from retro_nb.experiments import cast
+
+PARAMETERS = """\
+seed: int = 0  # random seed
+lr: float = 0.1  # learning rate
+out_dir: str = ""  # where results go
+layers: list[int] = [1]  # layers
+corpus: str = "speeches"  # name
+fast: bool = False  # flag
+"""
+BODY = """\
+import json, pathlib
+if seed == 13:
+    raise ValueError("thirteen is unlucky")
+if out_dir:
+    record = {"metrics": {"loss": lr * (1 + seed), "layers": layers, "text": corpus}}
+    pathlib.Path(out_dir, "metrics.json").write_text(json.dumps(record))
+"""
+
+
+def write_notebook(path: Path, parameters: str, *bodies: str) -> Path:
+    cells = [new_markdown_cell("# A lesson"), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    notebook = new_notebook(cells=[*cells, *map(new_code_cell, bodies)])
+    notebook.metadata["kernelspec"] = {"display_name": "mine", "language": "python", "name": "python3"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with two notebooks, in a path with a space, seen from a working directory elsewhere."""
+    home, elsewhere = tmp_path / "my home", tmp_path / "elsewhere"
+    write_notebook(home / "notebooks" / "00_first.ipynb", PARAMETERS, BODY)
+    write_notebook(home / "notebooks" / "07_late.ipynb", "steps: int = 3  # steps", "assert steps < 9")
+    elsewhere.mkdir()
+    monkeypatch.setattr(experiments, "NOTEBOOKS", home / "notebooks")
+    monkeypatch.setattr(experiments, "RUNS", home / "runs")
+    monkeypatch.chdir(elsewhere)
+    yield home
+    assert not list(elsewhere.iterdir()), "something was written into the working directory"
+
+
+def preset(project: Path, text: str) -> Path:
+    path = project / "preset.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+
+
+# choosing
+
+
+def test_notebooks_by_stem_number_path_and_series(project):
+    first, late = sorted((project / "notebooks").glob("*.ipynb"))
+    for name in ("00_first", "00", "0", str(first), "tutorial"):
+        assert experiments.find_notebooks([name]) == [first]
+    assert experiments.find_notebooks(["07", "all"]) == [late, first]
+    with pytest.raises(ValueError, match=r"no notebook '05'.*00_first, 07_late"):
+        experiments.find_notebooks(["05"])
+
+
+GOOD = [
+    ("1e-4", float, 1e-4),
+    (3, float, 3.0),
+    ("12", int, 12),
+    ("1e3", int, 1000),
+    (2.0, int, 2),
+    (2**70, int, 2**70),
+    ("true", bool, True),
+    ("0", bool, False),
+    (1862, str, "1862"),
+    ("1e-4", str, "1e-4"),
+    ("[0,2]", list[int], [0, 2]),
+    (["1e-4", 1], list[float], [1e-4, 1.0]),
+    ("{a: 1}", dict, {"a": 1}),
+    ("None", experiments.Optional[str], None),
+    ("5", experiments.Optional[int], 5),
+]
+BAD = [
+    ("fast", float),
+    ("", int),
+    ("1.5", int),
+    (True, int),
+    ("nan", int),
+    ("inf", int),
+    ("perhaps", bool),
+    ("2", bool),
+    (True, str),
+    ("3", list[int]),
+    ("[a]", list[int]),
+    ("[1", list[int]),
+    (None, int),
+]
+
+
+@pytest.mark.parametrize(("value", "kind", "expected"), GOOD)
+def test_cast(value, kind, expected):
+    got = cast(value, kind)
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize(("value", "kind"), BAD)
+def test_an_impossible_cast_is_an_error(project, value, kind):
+    parameter = {"inferred_type_name": str(kind) if kind == list[int] else kind.__name__, "default": "0"}
+    with pytest.raises(ValueError, match=r"parameter depth: cannot read .* as declared: depth: "):
+        experiments._cast_declared("depth", value, parameter)
+
+
+def test_presets_hold_the_series_parameters(project):
+    notebooks = experiments.find_notebooks(["all"])
+    values = preset(project, "seed: 1\nlr: 1e-4\nsteps: 5\n")
+    first, late = experiments.choose_parameters(notebooks, values, {"seed": "2"})
+    assert first == {"seed": 2, "lr": 1e-4} and late == {"steps": 5}
+    assert experiments.choose_parameters(notebooks[:1], values) == [{"seed": 1, "lr": 1e-4}]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "message"),
+    [
+        ("sed: 1", {}, "preset.yaml: unknown parameter 'sed' (did you mean seed?); the series knows corpus,"),
+        ("seed: 1", {"sed": 2}, "-p: unknown parameter 'sed' (did you mean seed?); 00_first knows corpus, "),
+        ("seed: 1", {"steps": 2}, "unknown parameter 'steps'; 00_first knows corpus, fast, layers, lr, seed"),
+        ("seed: 1", {"out_dir": "x"}, "out_dir, which the runner chooses"),
+        ("out_dir: x", {}, "out_dir, which the runner chooses"),
+        ("seed: many", {}, "parameter seed: cannot read 'many' as declared: seed: int = 0"),
+        ("- seed", {}, "holds no `name: value` lines"),
+        ("a: [", {}, "preset.yaml: while parsing"),
+    ],
+)
+def test_a_bad_parameter_is_named_before_anything_runs(project, text, given, message, capsys):
+    pairs = [part for name, value in given.items() for part in ("-p", name, str(value))]
+    assert main(["run", "00", "-f", str(preset(project, text)), *pairs]) == 2
+    assert message in capsys.readouterr().err
+    assert not (project / "runs").exists()
+
+
+# running
+
+
+def test_run_one_notebook(project):
+    folder, (result,) = experiments.run(["00"], preset(project, "lr: 1e-4"), {"seed": "3", "layers": "[0,2]"})
+    assert result.status == "done" and result.peak_mb > 10 and result.seconds > 0
+    assert metrics(folder) == result.metrics == {"loss": 4e-4, "layers": [0, 2], "text": "speeches"}
+    assert folder.parent == project / "runs" and folder.name.endswith("-00_first")
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    assert index["notebooks"][0]["metrics"]["loss"] == 4e-4
+    assert "[00_first](00_first.ipynb)" in (folder / "index.md").read_text(encoding="utf-8")
+    assert nbformat.read(folder / "00_first.ipynb", as_version=4).cells[-1].execution_count
+    assert not (folder / "papermill.log").exists()
+
+
+def test_a_failing_notebook_is_reported_and_the_others_go_on(project, capsys):
+    assert main(["run", "all", "-p", "seed", "13", "-p", "steps", "4"]) == 1
+    said = capsys.readouterr()
+    assert "FAILED 00_first: ValueError: thirteen is unlucky" in said.err and "1 of 2 done" in said.out
+    (folder,) = (project / "runs").iterdir()
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))["notebooks"]
+    assert [result["status"] for result in index] == ["failed", "done"]
+    for result in index:
+        link = f"{result['notebook']}/{result['notebook']}.ipynb"
+        assert (folder / link).exists() and f"({link})" in (folder / "index.md").read_text(encoding="utf-8")
+
+
+def test_the_command_works_from_anywhere_with_the_lesson_helpers(tmp_path):
+    use = 'from retro_nb.lesson import start\nrun = start(seed, out_dir)\nrun.save_metrics({"twice": 2 * seed})'
+    path = write_notebook(tmp_path / "a b" / "own.ipynb", PARAMETERS, use)
+    environment = os.environ | {"RETRO_NB_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "retro_nb", "run", os.path.relpath(path, tmp_path), "-p", "seed", "4"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "home" / "runs").iterdir()
+    assert metrics(folder) == {"twice": 8} and "twice 8" in done.stdout
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a b", "home"]
+
+
+def test_new_folders_never_collide(project, monkeypatch):
+    monkeypatch.setattr(experiments.time, "strftime", lambda form: "now")
+    names = [experiments._new_folder("-x").name for _ in range(3)]
+    assert names == ["now-x", "now-x_2", "now-x_3"]
+
+
+# sweeps
+
+
+def sweep_file(project: Path, seeds: str, metric: str = "loss", **more: str) -> Path:
+    lines = {"notebook": "00_first", "parameters": "{corpus: almanac}", "metric": metric, "x": "lr"}
+    lines |= {"grid": f"{{lr: [1e-2, 1.0], seed: {seeds}}}"} | more
+    path = project / "mine.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()), encoding="utf-8")
+    return path
+
+
+def test_a_sweep_survives_a_failed_point_resumes_and_draws(project, capsys):
+    assert main(["sweep", str(sweep_file(project, "[0, 13]", grid="{lr: [1e-2], seed: [0, 13]}"))]) == 1
+    assert "thirteen is unlucky" in capsys.readouterr().err
+    folder = project / "runs" / "sweep-mine"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("lr=0.01,seed=0-*/result.json")}
+    assert len(before) == 1
+
+    _, results = sweep.run_sweep(sweep_file(project, "[0, 1]", grid="{lr: [1e-2, 1.0], seed: [0, 1]}"))
+    assert [result.status for result in results] == ["done"] * 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished point ran again"
+    with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == pytest.approx([0.01, 0.02, 1.0, 2.0])
+    assert "| 0.01 | 0.015" in (folder / "table.md").read_text(encoding="utf-8")
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def fake_results(losses: list[float | None]) -> list[experiments.Result]:
+    return [
+        experiments.Result("00_first", "failed" if loss is None else "done", 1.0, 1, "", {"loss": loss})
+        for loss in losses
+    ]
+
+
+def test_a_sweeps_summary_is_over_seeds(project):
+    plan = sweep.read_sweep(sweep_file(project, "[0, 1, 2]"))
+    assert [point["lr"] for point in plan.points] == [0.01] * 3 + [1.0] * 3
+    rows = sweep.summarise(plan, fake_results([1.0, 2.0, 3.0, None, 5.0, None]))
+    assert rows == [
+        {"lr": 0.01, "loss": 2.0, "std": 1.0, "n": 3},
+        {"lr": 1.0, "loss": 5.0, "std": None, "n": 1},
+    ]
+    axes = sweep.draw(plan, rows).axes[0]
+    assert axes.get_xlabel() == "lr" and axes.get_ylabel() == "loss" and axes.get_xscale() == "log"
+    assert axes.lines[0].get_xydata().tolist() == [[0.01, 2.0], [1.0, 5.0]]
+
+
+def test_one_line_for_each_other_name_and_names_on_the_axis(project):
+    grid = "{corpus: [a, b], lr: [0.1, 0.2], seed: [0]}"
+    plan = sweep.read_sweep(sweep_file(project, "", grid=grid, x="corpus", parameters="{}"))
+    axes = sweep.draw(plan, sweep.summarise(plan, fake_results([1.0, 2.0, 3.0, 4.0]))).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lr 0.1", "lr 0.2"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_a_metric_that_is_no_number_is_a_failure_that_names_the_others(project, monkeypatch):
+    result = experiments.Result("00_first", "done", 1.0, 1, "", {"text": "no"})
+    monkeypatch.setattr(sweep, "execute", lambda *_: result)
+    (project / "runs" / "sweep-mine").mkdir(parents=True)
+    _, results = sweep.run_sweep(sweep_file(project, "[0]", metric="lost"))
+    assert {result.error for result in results} == {"no number 'lost' in its metrics: text"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"colour": "red"}, "look at: colour"),
+        ({"x": "k"}, "x is 'k', but the grid varies lr, seed"),
+        ({"grid": "{lr: 3}"}, "lists of values"),
+        ({"grid": "{lr: [1], sed: [1]}"}, "unknown parameter 'sed'"),
+        ({"notebook": "11_none"}, "no notebook '11_none'"),
+    ],
+)
+def test_a_bad_sweep_file_is_refused(project, more, message, capsys):
+    assert main(["sweep", str(sweep_file(project, "[0]", **more))]) == 2
+    assert message in capsys.readouterr().err and not (project / "runs").exists()
+
+
+# refreshing
+
+
+def test_refresh_replaces_what_succeeds_by_its_normal_form(project):
+    noisy = 'import sys\nprint("out")\nprint("err", file=sys.stderr)\nprint("more", flush=True)'
+    shown = f"from IPython.display import display\ndisplay({{{refresh.WIDGET!r}: {{}}}}, raw=True)"
+    path = write_notebook(project / "notebooks" / "01_noisy.ipynb", "n: int = 1  # n", noisy, shown, "1 / 0")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata = {"tags": ["raises-exception"], "execution": {"iopub": "2026"}}
+    notebook.metadata["widgets"] = {}
+    ids = [cell.id for cell in notebook.cells]
+    nbformat.write(notebook, path)
+    solution = write_notebook(path.parent / "solutions" / path.name, "n: int = 1  # n", "1 / 0")
+    untouched = solution.read_bytes()
+
+    assert [result.status for result in refresh.refresh(["01"])] == ["done", "failed"]
+    assert solution.read_bytes() == untouched
+    fresh = nbformat.read(path, as_version=4)
+    assert fresh.metadata == {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+    }
+    assert [cell.id for cell in fresh.cells] == ids
+    assert [cell.execution_count for cell in fresh.cells[1:]] == [1, 2, 3, 4]
+    tags = [{}, {"tags": ["parameters"]}, {}, {}, {"tags": ["raises-exception"]}]
+    assert [cell.metadata for cell in fresh.cells] == tags
+    streams, widgets, error = (cell.outputs for cell in fresh.cells[2:])
+    assert [(stream.name, stream.text) for stream in streams] == [("stdout", "out\nmore\n")]
+    assert widgets == [] and error[0].traceback == ["ZeroDivisionError: division by zero"]
