@@ -13,7 +13,7 @@ from retro_nb.chunking import (
     text_folder_to_chunks_,
     tokenize,
 )
-from retro_nb.corpus import Document, almanac, jsonl, speeches, text_folder
+from retro_nb.corpus import Document, jsonl, speeches, text_folder
 from retro_nb.dataset import RETRODataset, knn_to_retrieved_chunks
 from retro_nb.embedding import bert_embed, chunks_to_embeddings_, embed_chunks
 from retro_nb.index import build_index, exact_search, search
@@ -21,6 +21,7 @@ from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.model import RETRO
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, gumbel_sample, top_k, top_p
+from retro_nb.towns import almanac
 from retro_nb.training import evaluate_loss, fit, get_optimizer, split_by_document
 from retro_nb.wrapper import TrainingWrapper
 

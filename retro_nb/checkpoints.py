@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -31,7 +32,7 @@ class History(list[dict[str, Any]]):
     """One record a step: step, loss (nats per token), lr, grad_norm (before clipping), tokens (seen so far),
     tokens_per_second, seconds (spent training so far), and valid_loss where it was measured."""
 
-    def curve(self, name: str) -> tuple[list[int], list[float]]:
+    def curve(self, name: str) -> tuple[list[int], list]:
         """Steps and values of a quantity where it was recorded: `plt.plot(*history.curve("valid_loss"))`."""
         records = [record for record in self if name in record]
         return [record["step"] for record in records], [record[name] for record in records]
@@ -135,8 +136,8 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         self.newest = max(self.folder.glob("step-*"), default=None) if self.folder else None
         self.step = self._check(self.newest) if self.newest else 0
-        accelerator.register_save_state_pre_hook(self._save_bare_model)
-        accelerator.register_load_state_pre_hook(self._load_bare_model)
+        accelerator.register_save_state_pre_hook(self._save_model)
+        accelerator.register_load_state_pre_hook(self._load_model)
 
     def _check(self, newest: Path) -> int:
         saved = json.loads((newest / "fit.json").read_text(encoding="utf-8"))
@@ -150,13 +151,16 @@ class Checkpoints:
                     )
         return saved["step"]
 
-    # Several processes train a wrapped model, whose weights have other names. The bare model is saved, so
-    # that a run can go on with another number of processes.
-    def _save_bare_model(self, models: list, weights: list, folder: str) -> None:
-        weights[:] = [self.retro.state_dict()]
+    # Accelerate would save the model as several processes wrap it, with other names for its weights. Saved on
+    # its own, it can go on with another number of processes, and RETRO.from_pretrained reads it.
+    def _save_model(self, models: list, weights: list, folder: str) -> None:
+        weights.clear()
+        if self.accelerator.is_main_process:
+            self.retro.save_pretrained(folder)
 
-    def _load_bare_model(self, models: list, folder: str) -> None:
-        models[:] = [self.retro]
+    def _load_model(self, models: list, folder: str) -> None:
+        models.clear()
+        load_model(self.retro, Path(folder) / "model.safetensors")
 
     def load(self) -> None:
         if self.newest:

@@ -12,6 +12,7 @@ input and label. A row of the chunk array is therefore m + 1 ids, padded with 0 
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,15 +30,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from retro_nb.corpus import Document, text_folder
-from retro_nb.storage import ArrayWriter, PathLike, cached, naming, replacing
+from retro_nb.storage import ArrayWriter, PathLike, cached, naming, writing
 
 PAD_ID = 0  # [PAD]
 SOS_ID = 101  # [CLS], opens every document
 EOS_ID = 102  # [SEP], closes it
 
-# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones.
+# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. BERT
+# splits words before white space, ASCII punctuation and Chinese characters: to cut there changes no token.
 PIECE_CHARACTERS = 50_000
 PIECES_AT_ONCE = 16
+WORD_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 def bert_folder(bert: PathLike | None = None) -> str:
@@ -58,16 +61,35 @@ def bert_folder(bert: PathLike | None = None) -> str:
     return str(Path(package.origin).parent / "model")
 
 
-@lru_cache(maxsize=4)
 def get_tokenizer(bert: PathLike | None = None) -> Tokenizer:
     """The word-piece tokenizer that belongs to a BERT (see `bert_folder`), without truncation or padding.
 
     A literal "[SEP]" in a text is three word pieces, never the special token, so that text cannot end a
     document or look like padding.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer.json.
+        ValueError: its special tokens are not BERT's.
     """
     source = bert_folder(bert)
     file = Path(source) / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(source)
+    if Path(source).is_dir() and not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing: AutoTokenizer.from_pretrained(…).save_pretrained({source!r}) writes it"
+        )
+    return _load_tokenizer(source, file.stat().st_mtime_ns if file.exists() else None)
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(source: str, changed: int | None) -> Tokenizer:
+    """Load once, and again when the file has changed."""
+    if changed is None:
+        tokenizer = Tokenizer.from_pretrained(source)
+    else:
+        tokenizer = Tokenizer.from_file(str(Path(source) / "tokenizer.json"))
+    special = {"[PAD]": PAD_ID, "[CLS]": SOS_ID, "[SEP]": EOS_ID}
+    if (found := {token: tokenizer.token_to_id(token) for token in special}) != special:
+        raise ValueError(f"{source} numbers its special tokens {found}, not {special}: pass a BERT")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -111,15 +133,11 @@ class Chunks(NamedTuple):
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str]]:
-    """Cut a text before white space, where word pieces never join, into (offset, piece)."""
+    """Cut a text between words into (offset, piece). A piece is longer than meant only if its last word is."""
     start = 0
     while start < len(text):
-        stop = start + PIECE_CHARACTERS
-        if stop < len(text):
-            while stop > start + PIECE_CHARACTERS // 2 and not text[stop].isspace():
-                stop -= 1
-            if not text[stop].isspace():  # no white space in sight: cut where we meant to
-                stop = start + PIECE_CHARACTERS
+        boundary = WORD_BOUNDARY.search(text, start + PIECE_CHARACTERS)
+        stop = boundary.start() if boundary else len(text)
         yield start, text[start:stop]
         start = stop
 
@@ -131,7 +149,9 @@ def document_tokens(text: str, *, bert: PathLike | None = None) -> Iterator[Toke
     """
     tokenizer, pieces, begun = get_tokenizer(bert), _pieces(text), False
     while batch := list(islice(pieces, PIECES_AT_ONCE)):
-        encodings = tokenizer.encode_batch([piece for _, piece in batch], add_special_tokens=False)
+        # Half a character (a lone surrogate) has no UTF-8: it is read as "?".
+        whole = [piece.encode("utf-8", "replace").decode() for _, piece in batch]
+        encodings = tokenizer.encode_batch(whole, add_special_tokens=False)
         ids = np.concatenate([np.asarray(e.ids, dtype=np.int32) for e in encodings])
         if not len(ids):
             continue
@@ -189,12 +209,15 @@ def companion(chunks_path: PathLike, kind: str) -> Path:
     return path.with_name(f"{path.stem}.{kind}")
 
 
-def _check_sizes(chunk_size: int, seq_len: int) -> None:
+def _check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None, max_seqs: int | None) -> None:
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")
     if seq_len < chunk_size or seq_len % chunk_size:
         nearest = max(chunk_size, round(seq_len / chunk_size) * chunk_size)
         raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
+    for name, limit in (("max_chunks", max_chunks), ("max_seqs", max_seqs)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} {limit} leaves nothing: pass 1 or more, or None for no limit")
 
 
 class _ChunkFiles:
@@ -213,13 +236,21 @@ class _ChunkFiles:
         with ExitStack() as stack:
             for writer in (self.chunks, self.spans, self.doc_ids, self.seqs):
                 stack.enter_context(writer)
-            temporary = stack.enter_context(replacing(self.documents_path))
-            self._titles = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+            # A file name that is not UTF-8 is a title with halves of characters: \\udcxx, which JSON reads back.
+            titles = writing(self.documents_path, "w", encoding="utf-8", errors="backslashreplace")
+            self._titles = stack.enter_context(titles)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> bool | None:
-        return self._stack.__exit__(*error)
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is not None:
+            return self._stack.__exit__(*error)
+        with self._stack:  # all are written out before the first is moved: a full disk changes none
+            for writer in (self.chunks, self.spans, self.doc_ids, self.seqs):
+                writer.flush()
+            with naming(self.documents_path):
+                self._titles.flush()
+        return None
 
     def write(self, document: Document, chunks: Iterable[Chunks], limit: float) -> int | None:
         """Write one document's chunks; return its number of tokens, or None if `limit` chunks are too few."""
@@ -235,6 +266,7 @@ class _ChunkFiles:
         count = self.chunks.rows - first
         if not count:
             return 0
+        tokens += int(rows[-1, -1] != PAD_ID)  # the last token of all, where it is only a label
         self.doc_ids.append(np.full(count, self.documents))
         self.seqs.append(np.arange(first, first + count, self.chunks_per_seq))
         about = {
@@ -283,13 +315,15 @@ def documents_to_chunks_(
         progress: show a progress bar.
 
     Returns:
-        `chunks`, `docs`, `seqs`, `tokens`, `empty_docs` (documents without a token, which are skipped),
-        `replaced_characters` (undecodable bytes) and `complete` (false if a maximum stopped it).
+        `chunks`, `docs`, `seqs`, `tokens` ([CLS] and [SEP] included), `empty_docs` (documents without a
+        token, which are skipped), `replaced_characters` (undecodable bytes; a warning names the first
+        document) and `complete` (false if a maximum stopped it).
 
     Raises:
         ValueError: n is not a multiple of m; no document has a token; the first one exceeds a maximum.
+        OSError: a file cannot be written; its name and the reason are told, and what was there is still there.
     """
-    _check_sizes(chunk_size, seq_len)
+    _check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
     paths = [Path(p) for p in (chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path)]
     fingerprint = getattr(documents, "fingerprint", None)
     settings = {
@@ -325,7 +359,7 @@ def _chunk_all(
     progress: bool,
 ) -> dict:
     stats = {"chunks": 0, "docs": 0, "seqs": 0, "tokens": 0, "empty_docs": 0, "replaced_characters": 0}
-    complete = True
+    complete, undecodable = True, []
     for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
         chunks = tokens_to_chunks(document_tokens(document.text, bert=bert), chunk_size)
         seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
@@ -339,8 +373,13 @@ def _chunk_all(
         stats["empty_docs"] += tokens == 0
         stats["replaced_characters"] += document.replaced
         if document.replaced:
-            message = f"{document.source}: {document.replaced} undecodable bytes became U+FFFD; is it UTF-8?"
-            warnings.warn(message, stacklevel=2)
+            undecodable.append(document.source)
+    if undecodable:
+        warnings.warn(
+            f"{stats['replaced_characters']} undecodable bytes became U+FFFD in {len(undecodable)} documents, "
+            f"first in {undecodable[0]}: save them as UTF-8",
+            stacklevel=2,
+        )
     if not files.documents:
         raise ValueError(f"no text to chunk: {stats['empty_docs']} documents, none with a token")
     stats |= {"chunks": files.chunks.rows, "docs": files.documents, "seqs": files.seqs.rows}

@@ -45,9 +45,24 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-@lru_cache(maxsize=2)
-def get_bert(bert: PathLike | None = None, device: torch.device | None = None) -> "BertModel":
+def get_bert(bert: PathLike | None = None, device: torch.device | str | None = None) -> "BertModel":
     """A frozen BERT in eval mode (see `chunking.bert_folder` for what may be named), loaded once."""
+    return _load_bert(bert_folder(bert), _weights(bert), torch.device(device or best_device()))
+
+
+Weights = tuple[tuple[str, int, int], ...]
+
+
+def _weights(bert: PathLike | None) -> Weights:
+    """Name, size and time of change of the files with a BERT's weights; none if it lies in no folder here."""
+    folder = Path(bert_folder(bert))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return tuple((str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files)
+
+
+@lru_cache(maxsize=2)
+def _load_bert(source: str, weights: Weights, device: torch.device) -> "BertModel":
+    """`weights` is there so that files that have changed are loaded again."""
     from transformers import AutoModel  # takes seconds: only where a BERT is really wanted
     from transformers.utils import logging
 
@@ -55,23 +70,26 @@ def get_bert(bert: PathLike | None = None, device: torch.device | None = None) -
     logging.set_verbosity_error()  # its report on the pooler, which is not used here, says nothing
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(bert_folder(bert), add_pooling_layer=False)
+        model = AutoModel.from_pretrained(source, add_pooling_layer=False)
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    device = device or best_device()
     return model.to(device=device, dtype=best_dtype(device)).eval().requires_grad_(False)
 
 
-@lru_cache(maxsize=4)
 def bert_fingerprint(bert: PathLike | None = None) -> str:
-    """Identity of a BERT: the SHA-256 of its weights' file, or its name if it lies in no folder here."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        file = Path(bert_folder(bert)) / name
-        if file.exists():
-            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return bert_folder(bert)
+    """Identity of a BERT: the SHA-256 of its weights, or its name if it lies in no folder here."""
+    weights = _weights(bert)
+    return _hash_weights(weights) if weights else bert_folder(bert)
+
+
+@lru_cache(maxsize=4)
+def _hash_weights(weights: Weights) -> str:
+    checksum = hashlib.sha256()
+    for name, *_ in weights:
+        checksum.update(Path(name).read_bytes())
+    return checksum.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -82,7 +100,7 @@ def bert_embed(
     pad_id: int | float = PAD_ID,
     *,
     bert: PathLike | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> Float[Tensor, "b d"]:
     """BERT's representation of token ids that begin with [CLS], in float32 on the CPU.
 
@@ -100,9 +118,10 @@ def bert_embed(
     model = get_bert(bert, device)
     limit, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if token_ids.shape[1] > limit:
-        raise ValueError(f"{token_ids.shape[1]} tokens in a row, but this BERT has {limit} positions: cut them")
+        raise ValueError(f"{token_ids.shape[1]} tokens in a row, but this BERT has {limit} positions: shorten it")
     if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
-        raise ValueError(f"ids up to {int(token_ids.max())}, but this BERT's vocabulary is {vocabulary}")
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        raise ValueError(f"ids from {lowest} to {highest}, but this BERT knows 0 to {vocabulary - 1}: same tokenizer?")
     ids = token_ids.to(model.device)
     mask = ids != pad_id
     attended = mask.clone()
@@ -135,7 +154,7 @@ def embed_chunks(
     *,
     use_cls_repr: bool = False,
     bert: PathLike | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> Float[Tensor, "b d"]:
     """The vectors of chunks, for building an index and for asking it: BERT(N) averaged over time."""
     return bert_embed(frame_chunks(chunks), use_cls_repr, bert=bert, device=device)
@@ -159,7 +178,7 @@ def chunks_to_embeddings_(
     use_cls_repr: bool = False,
     pad_id: int | float = PAD_ID,
     bert: PathLike | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     force_reprocess: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -181,15 +200,18 @@ def chunks_to_embeddings_(
         `rows`, `dim`, `dtype` of the computation.
 
     Raises:
-        ValueError: `embed_dim` is not this BERT's width, or the chunk array has another shape.
+        ValueError: `embed_dim` is not this BERT's width, the chunk array has another shape, or its rows are
+            longer than the BERT's positions.
     """
     dim = embedding_dim(bert)
     if embed_dim not in (None, dim):
         raise ValueError(f"embed_dim {embed_dim}, but this BERT gives vectors of {dim}: leave embed_dim out")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: pass 1 or more")
     if pad_id != PAD_ID:
         raise ValueError(f"pad_id {pad_id}: chunk arrays are padded with {PAD_ID}")
     chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
-    device = device or best_device()
+    device = torch.device(device or best_device())
     settings = {
         "chunks": array_key(chunks_memmap_path),
         "num_chunks": num_chunks,

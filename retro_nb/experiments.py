@@ -203,7 +203,7 @@ def _watch(process: psutil.Popen, log: Path, progress: Callable[[int], None]) ->
             peak = max(peak, _tree_mb(process))
             if cells := re.findall(rb"(\d+)/\d+ \[", log.read_bytes()[-500:]):
                 progress(int(cells[-1]))
-            time.sleep(0.1)
+            time.sleep(0.2)
     except BaseException:  # Ctrl-C: leave no kernel behind
         for victim in [*process.children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):

@@ -87,13 +87,12 @@ def start(
             MPS must be asked for: its numbers differ from those in the notebooks.
         **config: the notebook's other parameters, recorded in metrics.json.
     """
+    from retro_nb.plotting import use_style  # here, since matplotlib takes a while to import
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    with suppress(ModuleNotFoundError):
-        from retro_nb.plotting import use_style  # here, since matplotlib takes a while to import
-
-        use_style()
+    use_style()
     folder = ROOT / (out_dir or Path("runs", "interactive", name))
     folder.mkdir(parents=True, exist_ok=True)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

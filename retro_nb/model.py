@@ -281,6 +281,8 @@ class RETRO(nn.Module):
         dec_layers = _layers("dec_cross_attn_layers", dec_cross_attn_layers, dec_depth)
         if not dec_layers:
             raise ValueError("dec_cross_attn_layers is empty: name at least one layer, such as (1,), or None")
+        if odd := [size for size in (dim_head, enc_dim_head or dim_head) if size % 2]:
+            raise ValueError(f"dim_head {odd[0]} is odd: rotary positions turn pairs of features, pass an even one")
         self.num_tokens, self.pad_id = num_tokens, pad_id
         self.seq_len, self.chunk_size = max_seq_len, chunk_size
 
@@ -301,8 +303,11 @@ class RETRO(nn.Module):
                 return dict(wrap=lambda fn: PostNorm(fn, norm(dim), scale), norm_out=nn.Identity())
             return dict(wrap=lambda fn: PreNorm(fn, norm(dim)), norm_out=norm(dim))
 
-        enc_scale = enc_scale_residual or 0.81 * (enc_depth**4 * dec_depth) ** (1 / 16)
-        dec_scale = dec_scale_residual or (3 * dec_depth) ** (1 / 4)
+        enc_scale, dec_scale = enc_scale_residual, dec_scale_residual
+        if enc_scale is None:
+            enc_scale = 0.81 * (enc_depth**4 * dec_depth) ** (1 / 16)
+        if dec_scale is None:
+            dec_scale = (3 * dec_depth) ** (1 / 4)
         self.encoder = Encoder(
             enc_dim, enc_depth, enc_layers, chunk_dim=dec_dim, out_dim=dec_dim if project_encoded else None,
             heads=enc_heads or heads, dim_head=enc_dim_head or dim_head, dropout=enc_attn_dropout,
@@ -511,14 +516,8 @@ class RETRO(nn.Module):
             ValueError: names or shapes do not fit, so `config` is another model's.
         """
         model = cls(**{**config, "heads": 8})
-        weights = {}
-        for name, value in state_dict.items():
-            if not name.endswith("inv_freq"):
-                for theirs, ours in RETRO_PYTORCH_NAMES:
-                    name = re.sub(theirs, ours, name)
-                weights[name] = value
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(_rename(state_dict))
         except RuntimeError as error:
             raise ValueError(f"these are not the weights of retro_pytorch.RETRO(**{config}): {error}") from error
         return model
@@ -568,6 +567,20 @@ RETRO_PYTORCH_NAMES = [
     (r"\.fn\.cross_attn\.", ".fn.attn."),
     (r"\.fn\.ff\.", ".fn.net."),
 ]
+
+
+def _rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A retro-pytorch state dict under our names."""
+    weights = {}
+    for name, value in state_dict.items():
+        if name.endswith("inv_freq"):
+            continue  # rotary frequencies, computed here
+        if name.replace(".weight", ".gamma") in state_dict:  # the weight of a gated RMSNorm is its gate
+            name = name.replace(".weight", ".gate")
+        for theirs, ours in RETRO_PYTORCH_NAMES:
+            name = re.sub(theirs, ours, name)
+        weights[name] = value
+    return weights
 
 
 def _config(arguments: dict) -> dict:

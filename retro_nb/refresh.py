@@ -19,14 +19,12 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def _normal_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Drop stderr and live widgets, join printed pieces, and cut a traceback, full of paths, to its error."""
+    """Drop stderr and live widgets, and join what was printed in pieces."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
             continue
         output.get("metadata", {}).clear()
-        if output.output_type == "error":
-            output.traceback = [f"{output.ename}: {output.evalue}"]
         if kept and output.output_type == "stream" == kept[-1].output_type:
             kept[-1].text += output.text
         else:

@@ -7,15 +7,17 @@ depends on it, an unchanged one costs nothing.
 """
 
 import errno
+import glob
 import hashlib
+import io
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock
@@ -24,8 +26,9 @@ PathLike = str | os.PathLike
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-# Larger files are checked by their size alone: hashing a terabyte at every start would take hours.
+# Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
 CHECKSUM_LIMIT = 2**30
+CHECKSUM_BLOCK = 2**22
 
 
 def _root() -> Path:
@@ -63,9 +66,12 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it over `path` if the block succeeds, delete it if not."""
+    """Yield a temporary path beside `path`; move it over `path` if the block succeeds, delete it if not.
+
+    It is named after the process, so that no two processes write into one file.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -73,13 +79,38 @@ def replacing(path: PathLike) -> Iterator[Path]:
         with naming(path):
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing is left to delete, or the disk has become read-only
+            temporary.unlink()
+
+
+@contextmanager
+def writing(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
+    """Like `replacing`, with the temporary file open; it is on the disk before it is moved."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        with naming(path):
+            file = open(temporary, mode, **options)
+        try:
+            yield file
+            with naming(path):
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            with suppress(OSError):  # closing tries again to write what a full disk did not take
+                file.close()
+
+
+def plain(value: Any) -> Any:
+    """`value` as it comes back from JSON: a tuple is a list, NumPy's numbers are Python's, a path is a string."""
+    return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else os.fspath(x)))
 
 
 def write_json(path: PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    with replacing(path) as temporary, naming(path):
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = Path(path)
+    # A file name that is not UTF-8 holds halves of characters: they become \\udcxx, which JSON reads back.
+    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, naming(path):
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_writable(folder: PathLike) -> None:
@@ -101,18 +132,19 @@ def check_writable(folder: PathLike) -> None:
         ) from error
 
 
-def _write_header(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> int:
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The opening of a `.npy` file: equally long for any number of rows, because numpy pads it."""
+    file = io.BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    file.seek(0)
     np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
+    return file.getvalue()
 
 
 class ArrayWriter:
     """Append rows to a `.npy` file whose length is not known beforehand.
 
     Use it as a context manager: the file appears under its name only when the block ends without an error.
-    numpy pads the header so that the first axis may grow, hence the length is filled in at the end.
+    The header says how many rows there are and is written again at the end.
     """
 
     def __init__(self, path: PathLike, dtype: Any, row_shape: tuple[int, ...] = ()) -> None:
@@ -121,9 +153,10 @@ class ArrayWriter:
         self.rows = 0
 
     def __enter__(self) -> "ArrayWriter":
-        self._replacing = replacing(self.path)
-        self._file = open(self._replacing.__enter__(), "w+b")
-        self._start = _write_header(self._file, self.dtype, (0, *self.row_shape))
+        self._writing = writing(self.path)
+        self._file = self._writing.__enter__()
+        self._file.write(_header(self.dtype, (0, *self.row_shape)))
+        self._start = self._file.tell()
         return self
 
     def append(self, rows: np.ndarray) -> None:
@@ -134,20 +167,26 @@ class ArrayWriter:
 
     def truncate(self, rows: int) -> None:
         """Forget every row from `rows` on."""
-        self._file.truncate(self._start + rows * self.row_bytes)
-        self._file.seek(0, os.SEEK_END)
+        with naming(self.path):
+            self._file.truncate(self._start + rows * self.row_bytes)
+            self._file.seek(0, os.SEEK_END)
         self.rows = rows
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
-        try:
-            if error is None:
-                with naming(self.path):
-                    self._file.flush()
-                    length = _write_header(self._file, self.dtype, (self.rows, *self.row_shape))
-                    assert length == self._start, "numpy changed the length of the header"
-        finally:
-            self._file.close()
-        return self._replacing.__exit__(kind, error, trace)
+    def flush(self) -> None:
+        """Write everything out, the number of rows too: only the move is then left to do."""
+        with naming(self.path):
+            self._file.seek(0)
+            self._file.write(_header(self.dtype, (self.rows, *self.row_shape)))
+            self._file.seek(0, os.SEEK_END)
+            self._file.flush()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is not None:
+            return self._writing.__exit__(*error)
+        with ExitStack() as stack:
+            stack.push(self._writing)
+            self.flush()
+        return None
 
 
 class ResumableRows:
@@ -162,19 +201,22 @@ class ResumableRows:
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.progress = self.path.with_name(self.path.name + ".progress.json")
-        self.settings = {"shape": list(self.shape), "dtype": self.dtype.str, "settings": settings}
-        self.row_bytes = self.dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        self.settings = plain({"shape": self.shape, "dtype": self.dtype.str, "settings": settings})
+        self.header = _header(self.dtype, self.shape)
         self.done = self._rows_done()
+
+    def _offset(self, row: int) -> int:
+        return len(self.header) + row * self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
 
     def _rows_done(self) -> int:
         try:
             state = json.loads(self.progress.read_text(encoding="utf-8"))
             rows = state.pop("rows")
-            # Killed after the last move, before the bookkeeping: the file is already in its place.
+            # Killed after the move: the finished file is already in its place.
             file = self.partial if self.partial.exists() or rows < self.shape[0] else self.path
-            whole = file.stat().st_size >= rows * self.row_bytes
+            whole = file.stat().st_size >= self._offset(rows)
             return rows if state == self.settings and whole else 0
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return 0
 
     def blocks(self, block: int) -> Iterator[slice]:
@@ -185,9 +227,11 @@ class ResumableRows:
     def write(self, rows: slice, values: np.ndarray) -> None:
         """Store one block and note it as done. Blocks come in order."""
         with naming(self.partial):
-            with open(self.partial, "r+b" if self.done else "w+b") as file:
-                start = _write_header(file, self.dtype, self.shape)
-                file.seek(start + rows.start * self.row_bytes)
+            if not self.done:  # the note may be about other rows, which this block overwrites
+                self.progress.unlink(missing_ok=True)
+            with open(self.partial, "r+b" if self.done else "wb") as file:
+                file.write(self.header)
+                file.seek(self._offset(rows.start))
                 file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
@@ -195,10 +239,12 @@ class ResumableRows:
         write_json(self.progress, {**self.settings, "rows": self.done})
 
     def finish(self) -> None:
-        """Move the finished array into place."""
+        """Move the finished array into place. The note stays until `cached` has recorded the array."""
+        if not self.shape[0]:
+            self.write(slice(0, 0), np.empty(self.shape))
         if self.partial.exists():
-            os.replace(self.partial, self.path)
-        self.progress.unlink(missing_ok=True)
+            with naming(self.path):
+                os.replace(self.partial, self.path)
 
 
 # reading
@@ -225,9 +271,9 @@ def open_array(path: PathLike, *, dtype: Any = np.int32, shape: tuple[int, ...] 
         return _open_raw(path, np.dtype(dtype), shape)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
+    except Exception as error:  # numpy reads the header as Python: damage shows as many kinds of error
         raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and build it again") from error
-    if shape is not None and (array.shape[1:] != tuple(shape[1:]) or len(array) < shape[0]):
+    if shape is not None and (array.shape[1:] != tuple(shape[1:]) or array.shape[:1] < tuple(shape[:1])):
         raise ValueError(f"{path} has shape {array.shape}, wanted {tuple(shape)}: build it again for these settings")
     return array if shape is None else array[: shape[0]]
 
@@ -251,49 +297,62 @@ def _digest(value: Any) -> str:
 
 
 def file_record(path: PathLike) -> dict:
-    """Size in bytes and, up to CHECKSUM_LIMIT, the SHA-256 of a file."""
-    path = Path(path)
-    size = path.stat().st_size
-    if size > CHECKSUM_LIMIT:
-        return {"bytes": size}
+    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, the SHA-256 of evenly spaced blocks of it."""
+    size = Path(path).stat().st_size
+    blocks, most = -(-size // CHECKSUM_BLOCK), CHECKSUM_LIMIT // CHECKSUM_BLOCK
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**22):
-            checksum.update(block)
-    return {"bytes": size, "sha256": checksum.hexdigest()}
+        for block in range(blocks) if blocks <= most else np.linspace(0, blocks - 1, most).astype(np.int64):
+            file.seek(int(block) * CHECKSUM_BLOCK)
+            checksum.update(file.read(CHECKSUM_BLOCK))
+    return {"bytes": size, "sha256" if blocks <= most else "sample_sha256": checksum.hexdigest()}
 
 
 def read_manifest(folder: PathLike) -> dict:
-    """What a folder's manifest says of each array in it; empty where there is none or it cannot be read."""
+    """What a folder's manifest says of each array in it; empty where there is none or a damaged one."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["arrays"] if manifest["format"] == MANIFEST_FORMAT else {}
+        arrays, known = manifest["arrays"], manifest["format"] == MANIFEST_FORMAT
+        return arrays if known and manifest["sha256"] == _digest(arrays) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
+def _write_manifest(folder: Path, arrays: dict) -> None:
+    write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "arrays": arrays, "sha256": _digest(arrays)})
+
+
 def array_key(path: PathLike) -> str:
-    """A short identity of an array: of its settings where the manifest knows it, else of its content."""
+    """A short identity of an array: of its content; where that is too large to read, of its settings too."""
     path = Path(path)
-    record = read_manifest(path.parent).get(path.name)
-    return _digest(record["settings"] if record else file_record(path))[:16]
+    content = file_record(path)
+    settings = None if "sha256" in content else read_manifest(path.parent).get(path.name, {}).get("settings")
+    return _digest([content, settings])[:16]
 
 
-def _why_stale(record: dict | None, settings: dict, folder: Path) -> str | None:
-    """Why a recorded array cannot be used as it is: None if it can, "" if there is no record of it."""
-    if record is None:
-        return ""
-    was = record["settings"]
+def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | None:
+    """Why an array and the files that go with it cannot be used as they are; None if they can."""
+    arrays = read_manifest(path.parent)
+    if path.name not in arrays:
+        damaged = not arrays and (path.parent / MANIFEST).exists()
+        return f"{MANIFEST} is corrupt" if damaged else f"{MANIFEST} has no record of it"
+    was, files = arrays[path.name]["settings"], arrays[path.name]["files"]
     for name in [*settings, *was]:
         if was.get(name) != settings.get(name):
             return f"{name} was {was.get(name)!s:.80} and is {settings.get(name)!s:.80}"
-    for name, expected in record["files"].items():
-        file = folder / name
-        if not file.exists():
-            return f"{name} is gone"
-        if file.stat().st_size != expected["bytes"] or file_record(file) != expected:
+    for name, file in outputs.items():
+        if not file.exists() or name not in files:
+            return f"{name} is gone" if name in files else f"{MANIFEST} has no record of {name}"
+        if file.stat().st_size != files[name]["bytes"] or file_record(file) != files[name]:
             return f"{name} is truncated or corrupt"
     return None
+
+
+def _tidy(path: Path, *, unfinished: bool) -> None:
+    """Delete what killed builds of a file left behind; with `unfinished`, the blocks to go on from as well."""
+    for ending in ("*.tmp", "partial", "progress.json") if unfinished else ("*.tmp",):
+        for file in path.parent.glob(f"{glob.escape(path.name)}.{ending}"):
+            file.unlink(missing_ok=True)
 
 
 def cached(
@@ -308,10 +367,10 @@ def cached(
 
     Args:
         path: the array; its folder holds the manifest.
-        settings: everything the content depends on, JSON-able.
+        settings: everything the content depends on (see `plain` for what JSON makes of it).
         build: writes `path` and `files`, returns statistics.
         files: what else `build` writes.
-        force_reprocess: build in any case, as does REPROCESS=1 in the environment.
+        force_reprocess: build in any case and from the beginning, as does REPROCESS=1 in the environment.
 
     Returns:
         The statistics, of this build or of the one that made the files.
@@ -319,24 +378,22 @@ def cached(
     Raises:
         PermissionError: it has to be built and the folder is read-only.
     """
-    path, settings = Path(path), json.loads(json.dumps(settings))
-    force = force_reprocess or reprocess_requested()
-
-    def stale() -> str | None:
-        return _why_stale(read_manifest(path.parent).get(path.name), settings, path.parent)
-
-    if not force and stale() is None:
-        return read_manifest(path.parent)[path.name]["stats"]
-    check_writable(path.parent)
-    with FileLock(path.parent / ".lock"):  # two notebooks may want the same array at once
-        reason = "REPROCESS" if force else stale()
+    path, settings = Path(path), plain(settings)
+    folder, force = path.parent, force_reprocess or reprocess_requested()
+    outputs = {os.path.relpath(file, folder): Path(file) for file in (path, *files)}
+    if not force and _why_stale(path, settings, outputs) is None:
+        return read_manifest(folder)[path.name]["stats"]
+    check_writable(folder)
+    with FileLock(folder / ".lock"):  # two notebooks may want the same array at once
+        reason = "asked for (REPROCESS=1, force_reprocess)" if force else _why_stale(path, settings, outputs)
         if reason is None:
-            return read_manifest(path.parent)[path.name]["stats"]
-        if reason and path.exists():
+            return read_manifest(folder)[path.name]["stats"]
+        if path.exists() or path.name in read_manifest(folder):
             warnings.warn(f"building {path.name} again: {reason}", stacklevel=3)
-        stats = json.loads(json.dumps(build()))
-        outputs = {os.path.relpath(file, path.parent): file_record(file) for file in (path, *files)}
-        arrays = read_manifest(path.parent)
-        arrays[path.name] = {"settings": settings, "stats": stats, "files": outputs}
-        write_json(path.parent / MANIFEST, {"format": MANIFEST_FORMAT, "arrays": arrays})
+        for file in (*outputs.values(), folder / MANIFEST):
+            _tidy(file, unfinished=force)
+        stats = plain(build())
+        record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
+        _write_manifest(folder, read_manifest(folder) | {path.name: record})
+        _tidy(path, unfinished=True)
     return stats

@@ -3,10 +3,10 @@
 `fit` is the loop that notebook 05 writes by hand, made safe for long runs: gradient accumulation, several
 processes, bfloat16, a log, checkpoints and an exact resume. It is built on two decisions.
 
-- *The data is one endless stream*: epoch after epoch of shuffled sequences, each order drawn from (seed,
-  epoch). A step is a place in that stream, so a resumed run only has to know its step.
-- *A step's loss is the mean over its tokens*, not over its batches: micro-batches and processes are weighted
-  by their tokens, so cutting a batch into pieces changes neither the loss nor the gradient.
+- *The data is one endless stream*: epoch after epoch of shuffled sequences. A step is a place in it, so a
+  resumed run only has to know its step.
+- *A step's loss is the mean over its tokens*: micro-batches and processes are weighted by their tokens, so
+  cutting a batch into pieces changes neither the loss nor the gradient.
 """
 
 import math
@@ -27,8 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from retro_nb.checkpoints import Checkpoints, History, Log, interrupt_between_steps, read_log  # noqa: F401
 from retro_nb.storage import PathLike
 
-PAPER_WARMUP_STEPS = 750
-PAPER_FIRST_LR = 1e-7
+PAPER_WARMUP_STEPS = 750  # appendix C.1
 FREE_SETTINGS = ("epochs", "log_every", "eval_every", "checkpoint_every")  # may change when a run goes on
 
 
@@ -57,7 +56,7 @@ def learning_rate(step: int, *, steps: int, lr: float = 3e-4, warmup_steps: int 
     `lr` at the last step.
     """
     if step < warmup_steps:
-        first = min(PAPER_FIRST_LR, lr)
+        first = min(1e-7, lr)
         return first + (lr - first) * step / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
@@ -75,10 +74,7 @@ class ShuffledBatches(Sampler[list[int]]):
         self, length: int, batch_size: int, seed: int = 0, *, start: int = 0, share: tuple[int, int] = (0, 1)
     ) -> None:
         if length < 1 or batch_size < share[1]:
-            raise ValueError(
-                f"{length} sequences in batches of {batch_size} for {share[1]} processes: there must be at least "
-                f"one sequence, and one a process in each batch"
-            )
+            raise ValueError(f"{length} sequences in batches of {batch_size}: too few for {share[1]} process(es)")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.share = start, share
 
@@ -103,8 +99,7 @@ def split_by_document(dataset: Dataset, valid_share: float = 0.1, seed: int = 0)
     """
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share {valid_share} is not between 0 and 1: pass e.g. 0.1")
-    owners = np.asarray(dataset.sequence_documents)
-    documents = np.unique(owners)
+    documents = np.unique(owners := np.asarray(dataset.sequence_documents))
     if len(documents) < 2:
         raise ValueError(f"{len(documents)} document(s) cannot be split by document: pass a larger corpus")
     count = min(max(1, round(valid_share * len(documents))), len(documents) - 1)
@@ -175,7 +170,7 @@ class _Trainer:
         optimizer = get_optimizer(retro.parameters(), run["lr"], run["wd"], filter_by_requires_grad=True)
         self.model, self.optimizer = accelerator.prepare(retro, optimizer)
 
-    def stream(self, train: Dataset, done: int, num_workers: int) -> Iterator[list[tuple[Tensor, ...]]]:
+    def stream(self, train: Dataset, done: int, num_workers: int) -> Iterator[list[Sequence[Tensor]]]:
         """The micro-batches (seq, retrieved) of step `done` + 1, then of the one after it, and so on."""
         run, start = self.run, done * self.run["accumulate"]
         share = (self.accelerator.process_index, self.accelerator.num_processes)
@@ -186,7 +181,7 @@ class _Trainer:
         while True:
             yield list(islice(batches, run["accumulate"]))
 
-    def step(self, step: int, batches: list[tuple[Tensor, ...]]) -> tuple[float, Tensor, Tensor, Tensor]:
+    def step(self, step: int, batches: list[Sequence[Tensor]]) -> tuple[float, Tensor, Tensor, Tensor]:
         """One optimizer step: (learning rate, this process's share of the loss, gradient norm, all tokens).
 
         Each micro-batch's mean loss is weighted by its share of the step's tokens. The factor `num_processes`
@@ -226,7 +221,7 @@ class _Trainer:
 
 def _new_accelerator() -> Accelerator:
     AcceleratorState._reset_state()  # a notebook's earlier Accelerator may have had another precision
-    # Without neighbours the encoder has no gradient: for the baseline always, else in a batch without any.
+    # Without retrieval the encoder has no gradient, which several processes do not expect.
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(mixed_precision="no", kwargs_handlers=[handler])
 
@@ -245,8 +240,8 @@ def _resolve(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if not 0 <= run["warmup_steps"] < run["steps"]:
         raise ValueError(f"warmup_steps {run['warmup_steps']} must be from 0 to below steps, {run['steps']}")
     if run["precision"] is None:
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        run["precision"] = "bf16" if has_bf16 else "no"
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        run["precision"] = "bf16" if bf16 else "no"
     if run["precision"] not in ("no", "bf16"):
         raise ValueError(f'precision {run["precision"]!r} is unknown: pass "no" or "bf16"')
     return {name: run[name] for name in run if name not in FREE_SETTINGS}
@@ -288,8 +283,7 @@ def fit(
             out, the warm-up is a tenth of the steps, at most the paper's 750.
         grad_clip, precision: largest norm of the gradient (math.inf: no clipping); "no" or "bf16" (autocast),
             left out "bf16" on a GPU that has it.
-        retrieval: False drops the neighbours and so trains the baseline.
-        seed: of the data's order and of dropout; also seeds random, numpy and torch.
+        retrieval, seed: False trains the baseline, without neighbours; order of the data, and global seed.
         out_dir, resume: folder for log.jsonl and checkpoints/; left out, nothing is written. A run whose
             checkpoint is there goes on, with the same losses as if never stopped; resume=False removes it.
         log_every, eval_every, checkpoint_every: steps between reading the losses off the device, evaluating

@@ -15,6 +15,8 @@ from retro_nb import experiments, refresh, sweep
 from retro_nb.__main__ import main
 from retro_nb.experiments import cast
 
+PRESETS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
+
 PARAMETERS = """\
 seed: int = 0  # random seed
 lr: float = 0.1  # learning rate
@@ -216,12 +218,12 @@ def test_a_sweep_survives_a_failed_point_resumes_and_draws(project, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.glob("lr=0.01,seed=0-*/result.json")}
     assert len(before) == 1
 
-    _, results = sweep.run_sweep(sweep_file(project, "[0, 1]", grid="{lr: [1e-2, 1.0], seed: [0, 1]}"))
-    assert [result.status for result in results] == ["done"] * 4
+    _, results = sweep.run_sweep(sweep_file(project, "[0, 1]", grid="{lr: [1e-2], seed: [0, 1]}"))
+    assert [result.status for result in results] == ["done"] * 2
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished point ran again"
     with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["loss"]) for row in rows] == pytest.approx([0.01, 0.02, 1.0, 2.0])
+    assert [float(row["loss"]) for row in rows] == pytest.approx([0.01, 0.02])
     assert "| 0.01 | 0.015" in (folder / "table.md").read_text(encoding="utf-8")
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -283,9 +285,9 @@ def test_a_bad_sweep_file_is_refused(project, more, message, capsys):
 def test_refresh_replaces_what_succeeds_by_its_normal_form(project):
     noisy = 'import sys\nprint("out")\nprint("err", file=sys.stderr)\nprint("more", flush=True)'
     shown = f"from IPython.display import display\ndisplay({{{refresh.WIDGET!r}: {{}}}}, raw=True)"
-    path = write_notebook(project / "notebooks" / "01_noisy.ipynb", "n: int = 1  # n", noisy, shown, "1 / 0")
+    path = write_notebook(project / "notebooks" / "01_noisy.ipynb", "n: int = 1  # n", noisy, shown, "2 * n")
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells[-1].metadata = {"tags": ["raises-exception"], "execution": {"iopub": "2026"}}
+    notebook.cells[-1].metadata = {"tags": ["nbval-check-output"], "execution": {"iopub": "2026"}}
     notebook.metadata["widgets"] = {}
     ids = [cell.id for cell in notebook.cells]
     nbformat.write(notebook, path)
@@ -301,8 +303,30 @@ def test_refresh_replaces_what_succeeds_by_its_normal_form(project):
     }
     assert [cell.id for cell in fresh.cells] == ids
     assert [cell.execution_count for cell in fresh.cells[1:]] == [1, 2, 3, 4]
-    tags = [{}, {"tags": ["parameters"]}, {}, {}, {"tags": ["raises-exception"]}]
+    tags = [{}, {"tags": ["parameters"]}, {}, {}, {"tags": ["nbval-check-output"]}]
     assert [cell.metadata for cell in fresh.cells] == tags
-    streams, widgets, error = (cell.outputs for cell in fresh.cells[2:])
+    streams, widgets, (value,) = (cell.outputs for cell in fresh.cells[2:])
     assert [(stream.name, stream.text) for stream in streams] == [("stdout", "out\nmore\n")]
-    assert widgets == [] and error[0].traceback == ["ZeroDivisionError: division by zero"]
+    assert widgets == [] and value.data == {"text/plain": "2"} and value.execution_count == 4
+
+
+# a real notebook
+
+
+@pytest.mark.skipif(not experiments.series(), reason="no notebooks yet")
+def test_the_first_lesson_runs_with_parameters_and_leaves_metrics(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    tiny = experiments.NOTEBOOKS.parent / "experiments" / "tiny.yaml"
+    folder, (result,) = experiments.run(["00"], tiny, {"seed": "1"})
+    assert result.status == "done", result.error
+    assert metrics(folder) == result.metrics != {}
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["seed"] == 1
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_presets_fit_the_series(path):
+    notebooks = experiments.series()
+    if path.stem.startswith("sweep_") and notebooks:
+        assert sweep.read_sweep(path).points
+    elif notebooks:
+        experiments.choose_parameters(notebooks, path)

@@ -1,0 +1,97 @@
+"""The look that all figures share, and the map of the series."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+# Okabe and Ito's palette. The same thing has the same colour in every notebook.
+COLOURS = {
+    "chunk": "#0072B2",  # blue: the text that is being read or written
+    "neighbour": "#D55E00",  # vermilion: what was retrieved
+    "continuation": "#E69F00",  # orange: what follows it
+    "model": "#009E73",  # green
+    "baseline": "#56B4E9",  # sky blue: without retrieval
+    "control": "#CC79A7",  # pink: shuffled neighbours
+    "muted": "#999999",
+    "ink": "#222222",
+}
+SEQUENTIAL = "cividis"  # for values from low to high
+DIVERGING = "PuOr"  # for values around zero
+
+STEPS = ["text", "chunks", "vectors", "neighbours", "RETRO", "training", "samples"]
+NOTEBOOKS = ["", "01", "02", "03", "04", "05", "06"]
+
+
+def use_style() -> None:
+    """House style for every figure: readable at notebook width, light, without frames."""
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (8, 3.6),
+            "figure.dpi": 90,
+            "savefig.dpi": 90,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E6E6E6",
+            "axes.prop_cycle": matplotlib.cycler(
+                color=[COLOURS[name] for name in ("chunk", "neighbour", "model", "continuation", "control", "baseline")]
+            ),
+            "image.cmap": SEQUENTIAL,
+            "legend.frameon": False,
+        }
+    )
+
+
+def blank(width: float, height: float) -> tuple[Figure, plt.Axes]:
+    """A figure to draw on: no axes, one unit an inch, the origin at the lower left."""
+    figure, axes = plt.subplots(figsize=(width, height))
+    axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
+    axes.axis("off")
+    plt.close(figure)  # shown once, as the value of its cell
+    return figure, axes
+
+
+def box(
+    axes: plt.Axes, x: float, y: float, w: float, h: float, text: str = "", *, colour: str, **style: object
+) -> None:
+    """A rounded box with its lower left corner at (x, y); `colour` fills it, text is dark or white as it suits."""
+    patch = FancyBboxPatch(
+        (x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06", facecolor=colour, edgecolor="none", **style
+    )
+    axes.add_patch(patch)
+    red, green, blue, _ = matplotlib.colors.to_rgba(colour)
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.6
+    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", color=COLOURS["ink"] if light else "white")
+
+
+def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], **style: object) -> None:
+    """A thin arrow from start to end."""
+    look = {"arrowstyle": "-|>", "mutation_scale": 10, "color": COLOURS["muted"], "linewidth": 1.2, **style}
+    axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
+
+
+def pipeline(step: str = "") -> Figure:
+    """The road from text to samples, one box a notebook, with this step lit (none: all are).
+
+    Raises:
+        ValueError: no such step.
+    """
+    if step and step not in STEPS:
+        raise ValueError(f"no step {step!r}; the steps are {', '.join(STEPS)}")
+    width, gap = 1.02, 0.2
+    figure, axes = blank(len(STEPS) * (width + gap) - gap + 0.1, 0.85)
+    for i, (name, notebook) in enumerate(zip(STEPS, NOTEBOOKS, strict=True)):
+        x = 0.05 + i * (width + gap)
+        box(axes, x, 0.3, width, 0.45, name, colour=COLOURS["chunk"] if step in ("", name) else "#DDE3E8")
+        axes.text(x + width / 2, 0.12, notebook, ha="center", va="center", fontsize=8, color=COLOURS["muted"])
+        if i:
+            arrow(axes, (x - gap, 0.525), (x, 0.525))
+    return figure

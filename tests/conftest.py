@@ -1,0 +1,84 @@
+"""Fixtures that several test modules use."""
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core; and no warning about forks in DataLoader workers
+
+import pytest
+import torch
+
+from retro_nb.chunking import bert_folder
+from retro_nb.corpus import Document
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables that change what the package does are not inherited from the caller's shell."""
+    for name in ("REPROCESS", "RETRO_NB_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT of width 32 and the default BERT's vocabulary: real code, no time."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    config = BertConfig(
+        vocab_size=30522,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    for file in Path(bert_folder()).glob("*token*.json"):
+        shutil.copy(file, folder)
+    shutil.copy(Path(bert_folder()) / "vocab.txt", folder)
+    return folder
+
+
+@pytest.fixture
+def sample_corpus() -> list[Document]:
+    """Five documents of 9 to 400 words, words of one and of several pieces; the same each time."""
+    words = "the people of every state shall prosper, and Commerce with foreign nations; antediluvian".split()
+    lengths = [9, 64, 130, 400, 33]
+    return [
+        Document(" ".join(words[(i * i + d) % len(words)] for i in range(n)), f"document {d}", f"sample/{d}.txt")
+        for d, n in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="session")
+def run_apart() -> Callable[..., list[int]]:
+    """Run a function in one or more processes of their own at once; return their exit codes.
+
+    They are forks of a server that has imported the heavy modules once: real processes, at 0.1 s each.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["retro_nb.embedding", "transformers.models.bert.modeling_bert"])
+
+    def run(function: Callable, *args: object, processes: int = 1) -> list[int]:
+        children = [context.Process(target=function, args=args) for _ in range(processes)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+        codes = [child.exitcode for child in children]
+        for child in children:
+            child.kill()
+        return codes
+
+    return run

@@ -1,0 +1,469 @@
+"""Arrays on disk: whole or not there, in their place or as before, and rebuilt for a reason that is told."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retro_nb import storage
+from retro_nb.storage import (
+    ArrayWriter,
+    ResumableRows,
+    array_key,
+    cached,
+    check_writable,
+    file_record,
+    open_array,
+    plain,
+    read_manifest,
+    replacing,
+    write_json,
+)
+
+per_example = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def files_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()} - {".lock"}
+
+
+# ArrayWriter
+
+
+@per_example
+@given(steps=st.lists(st.one_of(st.integers(0, 5), st.integers(-9, -1)), max_size=12), width=st.integers(1, 3))
+def test_what_is_appended_and_cut_off_is_what_numpy_reads(tmp_path, steps, width):
+    """A step ≥ 0 appends as many rows, one below 0 cuts rows off; a plain list does the same."""
+    path, model, values = tmp_path / "a.npy", [], iter(range(10_000))
+    with ArrayWriter(path, np.int32, (width,)) as writer:
+        for step in steps:
+            if step >= 0:
+                rows = [[next(values) for _ in range(width)] for _ in range(step)]
+                writer.append(np.array(rows, np.int64).reshape(-1, width))
+                model += rows
+            else:
+                model = model[: max(0, len(model) + step)]
+                writer.truncate(len(model))
+    array = np.load(path)
+    assert array.dtype == np.int32 and array.shape == (len(model), width) and array.tolist() == model
+    assert path.stat().st_size == 128 + 4 * width * len(model)
+
+
+def test_an_error_leaves_the_old_array_and_nothing_else(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    with pytest.raises(KeyError), ArrayWriter(tmp_path / "a.npy", np.int32) as writer:
+        writer.append(np.arange(100))
+        raise KeyError
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2] and files_in(tmp_path) == {"a.npy"}
+
+
+def full_disk(limit):
+    """Make this process unable to write more than so many bytes into any file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def write_array_on_full_disk(path, limit):
+    full_disk(limit)
+    with (
+        pytest.raises(OSError, match="could not write .*a.npy: File too large") as caught,
+        ArrayWriter(path, "i4") as a,
+    ):
+        a.append(np.arange(1000))
+    assert caught.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize("limit", [0, 100, 128, 4000])  # nothing; not the header; the header alone; the start
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_array(tmp_path, run_apart, limit):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert run_apart(write_array_on_full_disk, tmp_path / "a.npy", limit) == [0]
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2] and files_in(tmp_path) == {"a.npy"}
+
+
+def write_rows_on_full_disk(path, limit):
+    rows = ResumableRows(path, (1000, 4), np.float32, {})
+    full_disk(limit)
+    with pytest.raises(OSError, match=r"could not write .*a\.npy"):
+        compute(rows, 100)
+
+
+def test_after_a_full_disk_the_finished_blocks_are_kept(tmp_path, run_apart):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert run_apart(write_rows_on_full_disk, tmp_path / "a.npy", 128 + 16 * 250) == [0]
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
+    assert ResumableRows(tmp_path / "a.npy", (1000, 4), np.float32, {}).done == 200
+
+
+# replacing and JSON
+
+
+def write_many(path):
+    for number in range(150):
+        write_json(path, {"number": number, "padding": "x" * 20_000})
+
+
+def test_two_processes_writing_one_file_never_break_it(tmp_path, run_apart):
+    assert run_apart(write_many, tmp_path / "a.json", processes=2) == [0, 0]
+    assert json.loads((tmp_path / "a.json").read_text())["number"] == 149 and files_in(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize("name", ["with space.json", "naïve 日本 👍.json", "[a]*?.json"])
+def test_unusual_names(tmp_path, name):
+    value = {"title": "naïve", "undecodable file name": os.fsdecode(b"caf\xe9.txt"), "none": None}
+    write_json(tmp_path / name, value)
+    assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == value and files_in(tmp_path) == {name}
+
+
+def test_plain_is_what_json_gives_back():
+    value = {"shape": (2, np.int64(3)), "rate": np.float32(0.5), "path": Path("a") / "b", 1: True}
+    assert plain(value) == {"shape": [2, 3], "rate": 0.5, "path": os.path.join("a", "b"), "1": True}
+    assert plain(plain(value)) == plain(value)
+    with pytest.raises(TypeError):
+        plain({"anything": object()})
+
+
+# ResumableRows
+
+
+def value_of(rows, row):
+    """Rows that depend on the settings, so that a mixture of two would be seen."""
+    return hash((row, json.dumps(rows.settings))) % 1000
+
+
+def compute(rows, block, blocks=10**9):
+    """Compute at most so many blocks; finish if all are done."""
+    for part, _ in zip(rows.blocks(block), range(blocks), strict=False):
+        rows.write(part, np.array([[value_of(rows, i)] * rows.shape[1] for i in range(part.start, part.stop)]))
+    if rows.done == rows.shape[0]:
+        rows.finish()
+
+
+@per_example
+@given(
+    runs=st.lists(st.tuples(st.sampled_from(["a", ("b", 1)]), st.integers(1, 7), st.integers(0, 3)), max_size=8),
+    count=st.integers(0, 12),
+)
+def test_runs_that_stop_anywhere_with_settings_to_and_fro_give_the_rows_of_the_last(tmp_path, runs, count):
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    for which, block, blocks in [*runs, ("a", 4, 10**9)]:
+        rows = ResumableRows(tmp_path / "a.npy", (count, 2), np.float32, {"which": which})
+        compute(rows, block, blocks)
+    array = np.load(tmp_path / "a.npy")
+    assert array.shape == (count, 2) and array[:, 0].tolist() == [value_of(rows, i) for i in range(count)]
+
+
+def test_finished_rows_are_not_computed_again_even_if_settings_hold_tuples(tmp_path):
+    compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {"pair": (1, 2)}), 3, blocks=2)
+    again = ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {"pair": (1, 2)})
+    assert list(again.blocks(3)) == [slice(6, 9), slice(9, 10)]
+
+
+@pytest.mark.parametrize("other", [{"shape": (11, 2)}, {"dtype": np.float64}, {"settings": {"b": 2}}])
+def test_other_rows_start_afresh(tmp_path, other):
+    about = {"shape": (10, 2), "dtype": np.float32, "settings": {"a": 1}}
+    compute(ResumableRows(tmp_path / "a.npy", **about), 3, blocks=2)
+    assert ResumableRows(tmp_path / "a.npy", **about).done == 6
+    assert ResumableRows(tmp_path / "a.npy", **{**about, **other}).done == 0
+
+
+def test_a_note_never_outlives_the_rows_that_it_is_about(tmp_path, monkeypatch):
+    """Killed between writing the first block of other rows and noting it: the old note must not vouch for it."""
+    compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, "old"), 5, blocks=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_json", lambda *_: os.kill(os.getpid(), 0))
+        compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, "new"), 5, blocks=1)
+    assert ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, "old").done == 0
+
+
+@pytest.mark.parametrize("keep", [0, 100, 128 + 6 * 8 - 1])
+def test_a_note_about_rows_that_are_not_there_is_not_believed(tmp_path, keep):
+    compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {}), 3, blocks=2)
+    os.truncate(tmp_path / "a.npy.partial", keep)
+    assert ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {}).done == 0
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", "null", '{"rows": null}', '{"rows": "6"}', "{}"])
+def test_a_corrupt_note_is_not_believed(tmp_path, note):
+    compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {}), 3, blocks=2)
+    (tmp_path / "a.npy.progress.json").write_text(note)
+    assert ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {}).done == 0
+
+
+# open_array
+
+
+def test_arrays_open_read_only_and_in_the_shape_asked_for(tmp_path):
+    rows = np.arange(12, dtype=np.int32).reshape(4, 3)
+    np.save(tmp_path / "a.npy", rows)
+    rows.tofile(tmp_path / "raw.dat")
+    for array in (open_array(tmp_path / "a.npy"), open_array(tmp_path / "raw.dat", shape=(4, 3))):
+        assert np.array_equal(array, rows) and not array.flags.writeable
+    for name in ("a.npy", "raw.dat"):  # the reference allocates more rows than it fills
+        assert np.array_equal(open_array(tmp_path / name, shape=(2, 3)), rows[:2])
+    assert (tmp_path / "raw.dat").stat().st_size == 48, "reading must not grow a raw file"
+    np.save(tmp_path / "none.npy", np.empty((0, 3), np.int32))
+    assert open_array(tmp_path / "none.npy", shape=(0, 3)).shape == (0, 3)
+
+
+def test_what_cannot_be_opened_is_named_with_the_reason(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no array at .*gone.npy: build it first"):
+        open_array(tmp_path / "gone.npy")
+    np.save(tmp_path / "a.npy", np.zeros((4, 3), np.int32))
+    for shape in [(5, 3), (4, 2), (4,), (4, 3, 1)]:
+        with pytest.raises(ValueError, match=r"a.npy has shape \(4, 3\), wanted"):
+            open_array(tmp_path / "a.npy", shape=shape)
+    np.save(tmp_path / "scalar.npy", np.int32(3))
+    with pytest.raises(ValueError, match=r"scalar.npy has shape \(\), wanted"):
+        open_array(tmp_path / "scalar.npy", shape=(1,))
+    for content, shape in [(b"", (4, 3)), (b"x" * 47, (4, 3)), (b"x" * 100, None)]:
+        (tmp_path / "raw.dat").write_bytes(content)
+        with pytest.raises(ValueError, match=f"raw.dat has no .npy header and {len(content)} bytes"):
+            open_array(tmp_path / "raw.dat", shape=shape)
+
+
+def test_a_file_truncated_anywhere_is_named(tmp_path):
+    np.save(tmp_path / "whole.npy", np.arange(12, dtype=np.int32).reshape(4, 3))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "a.npy").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a\.npy .*truncated"):
+            open_array(tmp_path / "a.npy", shape=(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_header_is_named_or_harmless(tmp_path):
+    """Any byte of the header changed to any of these: a ValueError naming the file, or an array all the same."""
+    np.save(tmp_path / "whole.npy", np.arange(12, dtype=np.int32).reshape(4, 3))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    for place in range(6, 128):
+        for value in {whole[place] ^ 1, whole[place] ^ 64, whole[place] ^ 128, 0, *b"(9'\\-#"}:
+            damaged = bytearray(whole)
+            damaged[place] = value
+            (tmp_path / "a.npy").write_bytes(damaged)
+            try:
+                open_array(tmp_path / "a.npy")
+            except ValueError as error:
+                assert "a.npy" in str(error)
+
+
+# the manifest and cached
+
+
+def square(folder, size=3, *, fail=False, **options):
+    """Build `square.npy` and its companion; return (stats, whether it was built)."""
+    built = []
+
+    def build():
+        built.append(1)
+        for name, power in (("square.npy", 2), ("cube.npy", 3)):
+            with ArrayWriter(folder / name, np.int64) as writer:
+                writer.append(np.arange(size) ** power)
+        if fail:
+            raise RuntimeError("failed")
+        return {"size": np.int64(size)}
+
+    options.setdefault("files", (folder / "cube.npy",))
+    return cached(folder / "square.npy", {"size": size}, build, **options), bool(built)
+
+
+def test_a_first_build_is_silent_and_a_second_does_nothing(tmp_path, recwarn):
+    assert square(tmp_path / "new") == ({"size": 3}, True)
+    assert square(tmp_path / "new") == ({"size": 3}, False)
+    assert files_in(tmp_path / "new") == {"square.npy", "cube.npy", "manifest.json"} and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: os.truncate(folder / "square.npy", 140), "square.npy is truncated or corrupt"),
+        (lambda folder: flip(folder / "square.npy", -1), "square.npy is truncated or corrupt"),
+        (lambda folder: flip(folder / "cube.npy", 130), "cube.npy is truncated or corrupt"),
+        (lambda folder: (folder / "cube.npy").unlink(), "cube.npy is gone"),
+        (lambda folder: (folder / "square.npy").unlink(), "square.npy is gone"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json has no record of it"),
+        (lambda folder: os.truncate(folder / "manifest.json", 100), "manifest.json is corrupt"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is corrupt"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\x00"), "manifest.json is corrupt"),
+    ],
+)
+def test_damage_is_mended_and_the_reason_told(tmp_path, damage, reason):
+    square(tmp_path)
+    whole = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
+    damage(tmp_path)
+    with pytest.warns(UserWarning, match=f"building square.npy again: {reason}"):
+        assert square(tmp_path) == ({"size": 3}, True)
+    assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == whole
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore:building")
+def test_any_byte_of_the_manifest_may_be_wrong(tmp_path):
+    square(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        flip(manifest, place)
+        assert square(tmp_path)[0] == {"size": 3}
+        manifest.write_bytes(whole)
+
+
+def test_other_settings_rebuild_and_are_named(tmp_path):
+    square(tmp_path)
+    with pytest.warns(UserWarning, match="building square.npy again: size was 3 and is 4"):
+        assert square(tmp_path, 4) == ({"size": 4}, True)
+    assert np.load(tmp_path / "cube.npy").tolist() == [0, 1, 8, 27]
+
+
+def test_a_companion_under_another_name_is_built(tmp_path):
+    square(tmp_path)
+    (tmp_path / "cube.npy").rename(tmp_path / "elsewhere.npy")
+    with pytest.warns(UserWarning, match=r"manifest.json has no record of elsewhere.npy"):
+        assert square(tmp_path, files=(tmp_path / "elsewhere.npy",))[1]
+
+
+def test_a_failed_build_keeps_the_record_of_what_is_there(tmp_path):
+    square(tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError):
+        square(tmp_path, 4, files=(), fail=True)
+    with pytest.warns(UserWarning, match="truncated or corrupt"):  # it had moved its files before it failed
+        assert square(tmp_path)[1]
+
+
+def test_reprocess_builds_all_from_the_beginning(tmp_path, monkeypatch):
+    for force, variable in ((True, ""), (False, "1")):
+        square(tmp_path)
+        np.save(tmp_path / "square.npy.partial.npy", np.zeros(1))  # not ours: stays
+        for name in ("partial", "progress.json", "4711.tmp"):
+            (tmp_path / f"square.npy.{name}").write_text("left by a killed build")
+        monkeypatch.setenv("REPROCESS", variable)
+        with pytest.warns(UserWarning, match="building square.npy again: asked for"):
+            assert square(tmp_path, force_reprocess=force) == ({"size": 3}, True)
+        assert files_in(tmp_path) == {"square.npy", "cube.npy", "manifest.json", "square.npy.partial.npy"}
+
+
+def test_arrays_of_one_folder_are_recorded_apart(tmp_path):
+    square(tmp_path)
+    cached(tmp_path / "b.npy", {"b": 1}, lambda: np.save(tmp_path / "b.npy", np.zeros(2)) or {"b": 2})
+    assert square(tmp_path) == ({"size": 3}, False)
+    assert set(read_manifest(tmp_path)) == {"square.npy", "b.npy"}
+
+
+def build_slowly(folder):
+    def build():
+        with open(folder / "builds.log", "a") as log:
+            log.write("built\n")
+        time.sleep(0.3)
+        np.save(folder / "a.npy", np.arange(5))
+        return {"rows": 5}
+
+    assert cached(folder / "a.npy", {"rows": 5}, build) == {"rows": 5}
+
+
+def test_processes_that_want_the_same_array_build_it_once(tmp_path, run_apart):
+    assert run_apart(build_slowly, tmp_path, processes=3) == [0, 0, 0]
+    assert (tmp_path / "builds.log").read_text() == "built\n"
+
+
+def snapshot(folder):
+    """Content and time of change of all files, and of the folder itself, in which a new file would show."""
+    entries = [folder, *sorted(folder.iterdir())]
+    return [(e.name, e.stat().st_mtime_ns, e.read_bytes() if e.is_file() else None) for e in entries]
+
+
+def test_a_finished_folder_is_only_read(tmp_path):
+    square(tmp_path)
+    before = snapshot(tmp_path)
+    assert square(tmp_path) == ({"size": 3}, False) and snapshot(tmp_path) == before
+
+
+def read_only(folder):
+    if os.geteuid() == 0:  # nothing is read-only to root
+        os.setuid(65534)
+    assert square(folder) == ({"size": 3}, False)
+    with pytest.raises(PermissionError, match=r"the work folder .* has to be built but cannot be written"):
+        square(folder, 4)
+
+
+def test_a_read_only_folder_works_when_complete_and_says_so_when_not(tmp_path_factory, run_apart):
+    folder = Path(os.path.realpath("/tmp")) / f"retro_nb_read_only_{os.getpid()}"  # pytest's own are closed to others
+    try:
+        square(folder)
+        folder.chmod(0o555)
+        before = snapshot(folder)
+        assert run_apart(read_only, folder) == [0]
+        assert snapshot(folder) == before
+    finally:
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_folders_that_cannot_be_are_met_at_the_door(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    places = [tmp_path / "file", tmp_path / "file" / "below"]
+    for folder in [*places, Path("/proc/retro")] if sys.platform == "linux" else places:
+        with pytest.raises(PermissionError, match=f"{folder} has to be built but cannot be written"):
+            check_writable(folder)
+    check_writable(tmp_path / "made" / "on the way")
+    assert not list((tmp_path / "made" / "on the way").iterdir())
+
+
+# identities
+
+
+def test_records_of_large_files_are_of_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CHECKSUM_BLOCK", 10)
+    monkeypatch.setattr(storage, "CHECKSUM_LIMIT", 40)
+    file = tmp_path / "a"
+    for size, kind in ((0, "sha256"), (40, "sha256"), (41, "sample_sha256"), (95, "sample_sha256")):
+        file.write_bytes(bytes(size))
+        before = file_record(file)
+        assert set(before) == {"bytes", kind} and before["bytes"] == size
+        for place in {0, size - 1} if size else ():  # the first and the last block are always in it
+            flip(file, place)
+            assert file_record(file) != before
+            flip(file, place)
+        assert file_record(file) == before
+
+
+def test_the_identity_of_an_array_is_its_content(tmp_path):
+    square(tmp_path)
+    key = array_key(tmp_path / "square.npy")
+    shutil.copy(tmp_path / "square.npy", tmp_path / "copy.npy")
+    assert array_key(tmp_path / "copy.npy") == key
+    with pytest.warns(UserWarning, match="asked for"):
+        square(tmp_path, force_reprocess=True)
+    assert array_key(tmp_path / "square.npy") == key
+    flip(tmp_path / "square.npy", -1)
+    assert array_key(tmp_path / "square.npy") != key
+
+
+def test_a_temporary_name_is_gone_whatever_happens(tmp_path):
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    with replacing(tmp_path / "deep" / "a") as temporary:
+        temporary.write_text("whole")
+    assert files_in(tmp_path) == {"deep"} and files_in(tmp_path / "deep") == {"a"}
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(FileNotFoundError, match="could not write .*b"),
+        replacing(tmp_path / "b"),
+    ):
+        pass  # nothing was written
