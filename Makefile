@@ -13,7 +13,7 @@ TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 # The stamp holds the folder it was made for: an environment does not survive a move, so a moved clone starts again.
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(shell pwd))
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(shell pwd -P))
 $(shell rm -f $(STAMP))
 endif
 
@@ -50,4 +50,4 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	  || echo "No CPU build could be had: installing the usual one"; fi
 	$(PY) -m pip install -c constraints.txt -e ".[test]"
 	$(PY) -m pip install --no-deps retro-pytorch==0.3.9
-	@pwd > $(STAMP)
+	@pwd -P > $(STAMP)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Int, Int32, Int64
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -110,7 +110,7 @@ def tokenize(
     return ids
 
 
-def decode(ids: Iterable[int], *, bert: PathLike | None = None) -> str:
+def decode(ids: Iterable[int] | Int[Tensor, " n"] | Int[np.ndarray, " n"], *, bert: PathLike | None = None) -> str:
     """Text of token ids, without special tokens. The default BERT is uncased: so is what comes back."""
     return get_tokenizer(bert).decode([int(token) for token in ids], skip_special_tokens=True)
 
@@ -252,7 +252,7 @@ class _ChunkFiles:
                 self._titles.flush()
         return None
 
-    def write(self, document: Document, chunks: Iterable[Chunks], limit: float) -> int | None:
+    def write(self, document: Document, chunks: Iterable[Chunks], limit: int | float) -> int | None:
         """Write one document's chunks; return its number of tokens, or None if `limit` chunks are too few."""
         first, tokens = self.chunks.rows, 0
         for rows, spans in chunks:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,7 +22,7 @@ from retro_nb.storage import PathLike, open_array
 
 def knn_to_retrieved_chunks(
     knns: Int[np.ndarray, "*rows k"],
-    chunks_memmap: Int32[np.ndarray, "c m_plus_1"],
+    chunks_memmap: Int[np.ndarray, "c m_plus_1"],
     *,
     add_continuations: bool = True,
     num_chunks: int | None = None,
@@ -38,7 +38,8 @@ def knn_to_retrieved_chunks(
         add_continuations: append F, the chunk after N, for r = 2m tokens; else r = m.
         num_chunks: chunks that count; all of the array if left out.
         pad_id: fills a missing neighbour, and F where N closes its document.
-        eos_id: ends a document where `doc_ids` does not say so, as in the reference.
+        eos_id: ends a document where `doc_ids` does not say so, as in the reference: a row that holds it,
+            be it as the next chunk's token, is the document's last.
         doc_ids: the document of each chunk: F is taken only from N's own document.
 
     Raises:
@@ -54,7 +55,7 @@ def knn_to_retrieved_chunks(
         return retrieved.astype(np.int64)
     following = np.minimum(found + 1, count - 1)
     if doc_ids is None:
-        last = (chunk[..., :-1] == eos_id).any(axis=-1)
+        last = (chunk == eos_id).any(axis=-1)
     else:
         last = doc_ids[following] != doc_ids[found]
     last = (last | (found + 1 == count))[..., None]
@@ -100,7 +101,8 @@ class RETRODataset(Dataset):
     ) -> None:
         super().__init__()
         if seq_len % chunk_size:
-            raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}")
+            nearest = max(1, round(seq_len / chunk_size)) * chunk_size
+            raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
         self.num_chunks, self.chunk_size, self.num_sequences = num_chunks, chunk_size, num_sequences
         self.seq_num_chunks, self.num_neighbors = seq_len // chunk_size, num_neighbors
         self.add_continuations, self.eos_id, self.pad_id = add_continuations, eos_id, int(pad_id)
@@ -119,7 +121,7 @@ class RETRODataset(Dataset):
         if not self._arrays:
             self._arrays = {name: open_array(path, shape=shape) for name, (path, shape) in self._paths.items()}
             if "doc_ids" not in self._arrays:
-                ends = (self._arrays["chunks"][:, :-1] == self.eos_id).any(axis=1)
+                ends = (self._arrays["chunks"] == self.eos_id).any(axis=1)
                 self._arrays["doc_ids"] = np.concatenate([[0], np.cumsum(ends)[:-1]]).astype(np.int32)
         return self._arrays
 
@@ -145,6 +147,8 @@ class RETRODataset(Dataset):
             raise IndexError(f"sequence {ind} of {len(self)}")
         arrays, l = self._open(), self.seq_num_chunks
         first = int(arrays["seqs"][ind])
+        if not 0 <= first < self.num_chunks:
+            raise IndexError(f"sequence {ind} begins at chunk {first} of {self.num_chunks}: of another corpus?")
         rows = slice(first, min(first + l, self.num_chunks))
         own = int((arrays["doc_ids"][rows] == arrays["doc_ids"][first]).sum())  # chunks of this document
         rows = slice(first, first + own)

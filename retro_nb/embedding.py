@@ -119,7 +119,9 @@ def bert_embed(
     limit, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if token_ids.shape[1] > limit:
         raise ValueError(f"{token_ids.shape[1]} tokens in a row, but this BERT has {limit} positions: shorten it")
-    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
+    if not token_ids.numel():
+        return torch.zeros(len(token_ids), model.config.hidden_size)
+    if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
         lowest, highest = int(token_ids.min()), int(token_ids.max())
         raise ValueError(f"ids from {lowest} to {highest}, but this BERT knows 0 to {vocabulary - 1}: same tokenizer?")
     ids = token_ids.to(model.device)

@@ -287,10 +287,16 @@ def _new_folder(label: str) -> Path:
     raise AssertionError("unreachable")
 
 
+def _text(value: Any) -> str:
+    """A value in one line: floats with four digits, nothing for None."""
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return " ".join(text.split())
+
+
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of equal keys as a Markdown table, padded so that it also reads well in a terminal."""
     lines = [rows[0].keys(), *(row.values() for row in rows)]
-    texts = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    texts = [[_text(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
     texts.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in texts]
@@ -304,17 +310,12 @@ def write_index(folder: Path, results: Sequence[Result]) -> None:
     for result in results:
         beside = (folder / f"{result.notebook}.ipynb").exists()
         link = f"{result.notebook}.ipynb" if beside else f"{result.notebook}/{result.notebook}.ipynb"
-        metrics = ", ".join(f"{name} {_short(value)}" for name, value in result.metrics.items())
+        metrics = ", ".join(f"{name} {_text(value)[:40]}" for name, value in result.metrics.items())
         row = {"notebook": f"[{result.notebook}]({link})", "status": result.status}
         row |= {"seconds": result.seconds, "peak MB": result.peak_mb, "metrics": metrics or result.error}
         rows.append(row)
     with replacing(folder / "index.md") as temporary:
         temporary.write_text(f"# Run {folder.name}\n\n{markdown_table(rows)}\n", encoding="utf-8")
-
-
-def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()) if len(text) <= 40 else text[:39] + "…"
 
 
 def run(
@@ -346,7 +347,8 @@ def run(
             before = sum(cells[:number])
 
             def progress(done: int, before: int = before, most: int = cells[number]) -> None:
-                bar.update(before + min(done, most) - bar.n)
+                if (more := before + min(done, most) - bar.n) > 0:
+                    bar.update(more)
 
             results.append(execute(notebook, folder if alone else folder / notebook.stem, values, progress))
             progress(cells[number])

@@ -25,9 +25,14 @@ FLAT_LIMIT = 100_000  # up to here exact search takes seconds; beyond, an invert
 TRAINING_POINTS_PER_LIST = 64
 BLOCK = 65536  # vectors held in memory at a time while an index is filled or searched exactly
 RECALL_TARGET = 0.95
+PQ_CENTROIDS = 256  # of each part of a vector: one byte names one of them
+OVERHEAD = 4096  # bytes of an index file beside its vectors and tables
+# Kinds that leave ids out while they search; from the others more is asked for, and the excluded dropped.
+SELECTIVE = (faiss.IndexFlat, faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexScalarQuantizer)
 
 Distances = Float[np.ndarray, "b k"]
 Neighbours = Int[np.ndarray, "b k"]
+Ranges = Sequence[tuple[int, int]]
 Vectors = Float[np.ndarray, "c d"]
 
 
@@ -54,16 +59,21 @@ def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
         ValueError: nothing fits into `max_bytes`.
     """
     lists = max(1, min(round(4 * count**0.5), count // TRAINING_POINTS_PER_LIST))
-    ladder = [(f"IVF{lists},Flat", 4 * dim + 8), (f"IVF{lists},SQ8", dim + 8)]
-    ladder += [(f"IVF{lists},PQ{dim // part}", dim // part + 8) for part in (4, 8) if dim % part == 0]
+    tables = OVERHEAD + lists * (4 * dim + 8)  # the lists' centroids and lengths
+    ladder = [(f"IVF{lists},Flat", tables + count * (4 * dim + 8))]
+    ladder += [(f"IVF{lists},SQ8", tables + 8 * dim + count * (dim + 8))]
+    if count >= PQ_CENTROIDS:
+        pq = tables + 4 * PQ_CENTROIDS * dim
+        ladder += [(f"IVF{lists},PQ{dim // p}", pq + count * (dim // p + 8)) for p in (4, 8) if dim % p == 0]
     if count <= FLAT_LIMIT:
-        ladder.insert(0, ("Flat", 4 * dim))
-    for spec, bytes_each in ladder:
-        if max_bytes is None or count * bytes_each <= max_bytes:
+        ladder.insert(0, ("Flat", OVERHEAD + count * 4 * dim))
+    for spec, size in ladder:
+        if max_bytes is None or size <= max_bytes:
             return spec
+    spec, size = min(ladder, key=lambda step: step[1])
     raise ValueError(
-        f"{count} vectors of width {dim} need {count * ladder[-1][1]} bytes in the smallest index, "
-        f"{ladder[-1][0]}, but {max_bytes} are allowed: raise max_index_memory_usage or pass index=…"
+        f"{count} vectors of width {dim} need {size} bytes in the smallest index, {spec}, but {max_bytes} are "
+        f"allowed: raise max_index_memory_usage or pass index=…"
     )
 
 
@@ -86,15 +96,15 @@ def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = F
         index = faiss.index_factory(dim, spec, faiss.METRIC_L2)
         if not index.is_trained:
             index.train(_training_sample(vectors, index))
+        for start in tqdm(range(0, count, BLOCK), desc="indexing", disable=not progress):
+            index.add(rows_of(vectors, slice(start, start + BLOCK)))
+        _tune(index, vectors)
     except RuntimeError as error:
         reason = str(error).split(":")[-1].strip()
         raise ValueError(
             f"cannot make the index {spec!r} from {count} vectors of width {dim} ({reason}): an IVFn index "
-            f"needs n vectors to train on, a PQ one 256; use 'Flat' for a small corpus"
+            f"needs n vectors to train on, a PQ one {PQ_CENTROIDS}; use 'Flat' for a small corpus"
         ) from error
-    for start in tqdm(range(0, count, BLOCK), desc="indexing", disable=not progress):
-        index.add(rows_of(vectors, slice(start, start + BLOCK)))
-    _tune(index, vectors)
     return index
 
 
@@ -117,7 +127,10 @@ def innermost(index: faiss.Index) -> faiss.Index:
 
 
 def _tune(index: faiss.Index, vectors: Vectors) -> None:
-    """Double the effort of an approximate index until it finds 95 % of the true 10 nearest, or all it can."""
+    """Double the effort of an approximate index until it finds 95 % of the true 10 nearest.
+
+    One that never does (its vectors are too coarse) keeps the least effort with which it finds most.
+    """
     inner = innermost(index)
     if isinstance(inner, faiss.IndexIVF):
         efforts, setting = [2**i for i in range(20) if 2**i < inner.nlist] + [inner.nlist], (inner, "nprobe")
@@ -126,15 +139,16 @@ def _tune(index: faiss.Index, vectors: Vectors) -> None:
     else:
         return
     queries = rows_of(vectors, np.linspace(0, len(vectors) - 1, min(200, len(vectors))).astype(np.int64))
-    k = min(10, len(vectors))
-    truth, _ = exact_search(vectors, queries, k)
-    reached = -1.0
+    k, recalls = min(10, len(vectors)), {}
+    _, truth = exact_search(vectors, queries, k)
     for effort in efforts:
         setattr(*setting, effort)
         _, found = search(index, queries, k)
-        before, reached = reached, recall(vectors, queries, found, truth)
-        if reached >= RECALL_TARGET or 0 <= reached - before < 0.001:
-            break
+        recalls[effort] = recall(vectors, queries, found, truth)
+        if recalls[effort] >= RECALL_TARGET:
+            return
+    best = max(recalls.values()) - 0.001
+    setattr(*setting, min(effort for effort in efforts if recalls[effort] >= best))
 
 
 def write_index(index: faiss.Index, path: PathLike) -> None:
@@ -157,7 +171,7 @@ def read_index(path: PathLike) -> faiss.Index:
         raise FileNotFoundError(f"there is no index at {path}: build it with chunks_to_index_and_embed")
     try:
         return faiss.read_index(str(path))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # a corrupt length asks for more memory than there is
         raise ValueError(f"{path} is truncated or corrupt: delete it and build it again") from error
 
 
@@ -184,7 +198,8 @@ def search(
     queries: Float[np.ndarray, "b d"],
     k: int,
     *,
-    exclude: Sequence[tuple[int, int]] = (),
+    exclude: Ranges = (),
+    own: Int[np.ndarray, "b 2"] | None = None,
 ) -> tuple[Distances, Neighbours]:
     """The k nearest ids of each query, none of them in an excluded range.
 
@@ -192,10 +207,12 @@ def search(
         index: what to search.
         queries: one vector per row.
         k: how many neighbours.
-        exclude: ranges [first, stop) of ids that must not be found, e.g. the query's own document.
+        exclude: ranges [first, stop) of ids that must not be found.
+        own: for each query one more such range, that of its own document. Runs of equal ranges are
+            searched together.
 
     Returns:
-        Squared L2 distances, ascending, and ids; inf and −1 where fewer than k are found.
+        Squared L2 distances as the index sees them, ascending, and ids; inf and −1 where fewer are found.
 
     Raises:
         ValueError: k is less than 1, or the queries have another width than the index.
@@ -204,12 +221,32 @@ def search(
         raise ValueError(f"k = {k} neighbours: ask for 1 or more")
     if queries.shape[1] != index.d:
         raise ValueError(f"queries of width {queries.shape[1]} for an index of width {index.d}: another BERT?")
-    selector = None
-    for first, stop in exclude:
-        others = faiss.IDSelectorNot(faiss.IDSelectorRange(int(first), int(stop)))
-        selector = others if selector is None else faiss.IDSelectorAnd(selector, others)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    distances, ids = index.search(queries, k, params=search_parameters(index, selector))
+    if own is None or not len(own):
+        return _search_outside(index, queries, k, exclude)
+    starts = np.flatnonzero(np.any(own[1:] != own[:-1], axis=1)) + 1
+    groups = np.split(np.arange(len(own)), starts)
+    found = [_search_outside(index, queries[rows], k, [*exclude, tuple(own[rows[0]].tolist())]) for rows in groups]
+    distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return distances, ids
+
+
+def _search_outside(index: faiss.Index, queries: np.ndarray, k: int, exclude: Ranges) -> tuple[Distances, Neighbours]:
+    if not exclude:
+        distances, ids = index.search(queries, k)
+    elif isinstance(innermost(index), SELECTIVE):
+        selector = None
+        for first, stop in exclude:
+            others = faiss.IDSelectorNot(faiss.IDSelectorRange(int(first), int(stop)))
+            selector = others if selector is None else faiss.IDSelectorAnd(selector, others)
+        distances, ids = index.search(queries, k, params=search_parameters(index, selector))
+    else:
+        more = sum(max(0, int(stop) - int(first)) for first, stop in exclude)
+        distances, ids = index.search(queries, min(k + more, max(k, index.ntotal)))
+        dropped = np.any([(ids >= first) & (ids < stop) for first, stop in exclude], axis=0)
+        order = np.argsort(dropped, axis=1, kind="stable")[:, :k]  # the others to the left, as they were
+        ids = np.take_along_axis(np.where(dropped, NO_NEIGHBOUR, ids), order, axis=1)
+        distances = np.take_along_axis(distances, order, axis=1)
     return np.where(ids < 0, np.float32(np.inf), distances), ids
 
 
@@ -218,7 +255,8 @@ def exact_search(
     queries: Float[np.ndarray, "b d"],
     k: int,
     *,
-    exclude: Sequence[tuple[int, int]] = (),
+    exclude: Ranges = (),
+    own: Int[np.ndarray, "b 2"] | None = None,
 ) -> tuple[Distances, Neighbours]:
     """As `search`, by comparing every query with every vector: the measure of every index."""
     distances = np.full((len(queries), k), np.inf, dtype=np.float32)
@@ -228,7 +266,7 @@ def exact_search(
         flat = faiss.IndexFlatL2(block.shape[1])
         flat.add(block)
         shifted = [(first - start, stop - start) for first, stop in exclude]
-        near, where = search(flat, queries, k, exclude=shifted)
+        near, where = search(flat, queries, k, exclude=shifted, own=None if own is None else own - start)
         distances = np.concatenate([distances, near], axis=1)
         ids = np.concatenate([ids, np.where(where < 0, NO_NEIGHBOUR, where + start)], axis=1)
         best = np.argsort(distances, axis=1, kind="stable")[:, :k]
@@ -236,12 +274,11 @@ def exact_search(
     return distances, ids
 
 
-def recall(vectors: Vectors, queries: np.ndarray, found: Neighbours, true_distances: Distances) -> float:
+def recall(vectors: Vectors, queries: Float[np.ndarray, "b d"], found: Neighbours, truth: Neighbours) -> float:
     """Share of the true neighbours that were found. Ties count: as near as the k-th is near enough."""
     hits = total = 0
-    for query, ids, truth in zip(queries, found, true_distances, strict=True):
-        truth = truth[np.isfinite(truth)]
-        near = ((rows_of(vectors, ids[ids >= 0]) - query) ** 2).sum(axis=1)
-        total += len(truth)
-        hits += min(len(truth), int((near <= truth[-1:] * (1 + 1e-5) + 1e-6).sum())) if len(truth) else 0
+    for query, ids, true in zip(queries, found, truth, strict=True):
+        near, nearest = (((rows_of(vectors, row[row >= 0]) - query) ** 2).sum(axis=1) for row in (ids, true))
+        total += len(nearest)
+        hits += min(len(nearest), int((near <= nearest.max(initial=0) * (1 + 1e-5)).sum()))
     return hits / total if total else 1.0

@@ -7,7 +7,8 @@ k others come back if there are k others.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -44,45 +45,45 @@ from retro_nb.storage import (
 )
 
 RECALL_QUERIES = 2000
+MOST_AT_ONCE = 2**23  # neighbours held in memory while near-duplicates are sorted out
 
 # the neighbours of every chunk
 
 
-def document_ranges(doc_ids: Int[np.ndarray, " c"]) -> Int[np.ndarray, "documents 2"]:
-    """First and last + 1 chunk of each document.
+def own_ranges(doc_ids: Int[np.ndarray, " c"], rows: np.ndarray | range) -> Int[np.ndarray, "b 2"]:
+    """The chunk ids [first, stop) of the document that each of these chunks belongs to.
 
     Raises:
         ValueError: a document's chunks do not lie together.
     """
+    doc_ids = np.asarray(doc_ids)
     if np.any(np.diff(doc_ids) < 0):
         where = int(np.argmax(np.diff(doc_ids) < 0)) + 1
         raise ValueError(f"chunk {where} goes back to document {doc_ids[where]}: a document's chunks lie together")
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(doc_ids)) + 1])
-    return np.stack([starts, np.append(starts[1:], len(doc_ids))], axis=1)
+    return np.stack([np.searchsorted(doc_ids, doc_ids[rows], side) for side in ("left", "right")], axis=1)
 
 
-Find = Callable[[np.ndarray, int, Sequence[tuple[int, int]]], tuple[Distances, Neighbours]]
+Find = Callable[..., tuple[Distances, Neighbours]]  # search(index, …) or exact_search(vectors, …)
 
 
 def _find_others(
-    find: Find, vectors: Vectors, rows: np.ndarray, own: tuple[int, int], k: int, max_similarity: float | None
+    find: Find, vectors: Vectors, rows: np.ndarray, own: np.ndarray, k: int, max_similarity: float | None
 ) -> Neighbours:
-    """k ids for each row, none in `own`, none too similar; asks for more until that is so or all are seen."""
-    ids = np.full((len(rows), k), NO_NEIGHBOUR, dtype=np.int64)
-    candidates = len(vectors) - (own[1] - own[0])
-    wanted = fetch = min(k, candidates)
-    open_rows = np.arange(len(rows))
-    while len(open_rows) and wanted:
-        queries = rows_of(vectors, rows[open_rows])
-        _, found = find(queries, fetch, [own])
-        if max_similarity is not None:
-            found = _drop_similar(vectors, queries, found, max_similarity)
-        ids[open_rows, :wanted] = found[:, :wanted]
-        if max_similarity is None or fetch == candidates:
-            break
-        open_rows = open_rows[(found[:, :wanted] < 0).any(axis=1)]
-        fetch = min(candidates, max(4 * fetch, 64))
-    return ids
+    """k ids for each row, none in its own range, none too similar; asks for more until `find` has no more."""
+    out = np.full((len(rows), k), NO_NEIGHBOUR, dtype=np.int64)
+    left, fetch = np.arange(len(rows)), min(k, len(vectors))
+    while len(left):
+        more = []  # rows that could still be filled
+        for part in np.array_split(left, -(-len(left) * fetch // MOST_AT_ONCE)):
+            queries = rows_of(vectors, rows[part])
+            _, found = find(queries, fetch, own=own[part])
+            seen_all = found[:, -1] < 0
+            if max_similarity is not None:
+                found = _drop_similar(vectors, queries, found, max_similarity)
+            out[part, :fetch] = found[:, :k]
+            more.append(part[~seen_all & (found[:, : min(k, fetch)] < 0).any(axis=1)])
+        left, fetch = np.concatenate(more), min(max(4 * fetch, 64), len(vectors))
+    return out
 
 
 def _drop_similar(vectors: Vectors, queries: np.ndarray, ids: Neighbours, max_similarity: float) -> Neighbours:
@@ -92,7 +93,7 @@ def _drop_similar(vectors: Vectors, queries: np.ndarray, ids: Neighbours, max_si
         row = row[row >= 0]
         near = rows_of(vectors, row)
         cosine = near @ query / (np.linalg.norm(near, axis=1) * np.linalg.norm(query) + 1e-12)
-        row = row[cosine <= max_similarity]
+        row = row[np.minimum(cosine, 1) <= max_similarity]  # rounding may leave a cosine above 1
         out[: len(row)] = row
     return kept
 
@@ -121,19 +122,13 @@ def neighbours(
     Returns:
         Chunk ids by ascending distance; −1 only where no candidate is left.
     """
-    rows = range(len(vectors)) if rows is None else rows
-    out = np.full((len(rows), k), NO_NEIGHBOUR, dtype=np.int64)
-    exact = isinstance(innermost(index), faiss.IndexFlat)
-    finders = [lambda q, fetch, exclude: search(index, q, fetch, exclude=exclude)]
-    if not exact:
-        finders.append(lambda q, fetch, exclude: exact_search(vectors, q, fetch, exclude=exclude))
-    ranges = document_ranges(doc_ids)
-    for own in ranges[(ranges[:, 0] < rows.stop) & (ranges[:, 1] > rows.start)]:
-        mine = np.arange(max(own[0], rows.start), min(own[1], rows.stop))
-        for find in finders:
-            missing = mine[(out[mine - rows.start] < 0).any(axis=1)]
-            if len(missing):
-                out[missing - rows.start] = _find_others(find, vectors, missing, tuple(own), k, max_similarity)
+    picked = np.arange(len(vectors))[slice(None) if rows is None else slice(rows.start, rows.stop)]
+    own = own_ranges(doc_ids, picked)
+    out = _find_others(partial(search, index), vectors, picked, own, k, max_similarity)
+    missing = np.flatnonzero((out < 0).any(axis=1))
+    if len(missing) and not isinstance(innermost(index), faiss.IndexFlat):
+        find = partial(exact_search, vectors)
+        out[missing] = _find_others(find, vectors, picked[missing], own[missing], k, max_similarity)
     return out
 
 
@@ -142,22 +137,9 @@ def measure_recall(
 ) -> float:
     """Recall@k of stored neighbours against exact search with the same exclusions, on up to 2000 chunks."""
     sample = np.linspace(0, len(vectors) - 1, min(RECALL_QUERIES, len(vectors))).astype(np.int64)
-    ranges, k, recalls = document_ranges(doc_ids), found.shape[1], []
-
-    def find(queries: np.ndarray, fetch: int, exclude: Sequence[tuple[int, int]]) -> tuple:
-        return exact_search(vectors, queries, fetch, exclude=exclude)
-
-    for own in ranges:
-        mine = sample[(sample >= own[0]) & (sample < own[1])]
-        if not len(mine):
-            continue
-        truth = _find_others(find, vectors, mine, tuple(own), k, max_similarity)
-        queries = rows_of(vectors, mine)
-        distances = ((vectors[np.maximum(truth, 0)] - queries[:, None]) ** 2).sum(axis=-1)
-        distances = np.where(truth < 0, np.inf, distances)
-        recalls.append((len(mine), recall(vectors, queries, found[mine], distances)))
-    weights, values = zip(*recalls, strict=True)
-    return float(np.average(values, weights=weights))
+    find, own = partial(exact_search, vectors), own_ranges(doc_ids, sample)
+    truth = _find_others(find, vectors, sample, own, found.shape[1], max_similarity)
+    return recall(vectors, rows_of(vectors, sample), found[sample], truth)
 
 
 # to disk
@@ -266,7 +248,7 @@ def chunks_to_precalculated_knn_(
     if num_nearest_neighbors < 1:
         raise ValueError(f"num_nearest_neighbors {num_nearest_neighbors}: ask for 1 or more")
     if max_similarity is not None and not -1 < max_similarity <= 1:
-        raise ValueError(f"max_similarity {max_similarity} is a cosine: give something up to 1, e.g. 0.95")
+        raise ValueError(f"max_similarity {max_similarity} is a cosine: give something above −1 and up to 1, e.g. 0.95")
     doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
     index, vectors = chunks_to_index_and_embed(
         num_chunks=num_chunks,
@@ -308,6 +290,6 @@ def chunks_to_precalculated_knn_(
 
 def knn_stats(chunk_memmap_path: PathLike, index_file: str = "knn.index") -> dict:
     """What was measured at the build: `index`, `bytes`, `recall` (at k), `missing` neighbours, seconds."""
-    arrays = read_manifest(Path(chunk_memmap_path).parent)
-    index, found = arrays[index_file]["stats"], arrays[knn_path(chunk_memmap_path).name]["stats"]
+    paths = Path(chunk_memmap_path).parent / index_file, knn_path(chunk_memmap_path)
+    index, found = (read_manifest(path.parent)[path.name]["stats"] for path in paths)
     return {**index, **found, "seconds": index["seconds"] + found["seconds"]}

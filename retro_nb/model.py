@@ -36,7 +36,7 @@ NORMS = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
 Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside its residual
 
-# Table 2 of the paper. The encoder is the same for all: width 896, 16 heads of 64, 2 layers.
+# Tables 2 and 10 of the paper. The encoder is the same for all: width 896, 16 heads of 64, 2 layers.
 EVERY_THIRD = (9, 12, 15, 18, 21, 24)
 PRESETS = {
     "172M": dict(dec_dim=896, heads=16, dim_head=64, dec_depth=12, dec_cross_attn_layers=(6, 9, 12)),

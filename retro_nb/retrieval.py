@@ -5,7 +5,7 @@ written gets them here, through the same embedding and the same index.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,16 @@ import faiss
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 from retro_nb.chunking import decode, read_documents
 from retro_nb.dataset import knn_to_retrieved_chunks
 from retro_nb.embedding import embed_chunks
-from retro_nb.index import NO_NEIGHBOUR, search
+from retro_nb.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
 from retro_nb.storage import PathLike, open_array
 
-Ranges = Sequence[tuple[int, int]]
+DocumentName = int | np.integer | str  # its number or its title
 
 
 def nearest_chunks(
@@ -33,8 +33,8 @@ def nearest_chunks(
     exclude: Ranges = (),
     use_cls_repr: bool = False,
     bert: PathLike | None = None,
-    device: torch.device | None = None,
-) -> tuple[Float[np.ndarray, "b k"], Int64[np.ndarray, "b k"]]:
+    device: torch.device | str | None = None,
+) -> tuple[Distances, Neighbours]:
     """Squared L2 distances and ids of the chunks nearest to these, ranges of ids left out; −1 is no chunk."""
     vectors = embed_chunks(seq_chunks.cpu(), use_cls_repr=use_cls_repr, bert=bert, device=device)
     return search(faiss_index, vectors.numpy(), knn, exclude=exclude)
@@ -91,7 +91,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Passage:
-    """A chunk of a text, and the neighbours that it found: the next chunk reads them."""
+    """A chunk of a text, and the neighbours that were retrieved for it: the next chunk reads them."""
 
     text: str
     neighbours: tuple[Neighbour, ...]
@@ -138,48 +138,66 @@ class Retriever:
         self.documents = read_documents(chunks_memmap_path)
 
     def nearest(
-        self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[int | str] = ()
-    ) -> tuple[Float[np.ndarray, "b k"], Int64[np.ndarray, "b k"]]:
+        self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[DocumentName] = ()
+    ) -> tuple[Distances, Neighbours]:
         """Squared L2 distances and ids of the nearest chunks, documents named in `exclude` left out."""
         return nearest_chunks(
             seq_chunks,
             knn=self.knn,
             faiss_index=self.index,
-            exclude=[self.document_range(document) for document in exclude],
+            exclude=self.excluded(exclude),
             use_cls_repr=self.use_cls_repr,
             bert=self.bert,
         )
 
-    def document_range(self, document: int | str) -> tuple[int, int]:
-        """Chunk ids [first, stop) of a document, by its number or title.
+    def tokens(self, ids: Int[np.ndarray, "b k"]) -> Int64[Tensor, "b k r"]:
+        """N and F of retrieved chunks, as the model reads them; padding where an id is −1."""
+        return torch.from_numpy(knn_to_retrieved_chunks(ids, self.chunks, doc_ids=self.doc_ids))
+
+    def excluded(self, documents: Sequence[DocumentName]) -> list[tuple[int, int]]:
+        """The chunk ids [first, stop) of all these documents."""
+        if isinstance(documents, str):
+            raise TypeError(f"exclude is the string {documents!r}: pass a list of documents, [{documents!r}]")
+        return [chunks for document in documents for chunks in self.document_ranges(document)]
+
+    def document_ranges(self, document: DocumentName) -> list[tuple[int, int]]:
+        """Chunk ids [first, stop) of a document by its number, or of all documents with a title.
 
         Raises:
             KeyError: there is no such document; names the closest titles.
         """
-        if isinstance(document, int) and 0 <= document < len(self.documents):
-            return tuple(self.documents[document]["chunks"])
         titles = [about["title"] for about in self.documents]
-        if document in titles:
-            return tuple(self.documents[titles.index(document)]["chunks"])
-        near = difflib.get_close_matches(str(document), titles, n=3) or titles[:3]
-        raise KeyError(f"no document {document!r} among {len(titles)}; there are e.g. {near}")
+        if isinstance(document, str):
+            wanted = [number for number, title in enumerate(titles) if title == document]
+        else:
+            is_number = not isinstance(document, bool) and 0 <= document < len(titles)
+            wanted = [int(document)] if is_number else []
+        if not wanted:
+            near = difflib.get_close_matches(str(document), titles, n=3) or titles[:3]
+            raise KeyError(f"no document {document!r} among {len(titles)}; there are e.g. {near}")
+        return [tuple(self.documents[number]["chunks"]) for number in wanted]
 
     def neighbour(self, chunk: int, distance: float = float("nan")) -> Neighbour:
         """What is known of a chunk of the corpus: its document, its text, what follows."""
-        both = knn_to_retrieved_chunks(np.array([[chunk]]), self.chunks, doc_ids=self.doc_ids)[0, 0]
-        text, continuation = (decode(half, bert=self.bert) for half in np.split(both, 2))
+        both = self.tokens(np.array([[chunk]]))[0, 0]
+        text, continuation = (decode(half, bert=self.bert) for half in both.split(self.chunk_size))
         document = int(self.doc_ids[chunk])
         about = self.documents[document]
         return Neighbour(chunk, document, about["title"], about["source"], distance, text, continuation)
 
-    def passages(self, tokens: Int[Tensor, " n"], exclude: Sequence[int | str] = ()) -> tuple[Passage, ...]:
+    def passages(self, tokens: Int[Tensor, " n"], exclude: Sequence[DocumentName] = ()) -> tuple[Passage, ...]:
         """A text chunk by chunk, each complete chunk with the neighbours that it finds."""
-        m, whole = self.chunk_size, len(tokens) // self.chunk_size
-        found: list[tuple[Neighbour, ...]] = [()] * (whole + 1)
-        if whole:
-            chunks = rearrange(tokens[: whole * m], "(l m) -> l m", m=m)
-            for u, (distances, ids) in enumerate(zip(*self.nearest(chunks, exclude), strict=True)):
-                hits = [(int(i), float(d)) for d, i in zip(distances, ids, strict=True) if i != NO_NEIGHBOUR]
-                found[u] = tuple(self.neighbour(*hit) for hit in hits)
-        parts = [tokens[start : start + m] for start in range(0, len(tokens), m)]
-        return tuple(Passage(decode(part, bert=self.bert), near) for part, near in zip(parts, found, strict=False))
+        l = len(tokens) // self.chunk_size
+        if not l:
+            return self.annotate(tokens, {})
+        found = self.nearest(rearrange(tokens[: l * self.chunk_size], "(l m) -> l m", l=l), exclude)
+        return self.annotate(tokens, dict(enumerate(zip(*found, strict=True))))
+
+    def annotate(self, tokens: Int[Tensor, " n"], found: Mapping[int, tuple]) -> tuple[Passage, ...]:
+        """A text chunk by chunk, with the neighbours that were found for some: (distances, ids) by number."""
+        passages = []
+        for u, part in enumerate(tokens.split(self.chunk_size)):
+            hits = zip(*found.get(u, ((), ())), strict=True)
+            near = (self.neighbour(int(i), float(d)) for d, i in hits if i != NO_NEIGHBOUR)
+            passages.append(Passage(decode(part, bert=self.bert), tuple(near)))
+        return tuple(passages)

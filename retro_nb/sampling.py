@@ -67,8 +67,8 @@ def gumbel_sample(
         raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 samples the model as it is")
     if temperature == 0:
         return t.argmax(dim=dim)
-    exponential = torch.empty_like(t, dtype=torch.float32).exponential_(generator=generator)
-    return (t.float() / temperature - exponential.log()).argmax(dim=dim)
+    uniform = torch.rand(t.shape, generator=generator, device=t.device).clamp_(min=1e-30)  # log 0 is never drawn
+    return (t.float() / temperature - (-uniform.log()).log()).argmax(dim=dim)
 
 
 def generate(
@@ -122,7 +122,7 @@ def generate(
 
     with _evaluating(retro):
         while position < seq.shape[1] and not ended.all():
-            for begin, end in retro.pieces(state.length, position):
+            for begin, end in retro.pieces(state.length, position):  # the prompt at first, then one token
                 chunk_ends = (begin + 1) % retro.chunk_size == 0
                 found = neighbours(begin // retro.chunk_size) if neighbours and chunk_ends else None
                 logits = retro.decode(seq[:, begin:end], state, found)[:, -1]

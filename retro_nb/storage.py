@@ -319,6 +319,7 @@ def read_manifest(folder: PathLike) -> dict:
 
 
 def _write_manifest(folder: Path, arrays: dict) -> None:
+    arrays = dict(sorted(arrays.items()))  # the same bytes in whichever order they were built
     write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "arrays": arrays, "sha256": _digest(arrays)})
 
 
@@ -388,10 +389,14 @@ def cached(
         reason = "asked for (REPROCESS=1, force_reprocess)" if force else _why_stale(path, settings, outputs)
         if reason is None:
             return read_manifest(folder)[path.name]["stats"]
-        if path.exists() or path.name in read_manifest(folder):
+        arrays = read_manifest(folder)
+        if path.exists() or path.name in arrays:
             warnings.warn(f"building {path.name} again: {reason}", stacklevel=3)
+        damaged = not force and arrays.get(path.name, {}).get("settings") == settings
         for file in (*outputs.values(), folder / MANIFEST):
-            _tidy(file, unfinished=force)
+            _tidy(file, unfinished=force or damaged)
+        if damaged:  # forgotten at once: from here on, an unfinished build is one of the mended array
+            _write_manifest(folder, {name: record for name, record in arrays.items() if name != path.name})
         stats = plain(build())
         record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
         _write_manifest(folder, read_manifest(folder) | {path.name: record})

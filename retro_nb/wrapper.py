@@ -20,9 +20,10 @@ from retro_nb.checkpoints import History
 from retro_nb.chunking import SOS_ID, decode, documents_to_chunks_, get_tokenizer, tokenize
 from retro_nb.corpus import jsonl, text_folder
 from retro_nb.dataset import RETRODataset
+from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import chunks_to_precalculated_knn_, knn_stats
 from retro_nb.model import RETRO
-from retro_nb.retrieval import Generation, Retriever, knn_chunks_from_seq_chunks
+from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, top_k
 from retro_nb.storage import WORK, PathLike, write_json
 from retro_nb.training import fit, get_optimizer, split_by_document
@@ -34,11 +35,11 @@ def _default_work_dir(documents: Any, described: Any) -> Path:
     return WORK / f"{type(documents).__name__}-{digest}"
 
 
-def _as_corpus(documents_path: Any, glob: str) -> tuple[Any, Path]:
+def _as_corpus(documents_path: Any, glob: str) -> tuple[Any, Path | None]:
     """The corpus that `documents_path` means, and where its files go if nothing else is said."""
     if not isinstance(documents_path, (str, Path)):
-        described = documents_path.fingerprint() if hasattr(documents_path, "fingerprint") else id(documents_path)
-        return documents_path, _default_work_dir(documents_path, described)
+        fingerprint = getattr(documents_path, "fingerprint", None)  # without one, no two could be told apart
+        return documents_path, _default_work_dir(documents_path, fingerprint()) if fingerprint else None
     path = Path(documents_path)
     corpus = jsonl(path) if path.suffix == ".jsonl" else text_folder(path, glob)
     return corpus, _default_work_dir(corpus, [str(path.resolve()), glob])
@@ -54,13 +55,15 @@ class TrainingWrapper(nn.Module):
     Args:
         retro: the model.
         chunk_size: m, tokens; the model's.
-        documents_path: a folder of text files, a .jsonl file, or a corpus of `retro_nb.corpus`.
+        documents_path: a folder of text files, a .jsonl file, a corpus of `retro_nb.corpus`, or any iterable
+            of `Document` (which cannot say whether it has changed: it is chunked anew, and needs a `work_dir`).
         knn: k, neighbours per chunk.
         glob: which files of a folder.
-        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path, processed_stats_json_path: files to write;
-            left out, they lie in `work_dir`.
+        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, vectors, index and
+            neighbours beside the first; left out, they lie in `work_dir`.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
         knn_extra_neighbors: the reference's margin for same-document exclusion, which is exact here: unused.
+        processed_stats_json_path: where to write `.stats`, if anywhere.
         faiss_index_filename: name of the index, beside the chunks.
         work_dir: one folder for all files; left out, a folder of this corpus's own under data/work.
         bert: which BERT embeds and whose tokenizer cuts (see `chunking.bert_folder`).
@@ -70,7 +73,7 @@ class TrainingWrapper(nn.Module):
 
     Raises:
         TypeError: `retro` is no RETRO.
-        ValueError: sizes of model and corpus do not go together.
+        ValueError: sizes of model and corpus do not go together, or an iterable comes without `work_dir`.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class TrainingWrapper(nn.Module):
         super().__init__()
         self._check(retro, chunk_size, bert)
         corpus, default = _as_corpus(documents_path, glob)
+        if work_dir is None and default is None:
+            raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
         self.retro, self.bert, self.chunk_size, self.max_seq_len = retro, bert, chunk_size, retro.seq_len
         self.work_dir = Path(work_dir) if work_dir is not None else default
         paths = {
@@ -206,7 +211,8 @@ class TrainingWrapper(nn.Module):
         filter_thres: float = 0.9,
         temperature: float = 1.0,
         *,
-        exclude: Sequence[int | str] = (),
+        exclude: Sequence[DocumentName] = (),
+        on_retrieved: Callable[[int, Distances, Neighbours], object] | None = None,
         **options: Any,
     ) -> Int[Tensor, "b n_out"]:
         """Sample from the model, retrieving for every chunk as it is completed.
@@ -217,6 +223,7 @@ class TrainingWrapper(nn.Module):
             filter_fn, filter_thres, temperature: `top_k` or `top_p`, the share that it filters out, and the
                 temperature of what is left (0: the likeliest token).
             exclude: numbers or titles of documents that must not be retrieved, e.g. the prompt's own.
+            on_retrieved: called with a chunk's number, and the distances and ids found for it in each row.
             **options: `max_new_tokens`, `generator`, `prompt_lengths`, `on_token` of `sampling.generate`.
 
         Returns:
@@ -225,10 +232,13 @@ class TrainingWrapper(nn.Module):
         device = next(self.retro.parameters()).device
         if start is None:
             start = torch.full((1, 1), SOS_ID)
-        ranges = [self.retriever.document_range(document) for document in exclude]
+        self.retriever.excluded(exclude)  # an unknown document is met here, not after the first chunk
 
-        def fetch(chunk: Tensor, position: int) -> Tensor:
-            return self.fetch_knn_chunks_fn(chunk, exclude=ranges)
+        def fetch(chunk: Tensor, u: int) -> Tensor:
+            distances, ids = self.retriever.nearest(chunk, exclude)
+            if on_retrieved is not None:
+                on_retrieved(u, distances, ids)
+            return self.retriever.tokens(ids).to(device)
 
         return generate(
             self.retro,
@@ -245,8 +255,8 @@ class TrainingWrapper(nn.Module):
         self,
         prompt: str = "",
         *,
-        exclude: Sequence[int | str] = (),
-        on_text: Callable[[str], None] | None = None,
+        exclude: Sequence[DocumentName] = (),
+        on_text: Callable[[str], object] | None = None,
         **options: Any,
     ) -> Generation:
         """Write on from a prompt; say chunk by chunk what was retrieved, and from where.
@@ -255,16 +265,19 @@ class TrainingWrapper(nn.Module):
             prompt: the beginning of the text.
             exclude: numbers or titles of documents that must not be retrieved.
             on_text: called with the text so far after each token, for streaming.
-            **options: those of `generate`.
+            **options: those of `generate`, but `on_token` and `on_retrieved`. Chunks that `retrieved` covers
+                look for no neighbours, so none are named; nor has a chunk any that no token follows.
         """
         start = tokenize(prompt, bert=self.bert)[:, :-1]  # [CLS] and the prompt, but no [SEP]: it goes on
-        written = start[0].tolist()
+        written, found = start[0].tolist(), {}
 
         def stream(position: int, tokens: Tensor) -> None:
             written.append(int(tokens[0]))
-            on_text(decode(written, bert=self.bert))
+            if on_text is not None:
+                on_text(decode(written, bert=self.bert))
 
-        out = self.generate(start, exclude=exclude, **{"on_token": stream if on_text else None, **options})
-        row = out[0].cpu()
-        passages = self.retriever.passages(row, exclude)
-        return Generation(decode(row, bert=self.bert), tuple(row.tolist()), passages)
+        def note(u: int, distances: Distances, ids: Neighbours) -> None:
+            found[u] = distances[0], ids[0]
+
+        row = self.generate(start, exclude=exclude, on_token=stream, on_retrieved=note, **options)[0].cpu()
+        return Generation(decode(row, bert=self.bert), tuple(row.tolist()), self.retriever.annotate(row, found))

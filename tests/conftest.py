@@ -68,7 +68,8 @@ def run_apart() -> Callable[..., list[int]]:
     They are forks of a server that has imported the heavy modules once: real processes, at 0.1 s each.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["retro_nb.embedding", "transformers.models.bert.modeling_bert"])
+    heavy = ["pytest", "hypothesis", "retro_nb.embedding", "transformers.models.bert.modeling_bert"]
+    context.set_forkserver_preload(heavy)
 
     def run(function: Callable, *args: object, processes: int = 1) -> list[int]:
         children = [context.Process(target=function, args=args) for _ in range(processes)]

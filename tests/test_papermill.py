@@ -200,6 +200,12 @@ def test_new_folders_never_collide(project, monkeypatch):
     assert names == ["now-x", "now-x_2", "now-x_3"]
 
 
+def test_a_table_keeps_one_line_a_row():
+    rows = [{"a": 1 / 3, "b": "two\nlines | bar"}, {"a": None, "b": "x"}]
+    header, rule, first, second = experiments.markdown_table(rows).splitlines()
+    assert first == "| 0.3333 | two lines \\| bar |" and len({len(header), len(rule), len(first), len(second)}) == 1
+
+
 # sweeps
 
 
@@ -323,10 +329,10 @@ def test_the_first_lesson_runs_with_parameters_and_leaves_metrics(tmp_path, monk
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["seed"] == 1
 
 
+@pytest.mark.skipif(len(experiments.series()) < 7, reason="the series is not complete yet")
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_the_presets_fit_the_series(path):
-    notebooks = experiments.series()
-    if path.stem.startswith("sweep_") and notebooks:
+    if path.stem.startswith("sweep_"):
         assert sweep.read_sweep(path).points
-    elif notebooks:
-        experiments.choose_parameters(notebooks, path)
+    else:
+        assert any(experiments.choose_parameters(experiments.series(), path))

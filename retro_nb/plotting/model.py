@@ -86,7 +86,7 @@ def architecture(depth: int, layers: Sequence[int]) -> Figure:
     box(axes, x - 0.02, y, 0.68, 0.5, "logits", colour=PALE["muted"])
     left, first = attn_at[min(layers)] - 0.35, min(layers)
     right = max(cca_at.values()) + 0.25
-    box(axes, left, low, right - left, 0.5, "encoder: reads N and F in both directions", colour=COLOURS["continuation"])
+    box(axes, left, low, right - left, 0.5, "encoder: reads N and F in both directions", colour=COLOURS["ink"])
     box(axes, 0.1, low, 1.25, 0.5, "neighbours N F", colour=PALE["neighbour"])
     arrow(axes, (1.35, low + 0.25), (left, low + 0.25))
     arrow(axes, (attn_at[first], y), (attn_at[first], low + 0.5))
@@ -131,12 +131,13 @@ def alignment(m: int, l: int) -> Figure:
         axes.text(middle, 2.95, f"chunk {u}", ha="center", va="bottom")
         first, stop = (u + 1) * m - 1, min((u + 2) * m - 1, l * m)
         middle = bracket(first, stop, 2.15, -0.1, "neighbour")
-        text = f"attending\nchunk {u}" if stop - first > 1 else "att.\n" + str(u)
+        text = f"attending chunk {u}" if stop - first > 1 else f"att. {u}"
         axes.text(middle, 1.98, text, ha="center", va="top", fontsize=9, color=COLOURS["neighbour"])
         x = min(0.2 + (u + 0.5) * m * w, 8 - 1.0)
-        box(axes, x - 0.8, 0.2, 0.78, 0.55, f"N of\nchunk {u}", colour=COLOURS["neighbour"])
-        box(axes, x + 0.02, 0.2, 0.78, 0.55, "F", colour=COLOURS["continuation"])
-        arrow(axes, (x, 0.8), (middle, 1.52), color=COLOURS["neighbour"])
+        box(axes, x - 0.8, 0.35, 0.78, 0.4, "N", colour=COLOURS["neighbour"])
+        box(axes, x + 0.02, 0.35, 0.78, 0.4, "F", colour=COLOURS["continuation"])
+        axes.text(x, 0.15, f"neighbours of chunk {u}", ha="center", va="center", fontsize=9)
+        arrow(axes, (x, 0.8), (middle, 1.6), color=COLOURS["neighbour"])
     middle = bracket(0, m - 1, 2.15, -0.1, "muted")
     axes.text(middle, 1.98, "read nothing", ha="center", va="top", fontsize=9, color=COLOURS["muted"])
     return figure
@@ -153,8 +154,10 @@ def joint_softmax(weights: Float[Tensor, "m _"], k: int, first: int = 0) -> Figu
     labels = ["∅", *[str(i) for _ in range(k) for i in range(r)]]
     axes.set_xticks(range(columns), labels)
     axes.set_yticks(range(m), [f"token {first + i}, at {m - 1 + i}" for i in range(m)])
-    names = "".join(f"{f'neighbour {j}, tokens at 0 … {r - 1}':^{6 * r}}" for j in range(k))
-    axes.set(title="One softmax over the null key and all neighbours: every row sums to 1", xlabel="∅ null key" + names)
+    for j in range(k):
+        axes.text(0.5 + (j + 0.5) * r, m + 0.6, f"neighbour {j}, tokens at 0 … {r - 1}", ha="center", va="center")
+    axes.text(0, m + 0.6, "null", ha="center", va="center")
+    axes.set_title("One softmax over the null key and all neighbours: every row sums to 1")
     axes.grid(False)
     figure.colorbar(image, ax=axes, label="weight")
     plt.close(figure)
@@ -216,7 +219,7 @@ def parameter_shares(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     """One bar a model, cut into the shares of its parts; the number in a piece is millions of parameters."""
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(counts) + 1.3))
     parts = list(next(iter(counts.values())))
-    colours = [COLOURS[c] for c in ("chunk", "neighbour", "model", "continuation", "muted")]
+    colours = [COLOURS[c] for c in ("chunk", "model", "neighbour", "ink", "muted")]
     for row, sizes in enumerate(counts.values()):
         total, left = sum(sizes.values()), 0.0
         for part, colour in zip(parts, colours, strict=False):
@@ -231,5 +234,21 @@ def parameter_shares(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     axes.set(xlabel="share of the parameters, % (numbers: millions)", xlim=(0, 100))
     axes.set_title("The larger the decoder, the cheaper is retrieval")
     figure.legend(loc="outside lower center", ncols=len(parts), fontsize=9)
+    plt.close(figure)
+    return figure
+
+
+def copying_race(losses: Mapping[str, Sequence[float]], *, m: int, l: int, v: int) -> Figure:
+    """Loss of copying models, between guessing one of v tokens and copying all but the first m − 1 tokens."""
+    figure, axes = plt.subplots(figsize=(8, 3))
+    for (name, curve), colour in zip(losses.items(), ("model", "control"), strict=False):
+        axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[colour], linewidth=2, label=name)
+    guess, best = math.log(v), math.log(v) * (m - 1) / (m * l)
+    for level, name in ((guess, f"guessing: ln {v}"), (best, f"best possible: {m - 1}/{m * l} · ln {v}")):
+        axes.axhline(level, color=COLOURS["muted"], linestyle="--", linewidth=1)
+        axes.annotate(name, (1, level), (2, 3), textcoords="offset points", color=COLOURS["muted"], fontsize=9)
+    axes.set(title="Who knows its place can copy", xlabel="training step", ylabel="loss, nats per token")
+    axes.set_ylim(0, None)
+    axes.legend(loc="center right")
     plt.close(figure)
     return figure

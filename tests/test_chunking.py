@@ -1,0 +1,490 @@
+"""Documents become chunks: held against a reference written in plain Python from the module's docstring."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from retro_nb import chunking
+from retro_nb.chunking import (
+    EOS_ID,
+    PAD_ID,
+    SOS_ID,
+    Tokens,
+    bert_folder,
+    decode,
+    document_tokens,
+    documents_to_chunks_,
+    get_tokenizer,
+    read_documents,
+    text_folder_to_chunks_,
+    tokenize,
+    tokenizer_fingerprint,
+    tokens_to_chunks,
+)
+from retro_nb.corpus import Document
+from retro_nb.storage import open_array
+
+M, N = 8, 32  # chunk and sequence length of the tests
+
+
+def of_tokens(count, title="a"):
+    """A document of exactly so many tokens, [CLS] and [SEP] included."""
+    return Document(" ".join(["the"] * (count - 2)), title, f"{title}.txt")
+
+
+def build(folder, documents, **options):
+    options = {"chunk_size": M, "seq_len": N, "progress": False, **options}
+    return documents_to_chunks_(documents, **paths(folder), **options)
+
+
+def paths(folder):
+    kinds = {"chunks_memmap_path": "chunks.npy", "seqs_memmap_path": "seqs.npy", "doc_ids_memmap_path": "docs.npy"}
+    return {kind: folder / name for kind, name in kinds.items()}
+
+
+def arrays(folder):
+    return [np.load(folder / name) for name in ("chunks.npy", "seqs.npy", "docs.npy", "chunks.spans.npy")]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
+
+
+class Corpus(list):
+    """Documents that can say what they are."""
+
+    def fingerprint(self):
+        return {"texts": [document.text for document in self]}
+
+
+# the plain reference
+
+
+def reference_tokens(text):
+    """[CLS] … [SEP] with character spans, the whole text at once."""
+    tokenizer = Tokenizer.from_file(bert_folder() + "/tokenizer.json")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids, spans = encoding.ids, [tuple(span) for span in encoding.offsets]
+    if not ids:
+        return [], []
+    return [101, *ids, 102], [(spans[0][0],) * 2, *spans, (spans[-1][1],) * 2]
+
+
+def reference_chunks(ids, spans, m):
+    """A chunk begins at every m-th token, except at the last token of all if it is a chunk's next token."""
+    rows, places = [], []
+    for start in range(0, len(ids), m):
+        if start and start == len(ids) - 1:
+            break
+        row = ids[start : start + m + 1]
+        rows.append(row + [0] * (m + 1 - len(row)))
+        own = spans[start : start + m]
+        places.append((own[0][0], own[-1][1]))
+    return rows, places
+
+
+def reference_corpus(texts, m, n):
+    chunks, seqs, docs, spans, document = [], [], [], [], 0
+    for text in texts:
+        rows, places = reference_chunks(*reference_tokens(text), m)
+        if rows:
+            seqs += range(len(chunks), len(chunks) + len(rows), n // m)
+            docs += [document] * len(rows)
+            chunks, spans, document = chunks + rows, spans + places, document + 1
+    return chunks, seqs, docs, spans
+
+
+# tokens
+
+
+def test_special_tokens_are_where_bert_expects_them():
+    names = [get_tokenizer().id_to_token(token) for token in (PAD_ID, SOS_ID, EOS_ID)]
+    assert names == ["[PAD]", "[CLS]", "[SEP]"]
+
+
+def wordpiece(text):
+    """BERT's tokenizer for plain ASCII, from its paper: split, then take the longest piece that is known."""
+    vocabulary = get_tokenizer().get_vocab()
+    for word in re.findall(r"[a-z0-9]+|[^a-z0-9\s]", text.lower()):
+        start = 0
+        while start < len(word):
+            pieces = (("##" if start else "") + word[start:stop] for stop in range(len(word), start, -1))
+            piece = next(piece for piece in pieces if piece in vocabulary)
+            start += len(piece.removeprefix("##"))
+            yield vocabulary[piece]
+
+
+def test_tokenize_gives_padded_rows_of_word_pieces(sample_corpus):
+    texts = [document.text for document in sample_corpus] + ["", "Antediluvian [SEP] (U.S.)"]
+    ids = tokenize(texts)
+    assert ids.dtype == torch.int64 and ids.shape == (7, max(len(list(wordpiece(t))) for t in texts) + 2)
+    for text, row in zip(texts, ids.tolist(), strict=True):
+        expected = [101, *wordpiece(text), 102]
+        assert row == expected + [0] * (len(row) - len(expected))
+    assert tokenize("the people").tolist() == [[101, *wordpiece("the people"), 102]]
+    assert tokenize("the people", add_special_tokens=False).tolist() == [list(wordpiece("the people"))]
+    assert tokenize([]).shape == (0, 0) and tokenize("", add_special_tokens=False).shape == (1, 0)
+
+
+def test_decode_is_the_way_back_for_plain_text():
+    ids = tokenize("the antediluvian people")[0]
+    for kind in (ids, ids.numpy().astype(np.int32), ids.tolist()):
+        assert decode(kind) == "the antediluvian people"
+
+
+@pytest.mark.parametrize("literal", ["[SEP]", "[PAD]", "[CLS]", "[MASK]", "[UNK]"])
+def test_special_tokens_written_out_in_a_text_are_text(tmp_path, literal):
+    text = f"one {literal} two {literal}{literal} three " * 20
+    ids = np.concatenate([part.ids for part in document_tokens(text)])
+    assert not set(ids[1:-1]) & {0, 100, 101, 102, 103} and ids.tolist() == tokenize(text)[0].tolist()
+    stats = build(tmp_path, [Document(text, "a", "a")])
+    assert stats["docs"] == 1 and stats["tokens"] == len(ids) and len(np.load(tmp_path / "seqs.npy")) > 1
+
+
+WHITE, JOINED = " \n\t\r\x0b\x0c\x1c\x85\u2028\u3000", "\u0301\u0e33\u200d👍🏽🇫\ufffd\0\xad"
+NASTY = st.text(st.sampled_from(WHITE + JOINED + "ab A.,[]#-'’…。中文字の한กขé") | st.characters(), max_size=60)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=NASTY, size=st.integers(1, 9), at_once=st.integers(1, 4), cased=st.booleans())
+@example(text="ab\x0ccd\x85ef\x1cgh", size=2, at_once=1, cased=False)  # white space to Python, nothing to BERT
+@example(text="x" * 40 + "👍" * 40 + "中" * 40 + "ก" * 40, size=3, at_once=2, cased=False)  # no white space
+@example(text="e\u0301" * 30 + " \u0301e" * 5, size=2, at_once=3, cased=True)
+def test_tokens_in_pieces_are_the_tokens_at_once(cased_bert, text, size, at_once, cased):
+    bert = cased_bert if cased else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunking, "PIECE_CHARACTERS", size)
+        patch.setattr(chunking, "PIECES_AT_ONCE", at_once)
+        parts = list(document_tokens(text, bert=bert))
+    whole = get_tokenizer(bert).encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+    if not whole.ids:
+        assert not parts
+        return
+    assert np.concatenate([part.ids for part in parts]).tolist() == [101, *whole.ids, 102]
+    spans = [(whole.offsets[0][0],) * 2, *whole.offsets, (whole.offsets[-1][1],) * 2]
+    assert np.concatenate([part.spans for part in parts]).tolist() == [list(span) for span in spans]
+
+
+@pytest.fixture(scope="session")
+def cased_bert(tmp_path_factory):
+    """The default vocabulary with the rules of bert-base-cased: no lower case, accents kept."""
+    folder = tmp_path_factory.mktemp("cased")
+    about = json.loads(open(bert_folder() + "/tokenizer.json", encoding="utf-8").read())
+    about["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
+def test_pieces_are_as_long_as_meant_and_lose_nothing():
+    text = "antediluvian people, " * 20_000
+    pieces = list(chunking._pieces(text))
+    assert "".join(piece for _, piece in pieces) == text and len(pieces) == 9
+    assert [offset for offset, _ in pieces] == np.cumsum([0, *(len(piece) for _, piece in pieces[:-1])]).tolist()
+    assert max(len(piece) for _, piece in pieces) < chunking.PIECE_CHARACTERS + 20
+
+
+def test_half_a_character_is_read_as_a_question_mark(tmp_path):
+    build(tmp_path, [Document("one \ud800 two", os.fsdecode(b"caf\xe9"), "a")])
+    assert np.load(tmp_path / "chunks.npy")[0, :5].tolist() == [101, *wordpiece("one ? two"), 102]
+    assert read_documents(tmp_path / "chunks.npy")[0]["title"] == os.fsdecode(b"caf\xe9")
+
+
+def test_a_tokenizer_is_loaded_once_and_again_when_it_has_changed(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    shutil.copy(bert_folder() + "/tokenizer.json", file)
+    assert get_tokenizer(tmp_path) is get_tokenizer(str(tmp_path))
+    assert tokenizer_fingerprint(tmp_path) == tokenizer_fingerprint()
+    about = json.loads(file.read_text(encoding="utf-8"))
+    about["normalizer"]["lowercase"] = False
+    file.write_text(json.dumps(about), encoding="utf-8")
+    os.utime(file, ns=(1, 1))
+    assert tokenizer_fingerprint(tmp_path) != tokenizer_fingerprint()
+    assert tokenize("The", bert=tmp_path).tolist() != tokenize("The").tolist()
+
+
+def test_a_folder_without_tokenizer_and_one_that_is_no_bert_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing"):
+        get_tokenizer(tmp_path)
+    about = json.loads(open(bert_folder() + "/tokenizer.json", encoding="utf-8").read())
+    about["model"]["vocab"] = {
+        {"[CLS]": "[SEP]", "[SEP]": "[CLS]"}.get(word, word): i for word, i in about["model"]["vocab"].items()
+    }
+    about["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"numbers its special tokens .*'\[CLS\]': 102"):
+        get_tokenizer(tmp_path)
+
+
+# chunks
+
+
+@settings(deadline=None, max_examples=200)
+@given(length=st.integers(0, 40), m=st.integers(1, 9), cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_chunks_are_the_references_however_the_tokens_arrive(length, m, cuts):
+    ids = list(range(1000, 1000 + length))
+    spans = [(10 * i, 10 * i + 7) for i in range(length)]
+    bounds = [0, *sorted(min(cut, length) for cut in cuts), length]
+    stretches = [
+        Tokens(np.array(ids[a:b], np.int32), np.array(spans[a:b], np.int64).reshape(-1, 2)) for a, b in pairwise(bounds)
+    ]
+    chunks = [chunk for chunk in tokens_to_chunks(stretches, m) if len(chunk.rows)]
+    rows, places = reference_chunks(ids, spans, m)
+    assert [row for chunk in chunks for row in chunk.rows.tolist()] == rows
+    assert [tuple(span) for chunk in chunks for span in chunk.spans.tolist()] == places
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks"),
+    [(3, 1), (M - 1, 1), (M, 1), (M + 1, 1), (M + 2, 2), (2 * M, 2), (2 * M + 1, 2), (2 * M + 2, 3)],
+)
+def test_documents_of_critical_lengths(tmp_path, tokens, chunks):
+    """⌈(L − 1) / m⌉ chunks; between them every token is a chunk's own or, the last one, a chunk's next."""
+    stats = build(tmp_path, [of_tokens(tokens)])
+    assert (stats["chunks"], stats["tokens"], stats["seqs"]) == (chunks, tokens, 1)
+    rows = np.load(tmp_path / "chunks.npy")
+    the = get_tokenizer().token_to_id("the")
+    told = [token for row in rows.tolist() for token in row[:-1]] + [rows[-1, -1]]
+    assert [token for token in told if token] == [101, *[the] * (tokens - 2), 102]
+
+
+def test_a_corpus_is_the_references(tmp_path, sample_corpus):
+    texts = [d.text for d in sample_corpus] + ["", " \n\t", "Straße\u0301 中文 👍 " * 30, "x"]
+    documents = [Document(text, f"title {i}", f"{i}.txt", ((0, 1),)) for i, text in enumerate(texts)]
+    stats = build(tmp_path, documents)
+    chunks, seqs, docs, spans = reference_corpus(texts, M, N)
+    for array, expected in zip(arrays(tmp_path), (chunks, seqs, docs, spans), strict=True):
+        assert array.tolist() == [list(x) if isinstance(x, tuple) else x for x in expected]
+    assert [array.dtype for array in arrays(tmp_path)] == [np.int32, np.int32, np.int32, np.int64]
+    assert stats == {
+        "chunks": len(chunks),
+        "docs": 7,
+        "seqs": len(seqs),
+        "tokens": sum(len(reference_tokens(text)[0]) for text in texts),
+        "empty_docs": 2,
+        "replaced_characters": 0,
+        "complete": True,
+    }
+    about = read_documents(tmp_path / "chunks.npy")
+    assert [d["title"] for d in about] == [f"title {i}" for i in (0, 1, 2, 3, 4, 7, 8)]
+    assert [d["chunks"] for d in about] == [[docs.index(i), docs.index(i) + docs.count(i)] for i in range(7)]
+    assert [d["characters"] for d in about] == [len(text) for text in texts if text.strip()]
+    assert about[0]["facts"] == [[0, 1]] and about[0]["source"] == "0.txt"
+
+
+def test_the_extra_token_is_the_next_chunks_first_and_never_another_documents(tmp_path, sample_corpus):
+    build(tmp_path, sample_corpus)
+    chunks, _, docs, _ = arrays(tmp_path)
+    same = docs[1:] == docs[:-1]
+    assert (chunks[:-1][same, -1] == chunks[1:][same, 0]).all() and same.any()
+    ends = np.append(~same, True)
+    assert np.isin(chunks[ends, -1], [PAD_ID, EOS_ID]).all()
+    assert (chunks[np.insert(~same, 0, True), 0] == SOS_ID).all()
+    assert ((chunks[:, :-1] == SOS_ID).sum(), (chunks == EOS_ID).sum()) == (len(sample_corpus), len(sample_corpus))
+
+
+def test_sequences_start_every_l_chunks_of_each_document(tmp_path, sample_corpus):
+    stats = build(tmp_path, sample_corpus)
+    _, seqs, docs, _ = arrays(tmp_path)
+    for document in range(stats["docs"]):
+        own = np.flatnonzero(docs == document)
+        assert seqs[np.isin(seqs, own)].tolist() == own[:: N // M].tolist()
+
+
+def test_spans_are_the_characters_that_the_tokens_came_from(tmp_path, sample_corpus):
+    build(tmp_path, sample_corpus)
+    chunks, _, docs, spans = arrays(tmp_path)
+    for row, document, (start, end) in zip(chunks, docs, spans, strict=True):
+        pieces = [get_tokenizer().id_to_token(token).removeprefix("##") for token in row[:-1] if token > 102]
+        assert "".join(pieces) == sample_corpus[document].text[start:end].lower().replace(" ", "")
+
+
+def test_identical_documents_give_identical_chunks(tmp_path):
+    build(tmp_path, [of_tokens(20, "a"), of_tokens(20, "b")])
+    chunks, seqs, docs, spans = arrays(tmp_path)
+    assert np.array_equal(chunks[:3], chunks[3:]) and np.array_equal(spans[:3], spans[3:])
+    assert docs.tolist() == [0, 0, 0, 1, 1, 1] and seqs.tolist() == [0, 3]
+    assert [d["title"] for d in read_documents(tmp_path / "chunks.npy")] == ["a", "b"]
+
+
+def test_one_sequence_may_be_one_chunk(tmp_path):
+    assert build(tmp_path, [of_tokens(30)], seq_len=M)["seqs"] == 4
+    assert np.load(tmp_path / "seqs.npy").tolist() == [0, 1, 2, 3]
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 10, "seq_len": 32}, "seq_len 32 is not a multiple of chunk_size 10: take 30"),
+        ({"chunk_size": 64, "seq_len": 32}, "seq_len 32 is not a multiple of chunk_size 64: take 64"),
+        ({"seq_len": 0}, "seq_len 0 is not a multiple"),
+        ({"chunk_size": 0}, "chunk_size 0 must be 1 or more"),
+        ({"max_chunks": 0}, "max_chunks 0 leaves nothing"),
+        ({"max_seqs": -1}, "max_seqs -1 leaves nothing"),
+        ({"max_chunks": 2}, "max_chunks 2, max_seqs None: the first document, 'a', has more; raise the limit"),
+    ],
+)
+def test_sizes_that_cannot_be_are_met_at_the_door(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "new", [of_tokens(30)], **options)
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", " \n ", "\0\ufffd"]])
+def test_no_text_at_all_is_an_error(tmp_path, texts):
+    with pytest.raises(ValueError, match=f"no text to chunk: {len(texts)} documents, none with a token"):
+        build(tmp_path, [Document(text, "a", "a") for text in texts])
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_a_folder_of_odd_files(tmp_path):
+    texts = tmp_path / "texts with space ü"
+    texts.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no file in .* matches"):
+        text_folder_to_chunks_(folder=texts, **paths(tmp_path / "work"), chunk_size=M, seq_len=N)
+    for name, data in {
+        "0 empty.txt": b"",
+        "1 white.txt": b" \n\t ",
+        "2 latin.txt": "Zürich café".encode("latin-1"),
+        "3 mixed.txt": "Zürich".encode() + b" caf\xe9",
+        "4 bom.txt": b"\xef\xbb\xbfZurich",
+        "5 utf-8.txt": "Zürich café".encode(),
+    }.items():
+        (texts / name).write_bytes(data)
+    work = tmp_path / "work [a] ü"
+    with pytest.warns(UserWarning, match=r"3 undecodable bytes became U\+FFFD in 2 documents, first in 2 latin.txt"):
+        stats = text_folder_to_chunks_(folder=texts, **paths(work), chunk_size=M, seq_len=N, progress=False)
+    assert (stats["docs"], stats["empty_docs"], stats["replaced_characters"]) == (4, 2, 3)
+    rows = [row[row != 0].tolist() for row in np.load(work / "chunks.npy")]
+    plain = [101, *wordpiece("zurich cafe"), 102]
+    assert rows[3] == plain and rows[2] == [101, *wordpiece("zurich"), 102]
+    assert decode(rows[1]) == "zurich caf" and decode(rows[0]) == "zrich caf"  # BERT drops U+FFFD
+    assert [d["source"] for d in read_documents(work / "chunks.npy")] == sorted(os.listdir(texts))[2:]
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({"max_chunks": 9}, 2),
+        ({"max_chunks": 8}, 1),
+        ({"max_seqs": 3}, 2),
+        ({"max_seqs": 2}, 1),
+        ({"max_chunks": 4}, 1),
+    ],
+)
+def test_a_maximum_keeps_whole_documents_and_says_so(tmp_path, limits, kept):
+    documents = [of_tokens(4 * M, "a"), of_tokens(5 * M, "b"), of_tokens(6 * M, "c")]
+    with pytest.warns(UserWarning, match=f"stopped before '{'abc'[kept]}', which does not fit; {kept} documents with"):
+        stats = build(tmp_path / "cut", documents, **limits)
+    whole = build(tmp_path / "whole", documents[:kept])
+    assert stats == {**whole, "complete": False}
+    for some, expected in zip(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"), strict=True):
+        assert np.array_equal(some, expected)
+
+
+def test_a_maximum_that_is_just_reached_is_complete(tmp_path, recwarn):
+    documents = [of_tokens(4 * M, "a"), of_tokens(5 * M, "b"), Document("", "c", "c")]
+    stats = build(tmp_path, documents, max_chunks=9, max_seqs=3)
+    assert stats["complete"] and stats["docs"] == 2 and not recwarn.list
+
+
+def test_a_long_document_is_cut_off_at_a_maximum_without_being_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunking, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(chunking, "PIECES_AT_ONCE", 1)  # many stretches: some rows are written, then taken back
+    with pytest.warns(UserWarning, match="stopped before 'b'"):
+        stats = build(tmp_path, [of_tokens(3 * M, "a"), of_tokens(1000, "b")], max_chunks=50)
+    assert stats["chunks"] == 3 and [len(array) for array in arrays(tmp_path)] == [3, 1, 3, 3]
+
+
+# what is kept
+
+
+def test_a_corpus_is_chunked_once_until_it_changes(tmp_path, sample_corpus, recwarn):
+    first = build(tmp_path, Corpus(sample_corpus))
+    before = contents(tmp_path)
+    assert build(tmp_path, Corpus(sample_corpus)) == first and contents(tmp_path) == before and not recwarn.list
+    with pytest.warns(UserWarning, match="building chunks.npy again: corpus was .* and is"):
+        assert build(tmp_path, Corpus(sample_corpus[1:]))["docs"] == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"chunk_size": 16}, {"seq_len": 64}, {"max_chunks": 1000}, {"max_seqs": 1000}],
+    ids=lambda o: next(iter(o)),
+)
+def test_another_setting_chunks_again_and_is_named(tmp_path, sample_corpus, options):
+    build(tmp_path, Corpus(sample_corpus))
+    with pytest.warns(UserWarning, match=f"building chunks.npy again: {next(iter(options))} was .* and is"):
+        build(tmp_path, Corpus(sample_corpus), **options)
+    build(tmp_path / "fresh", Corpus(sample_corpus), **options)
+    assert (
+        contents(tmp_path / "fresh").items()
+        <= {name: data for name, data in contents_of_files(tmp_path).items()}.items()
+    )
+
+
+def contents_of_files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_documents_that_cannot_say_what_they_are_are_chunked_each_time(tmp_path):
+    build(tmp_path, [of_tokens(20)])
+    with pytest.warns(UserWarning, match="building chunks.npy again"):
+        assert build(tmp_path, (document for document in [of_tokens(30)]))["tokens"] == 30
+
+
+def test_another_path_for_the_sequences_is_honoured(tmp_path, sample_corpus):
+    build(tmp_path, Corpus(sample_corpus))
+    (tmp_path / "seqs.npy").rename(tmp_path / "old.npy")
+    elsewhere = {**paths(tmp_path), "seqs_memmap_path": tmp_path / "deep" / "seqs.npy"}
+    with pytest.warns(UserWarning, match="no record of"):
+        documents_to_chunks_(Corpus(sample_corpus), **elsewhere, chunk_size=M, seq_len=N, progress=False)
+    assert (tmp_path / "deep" / "seqs.npy").read_bytes() == (tmp_path / "old.npy").read_bytes()
+
+
+def test_relative_paths_belong_to_the_working_directory(tmp_path, monkeypatch, sample_corpus):
+    monkeypatch.chdir(tmp_path)
+    stats = build(type(tmp_path)(), Corpus(sample_corpus))
+    assert build(tmp_path, Corpus(sample_corpus)) == stats
+    assert open_array("chunks.npy", shape=(stats["chunks"], M + 1)).shape == (stats["chunks"], M + 1)
+
+
+def test_provenance_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"chunks\.documents\.jsonl is missing"):
+        read_documents(tmp_path / "chunks.npy")
+
+
+def chunk_on_full_disk(folder, documents, limit):
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with pytest.raises(OSError, match=rf"could not write {re.escape(str(folder))}/\S+: File too large"):
+        build(folder, Corpus(documents), chunk_size=4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+@pytest.mark.filterwarnings("ignore:building")
+@pytest.mark.parametrize("limit", [0, 200, 400, 700, 2000, 4000])  # other files come to their end first
+def test_a_full_disk_leaves_the_whole_set_as_it_was(tmp_path, sample_corpus, run_apart, limit, recwarn):
+    first = build(tmp_path, Corpus(sample_corpus))
+    before = contents(tmp_path)
+    assert run_apart(chunk_on_full_disk, tmp_path, sample_corpus, limit) == [0]
+    assert contents(tmp_path) == before
+    assert build(tmp_path, Corpus(sample_corpus)) == first and not recwarn.list
