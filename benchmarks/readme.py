@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEARN = {
     "00_start_here": "the map, the letters, and the whole road once in ten cells",
     "01_chunking": "documents become chunks of 64 tokens that know where they came from",
-    "02_bert_embedding": "a frozen BERT makes each chunk a vector; what is near, and why both sides must be framed alike",
+    "02_bert_embedding": "a frozen BERT makes each chunk a vector; what is near, and framing both sides alike",
     "03_faiss_knn": "exact and approximate search; why a chunk's own document is left out, and how",
     "04_retro_model": "encoder and chunked cross-attention by hand; causality measured to the token",
     "05_training": "the loop by hand, then `fit`: schedule, validation, baseline, exact resume",

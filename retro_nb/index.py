@@ -94,6 +94,8 @@ def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = F
     spec = spec or choose_index(count, dim)
     try:
         index = faiss.index_factory(dim, spec, faiss.METRIC_L2)
+        if hasattr(innermost(index), "do_polysemous_training"):
+            innermost(index).do_polysemous_training = False  # seconds a byte of PQ, for a search not made here
         if not index.is_trained:
             index.train(_training_sample(vectors, index))
         for start in tqdm(range(0, count, BLOCK), desc="indexing", disable=not progress):
