@@ -131,7 +131,7 @@ def innermost(index: faiss.Index) -> faiss.Index:
 def _tune(index: faiss.Index, vectors: Vectors) -> None:
     """Double the effort of an approximate index until it finds 95 % of the true 10 nearest.
 
-    One that never does (its vectors are too coarse) keeps the least effort with which it finds most.
+    One that never does (its vectors are too coarse) keeps the least effort that comes within 1 % of its best.
     """
     inner = innermost(index)
     if isinstance(inner, faiss.IndexIVF):
@@ -149,8 +149,8 @@ def _tune(index: faiss.Index, vectors: Vectors) -> None:
         recalls[effort] = recall(vectors, queries, found, truth)
         if recalls[effort] >= RECALL_TARGET:
             return
-    best = max(recalls.values()) - 0.001
-    setattr(*setting, min(effort for effort in efforts if recalls[effort] >= best))
+    enough = max(recalls.values()) - 0.01
+    setattr(*setting, min(effort for effort in efforts if recalls[effort] >= enough))
 
 
 def write_index(index: faiss.Index, path: PathLike) -> None:

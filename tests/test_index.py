@@ -191,7 +191,7 @@ def test_an_index_takes_no_more_than_it_is_allowed(limit, tmp_path, monkeypatch)
         ("PQ8", 10, "a PQ one 256"),
         ("PQ7", 300, "multiple of the number of subquantizers"),
         ("IVF0,Flat", 300, "use 'Flat' for a small corpus"),
-        ("IDMap,Flat", 300, "cannot make the index"),
+        ("IDMap,Flat", 300, "add does not make sense"),
         ("nonsense", 300, "could not parse index string nonsense"),
     ],
 )
@@ -216,8 +216,8 @@ def share_found(index, vectors, k=10) -> float:
     """Recall of 100 queries, by brute force."""
     rows = range(0, len(vectors), len(vectors) // 100)
     _, ids = search(index, vectors[rows], k)
-    true = [{number for _, number in brute_force(vectors, vectors[row], k, [])} for row in rows]
-    return np.mean([len(set(found) & nearest) / k for found, nearest in zip(ids.tolist(), true, strict=True)])
+    true = [((vectors - vectors[row]) ** 2).sum(axis=1).argsort()[:k].tolist() for row in rows]
+    return np.mean([len({*found} & {*nearest}) / k for found, nearest in zip(ids.tolist(), true, strict=True)])
 
 
 @pytest.mark.parametrize("spec", ["IVF32,Flat", "HNSW4"])
@@ -237,9 +237,9 @@ def test_effort_is_not_raised_in_vain():
     vectors = random_vectors(1500)
     index = build_index(vectors, "IVF32,PQ4")  # too coarse for 95 in 100 with all its lists
     effort, reached = index.nprobe, share_found(index, vectors)
-    assert effort < 32
+    assert 1 < effort < 32
     index.nprobe = 32
-    assert reached > share_found(index, vectors) - 0.03
+    assert share_found(index, vectors) - 0.05 < reached < 0.95
 
 
 # to disk

@@ -80,14 +80,18 @@ def cut_text(text: str, chunks: Sequence[Span], shared: Sequence[Span] = (), fir
     return figure
 
 
-def chunks_by_year(years: Sequence[int], chunks: Sequence[int], name: dict[int, str]) -> Figure:
-    """Chunks of each document against its year; `name` labels some documents by their number."""
+def chunks_by_year(
+    years: Sequence[int], chunks: Sequence[int], named: dict[int, str], written: tuple[int, int]
+) -> Figure:
+    """Chunks of each document against its year; some are `named` by their number, years of letters are shaded."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
+    axes.axvspan(written[0] - 0.5, written[1] + 0.5, color=COLOURS["muted"], alpha=0.13, linewidth=0)
+    axes.text(sum(written) / 2, 0.96 * max(chunks), "sent in writing", ha="center", color=COLOURS["muted"])
     axes.vlines(years, 0, chunks, color=COLOURS["chunk"], linewidth=1.4, alpha=0.75)
-    for document, label in name.items():
+    for document, name in named.items():
         at = (years[document], chunks[document])
-        axes.annotate(label, at, (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    axes.set(xlabel="year", ylabel="chunks", ylim=0, title="A speech has twenty chunks or six hundred")
+        axes.annotate(f"{name}, {at[1]}", at, (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set(xlabel="year", ylabel="chunks", ylim=(0, 1.08 * max(chunks)), title="Letters are long, speeches are short")
     axes.grid(axis="x", visible=False)
     plt.close(figure)
     return figure
@@ -103,7 +107,7 @@ def padding(last: Sequence[int], chunk_size: int, shares: dict[str, float]) -> F
     right.barh(list(shares), [100 * share for share in shares.values()], color=COLOURS["muted"])
     for row, share in enumerate(shares.values()):
         right.text(100 * share, row, f" {share:.1%}", va="center")
-    right.set(xlabel="padding, % of the tokens", title="Padding", xlim=(0, 130 * max(shares.values())))
+    right.set(xlabel="padding, % of the tokens", title="Short documents pay", xlim=(0, 130 * max(shares.values())))
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
     plt.close(figure)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from retro_nb.layers import rotary
+from retro_nb.model import RETRO
 from retro_nb.plotting.style import COLOURS, SEQUENTIAL, arrow, blank, box
 
 PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB", "model": "#D3EDE4", "muted": "#EDEDED"}
@@ -35,7 +36,7 @@ def ripples(changes: Mapping[str, Float[Tensor, " n"]], firsts: Sequence[int], c
         axes.scatter(still, np.full(len(still), floor), s=5, color=COLOURS["muted"], label="exactly 0")
         axes.scatter(moved, values[moved], s=5, color=COLOURS["model"], label="moved")
         axes.axvline(first, color=COLOURS["neighbour"], linewidth=1, label=f"position {first}")
-        axes.set(title=title, yscale="log", ylabel="largest |Δ logit|", xlim=(-4, len(values) + 3))
+        axes.set(title=f"{title}: nothing before {first}", yscale="log", ylabel="largest |Δ logit|", xlim=(-4, len(values) + 3))
         axes.set_ylim(floor / 3, values.max() * 3)
         ticks = [tick for tick in axes.get_yticks() if floor < tick <= values.max() * 3]
         axes.set_yticks([floor, *ticks], ["0", *(f"$10^{{{round(math.log10(tick))}}}$" for tick in ticks)])
@@ -137,7 +138,7 @@ def alignment(m: int, l: int) -> Figure:
         box(axes, x - 0.8, 0.35, 0.78, 0.4, "N", colour=COLOURS["neighbour"])
         box(axes, x + 0.02, 0.35, 0.78, 0.4, "F", colour=COLOURS["continuation"])
         axes.text(x, 0.15, f"neighbours of chunk {u}", ha="center", va="center", fontsize=9)
-        arrow(axes, (x, 0.8), (middle, 1.6), color=COLOURS["neighbour"])
+        arrow(axes, (x, 0.8), (middle, 1.76), color=COLOURS["neighbour"])
     middle = bracket(0, m - 1, 2.15, -0.1, "muted")
     axes.text(middle, 1.98, "read nothing", ha="center", va="top", fontsize=9, color=COLOURS["muted"])
     return figure
@@ -197,13 +198,14 @@ def causality(
     moved = torch.cat((token.flatten(), neighbour.flatten()))
     scale = LogNorm(moved[moved > 0].min().item(), moved.max().item())
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.6))
-    names = ("Change token j", "Change a neighbour of chunk u")
+    names = ("Token j: nothing before j", "Neighbour of u: nothing before (u+1)m−1")
     for axes, matrix, name in zip(panels, (token, neighbour), names, strict=True):
         image = axes.imshow(
             matrix.where(matrix > 0, torch.nan).numpy(), norm=scale, cmap=SEQUENTIAL, aspect="auto",
             interpolation="nearest",
         )  # fmt: skip
         axes.set(title=name, xlabel="position of the logits, tokens", xticks=range(0, n, m))
+        axes.grid(False)
     panels[0].set(ylabel="changed token j", yticks=range(0, n, m))
     panels[1].set(ylabel="chunk u", yticks=range(l))
     edges = np.arange(n)
@@ -215,14 +217,27 @@ def causality(
     return figure
 
 
-def parameter_shares(counts: Mapping[str, Mapping[str, int]]) -> Figure:
+def _parts(retro: RETRO) -> dict[str, int]:
+    """Parameters of each kind, embeddings left out."""
+    layers = retro.decoder.layers
+    kinds = {
+        "self-attention": [layer.attn for layer in layers],
+        "feed-forward": [layer.ff for layer in layers],
+        "cross-attention": [layer.cross_attn for layer in layers if layer.cross_attn is not None],
+        "encoder": [retro.encoder],
+    }
+    return {kind: sum(p.numel() for part in parts for p in part.parameters()) for kind, parts in kinds.items()}
+
+
+def parameter_shares(models: Mapping[str, RETRO]) -> Figure:
     """One bar a model, cut into the shares of its parts; the number in a piece is millions of parameters."""
+    counts = {name: _parts(retro) for name, retro in models.items()}
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(counts) + 1.3))
     parts = list(next(iter(counts.values())))
-    colours = [COLOURS[c] for c in ("chunk", "model", "neighbour", "ink", "muted")]
+    colours = [COLOURS[c] for c in ("chunk", "model", "neighbour", "ink")]
     for row, sizes in enumerate(counts.values()):
         total, left = sum(sizes.values()), 0.0
-        for part, colour in zip(parts, colours, strict=False):
+        for part, colour in zip(parts, colours, strict=True):
             share = 100 * sizes[part] / total
             axes.barh(row, share, left=left, color=colour, label=part if row == 0 else None)
             if share > 4:
@@ -244,9 +259,10 @@ def copying_race(losses: Mapping[str, Sequence[float]], *, m: int, l: int, v: in
     for (name, curve), colour in zip(losses.items(), ("model", "control"), strict=False):
         axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[colour], linewidth=2, label=name)
     guess, best = math.log(v), math.log(v) * (m - 1) / (m * l)
-    for level, name in ((guess, f"guessing: ln {v}"), (best, f"best possible: {m - 1}/{m * l} · ln {v}")):
+    levels = ((guess, f"guessing: ln {v}", 0.05), (best, f"best possible: {m - 1}/{m * l} · ln {v}", -0.35))
+    for level, name, above in levels:
         axes.axhline(level, color=COLOURS["muted"], linestyle="--", linewidth=1)
-        axes.annotate(name, (1, level), (2, 3), textcoords="offset points", color=COLOURS["muted"], fontsize=9)
+        axes.text(len(curve), level + above, name, color=COLOURS["muted"], fontsize=9, ha="right")
     axes.set(title="Who knows its place can copy", xlabel="training step", ylabel="loss, nats per token")
     axes.set_ylim(0, None)
     axes.legend(loc="center right")

@@ -66,7 +66,8 @@ def retro() -> Figure:
         between = lefts[u] + wide + gap / 2
         _retrieve(axes, lefts[u] + wide / 2, between, found, cells)
         box(axes, between - 0.2, 3.92, wide + gap / 2 + 0.1, 0.28, "chunked cross-attention", colour=COLOURS["model"])
-    axes.text(0.1, 0.2, "database: chunks of other documents, found by their vectors", va="center", color=COLOURS["ink"])
+    title = "database: chunks of other documents, found by their vectors"
+    axes.text(0.1, 0.2, title, va="center", color=COLOURS["ink"])
     legend = "each neighbour comes with\nits continuation, the chunk\nthat follows it"
     axes.text(5.9, 1.35, legend, va="center", fontsize=8.5, color=COLOURS["ink"])
     return figure
