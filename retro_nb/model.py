@@ -4,37 +4,22 @@ Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k ne
 per neighbour, d width, v vocabulary.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from retro_nb.layers import (
-    Attention,
-    ChunkedCrossAttention,
-    FeedForward,
-    KeyValueCache,
-    Memory,
-    PostNorm,
-    PreNorm,
-    RMSNorm,
-    rotary,
-)
-from retro_nb.storage import replacing, write_json
+from retro_nb.layers import Attention, FeedForward, KeyValueCache, PostNorm, PreNorm, RMSNorm
+from retro_nb.pretrained import load, plain_config, renamed, save
+from retro_nb.transformer import Decoder, DecodingState, Encoder
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
-Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside its residual
 
 # Tables 2 and 10 of the paper. The encoder is the same for all: width 896, 16 heads of 64, 2 layers.
 EVERY_THIRD = (9, 12, 15, 18, 21, 24)
@@ -50,160 +35,6 @@ AS_IN_THE_PAPER = dict(
     enc_dim=896, enc_depth=2, enc_heads=16, enc_dim_head=64, enc_cross_attn_layers=(1,), chunk_size=64,
     separate_embeddings=True, absolute_positions=False, tied_output=True, project_encoded=False,
 )  # fmt: skip
-
-
-class Layer(nn.Module):
-    """Self-attention, cross-attention (in some layers only) and feed-forward, each inside its residual."""
-
-    def __init__(self, attn: nn.Module, cross_attn: nn.Module | None, ff: nn.Module):
-        super().__init__()
-        self.attn, self.cross_attn, self.ff = attn, cross_attn, ff
-
-
-class Encoder(nn.Module):
-    """Reads the retrieved tokens in both directions, in the light of the chunk that retrieved them.
-
-    E_u^j = Encoder(RET(C_u)^j, H_u): in the layers P_enc each neighbour attends to H_u, the activations of
-    the chunk it was retrieved for (paper section 2.4, eq. 7: both sides count their positions from 0).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        cross_attn_layers: Sequence[int],
-        *,
-        chunk_dim: int,
-        out_dim: int | None,
-        ff_mult: int,
-        ff_dropout: float,
-        wrap: Wrap,
-        norm_out: nn.Module,
-        **attention,
-    ):
-        super().__init__()
-        self.dim_head = attention["dim_head"]
-        self.layers = nn.ModuleList()
-        for i in range(1, depth + 1):
-            attn, cross = Attention(dim, **attention), None
-            if i in cross_attn_layers:
-                cross = wrap(Attention(dim, context_dim=chunk_dim, **attention))
-            self.layers.append(Layer(wrap(attn), cross, wrap(FeedForward(dim, ff_mult, ff_dropout))))
-        self.norm_out = norm_out
-        self.project_out = nn.Linear(dim, out_dim) if out_dim else nn.Identity()
-
-    def forward(
-        self, x: Float[Tensor, "b l k r _"], mask: Bool[Tensor, "b l k r"], chunks: Float[Tensor, "b l m _"]
-    ) -> Float[Tensor, "b l k r _"]:
-        """Encode embedded neighbours `x`; `mask` is False on their padding, `chunks` holds H_1 … H_l."""
-        b, l, k, r, _ = x.shape
-        within = rotary(torch.arange(r, device=x.device), self.dim_head)
-        across = repeat(within, "two r d -> two (k r) d", k=k)
-        chunk = rotary(torch.arange(chunks.shape[2], device=x.device), self.dim_head)
-
-        x = rearrange(x, "b l k r d -> (b l k) r d")
-        mask = rearrange(mask, "b l k r -> (b l k) r")
-        chunks = rearrange(chunks, "b l m d -> (b l) m d")
-        for layer in self.layers:
-            x = layer.attn(x, mask=mask, q_rotary=within, k_rotary=within)
-            if layer.cross_attn is not None:  # the k neighbours of a chunk share its keys and values
-                x = rearrange(x, "(c k) r d -> c (k r) d", k=k)
-                x = layer.cross_attn(x, context=chunks, q_rotary=across, k_rotary=chunk)
-                x = rearrange(x, "c (k r) d -> (c k) r d", k=k)
-            x = layer.ff(x)
-        return rearrange(self.project_out(self.norm_out(x)), "(b l k) r d -> b l k r d", b=b, l=l)
-
-
-@dataclass
-class DecodingState:
-    """Everything `RETRO.decode` keeps of the tokens it was fed; made by `RETRO.start_decoding`."""
-
-    capacity: int  # tokens there is room for
-    retrieval: bool  # RETRO[ON], or RETRO[OFF] = forward(retrieved=None)
-    caches: list[KeyValueCache]  # self-attention keys and values, one cache a layer
-    chunk: Tensor  # b i d: the current chunk after self-attention at layer min(P), to condition the encoder
-    memories: dict[int, Memory | None] = field(default_factory=dict)  # what each layer reads of E_u
-    length: int = 0  # tokens fed so far
-
-
-class Decoder(nn.Module):
-    """A causal transformer in which the layers P read the encoded neighbours.
-
-    RETRO(H, E) = FFW(CCA(ATTN(H), E)) in the layers P, LM(H) = FFW(ATTN(H)) in the others (paper eq. 2).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        cross_attn_layers: Sequence[int],
-        *,
-        chunk_size: int,
-        encoded_dim: int,
-        ff_mult: int,
-        ff_dropout: float,
-        wrap: Wrap,
-        norm_out: nn.Module,
-        **attention,
-    ):
-        super().__init__()
-        self.chunk_size, self.dim_head, self.first = chunk_size, attention["dim_head"], min(cross_attn_layers)
-        self.layers = nn.ModuleList()
-        for i in range(1, depth + 1):
-            attn, cross = Attention(dim, causal=True, **attention), None
-            if i in cross_attn_layers:
-                cross = wrap(ChunkedCrossAttention(chunk_size, dim=dim, context_dim=encoded_dim, **attention))
-            self.layers.append(Layer(wrap(attn), cross, wrap(FeedForward(dim, ff_mult, ff_dropout))))
-        self.norm_out = norm_out
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n d"],
-        encoder: Encoder,
-        retrieved: Float[Tensor, "b l k r _"] | None = None,
-        mask: Bool[Tensor, "b l k r"] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """Whole sequences at once (paper Algorithm 1); without `retrieved` the layers P do not read."""
-        turn = rotary(torch.arange(x.shape[1], device=x.device), self.dim_head)
-        encoded = None
-        for layer in self.layers:
-            x = layer.attn(x, q_rotary=turn, k_rotary=turn)
-            if layer.cross_attn is not None and retrieved is not None:
-                l, m = retrieved.shape[1], self.chunk_size
-                if encoded is None and l > 0:  # layer min(P)
-                    chunks = rearrange(x[:, : l * m], "b (l m) d -> b l m d", m=m)
-                    encoded = encoder(retrieved, mask, chunks)
-                x = layer.cross_attn(x, layer.cross_attn.fn.remember(encoded, mask))
-            x = layer.ff(x)
-        return self.norm_out(x)
-
-    def decode(
-        self,
-        x: Float[Tensor, "b n d"],
-        state: DecodingState,
-        encoder: Encoder,
-        retrieved: Float[Tensor, "b 1 k r _"] | None = None,
-        mask: Bool[Tensor, "b 1 k r"] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """The same for the next piece of the sequences, all of it in one attending chunk."""
-        start, m = state.length, self.chunk_size
-        turn = rotary(start + torch.arange(x.shape[1], device=x.device), self.dim_head)
-        chunk_ends = (start + 1) % m == 0  # with the first token of this piece
-        encoded = None
-        for i, layer in enumerate(self.layers, start=1):
-            x = layer.attn(x, q_rotary=turn, k_rotary=turn, cache=state.caches[i - 1])
-            if layer.cross_attn is not None and state.retrieval:
-                if i == self.first:
-                    chunk = torch.cat((state.chunk.type_as(x), x), dim=1)
-                    if retrieved is not None:
-                        encoded = encoder(retrieved, mask, rearrange(chunk[:, :m], "b m d -> b 1 m d"))
-                    state.chunk = chunk[:, m:] if chunk_ends else chunk
-                if chunk_ends:
-                    state.memories[i] = layer.cross_attn.fn.remember(encoded, mask)
-                x = layer.cross_attn(x, state.memories.get(i), start)
-            x = layer.ff(x)
-        state.length += x.shape[1]
-        return self.norm_out(x)
 
 
 class RETRO(nn.Module):
@@ -275,7 +106,7 @@ class RETRO(nn.Module):
         tied_output: bool = False,
         project_encoded: bool = True,
     ):
-        self.config = _config(locals())
+        self.config = plain_config(locals())
         super().__init__()
         enc_layers = _layers("enc_cross_attn_layers", enc_cross_attn_layers, enc_depth)
         dec_layers = _layers("dec_cross_attn_layers", dec_cross_attn_layers, dec_depth)
@@ -517,17 +348,14 @@ class RETRO(nn.Module):
         """
         model = cls(**{**config, "heads": 8})
         try:
-            model.load_state_dict(_rename(state_dict))
+            model.load_state_dict(renamed(state_dict))
         except RuntimeError as error:
             raise ValueError(f"these are not the weights of retro_pytorch.RETRO(**{config}): {error}") from error
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json into `folder`, each replaced as a whole or not at all."""
-        config = {"model": "retro_nb.RETRO", **self.config}
-        with replacing(Path(folder) / "model.safetensors") as temporary:
-            save_model(self, str(temporary), metadata={"config": json.dumps(config)})
-        write_json(Path(folder) / "config.json", config)
+        save(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "RETRO":
@@ -538,70 +366,7 @@ class RETRO(nn.Module):
             ValueError: the configuration is not RETRO's, the weights are damaged, or the two do not belong
                 together.
         """
-        config_path, weights_path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: save_pretrained({str(folder)!r}) writes it")
-        config = _read_config(config_path)
-        try:
-            with safe_open(weights_path, "pt") as weights:
-                saved_with = json.loads((weights.metadata() or {}).get("config", "null"))
-            if saved_with != config:
-                raise ValueError("they were saved with another configuration")
-            model = cls(**{key: value for key, value in config.items() if key != "model"})
-            load_model(model, weights_path, device=str(device))
-        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{weights_path} does not hold the weights of the model in {config_path}: {error}. Save both "
-                f"again with save_pretrained"
-            ) from error
-        return model.to(device).eval()
-
-
-# Regular expressions from the names of retro-pytorch's parameters to ours.
-RETRO_PYTORCH_NAMES = [
-    (r"^to_decoder_model_dim\.", "to_dec_dim."),
-    (r"(layers\.\d+)\.0\.", r"\1.attn."),
-    (r"(layers\.\d+)\.1\.", r"\1.cross_attn."),
-    (r"(layers\.\d+)\.2\.", r"\1.ff."),
-    (r"\.fn\.cross_attn\.", ".fn.attn."),
-    (r"\.fn\.ff\.", ".fn.net."),
-]
-
-
-def _rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A retro-pytorch state dict under our names."""
-    weights = {}
-    for name, value in state_dict.items():
-        if name.endswith("inv_freq"):
-            continue  # rotary frequencies, computed here
-        if name.replace(".weight", ".gamma") in state_dict:  # the weight of a gated RMSNorm is its gate
-            name = name.replace(".weight", ".gate")
-        for theirs, ours in RETRO_PYTORCH_NAMES:
-            name = re.sub(theirs, ours, name)
-        weights[name] = value
-    return weights
-
-
-def _config(arguments: dict) -> dict:
-    """The constructor's arguments as JSON can hold them."""
-    config = {key: value for key, value in arguments.items() if key not in ("self", "__class__")}
-    for key, value in config.items():
-        if isinstance(value, type):
-            config[key] = value.__name__
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            config[key] = list(value)
-    return config
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model") != "retro_nb.RETRO":
-        raise ValueError(f"{path} is not the configuration of a RETRO saved with save_pretrained")
-    return config
+        return load(cls, folder, device)
 
 
 def _layers(name: str, layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:

@@ -415,7 +415,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retro_nb.model.save_model", full_disk)
+    monkeypatch.setattr("retro_nb.pretrained.save_model", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make(seed=2).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
