@@ -141,7 +141,7 @@ class RETRODataset(Dataset):
         arrays = self._open()
         return np.asarray(arrays["doc_ids"][arrays["seqs"]])
 
-    def __getitem__(self, ind: int) -> tuple[Int64[Tensor, " n_plus_1"], Int64[Tensor, "l k r"]]:
+    def __getitem__(self, ind: int | np.integer) -> tuple[Int64[Tensor, " n_plus_1"], Int64[Tensor, "l k r"]]:
         """Example `ind`: the sequence's n + 1 tokens, and the k neighbours of each of its l chunks."""
         if not -len(self) <= ind < len(self):
             raise IndexError(f"sequence {ind} of {len(self)}")

@@ -67,7 +67,7 @@ Find = Callable[..., tuple[Distances, Neighbours]]  # search(index, …) or exac
 
 
 def _find_others(
-    find: Find, vectors: Vectors, rows: np.ndarray, own: np.ndarray, k: int, max_similarity: float | None
+    find: Find, vectors: Vectors, rows: np.ndarray, own: np.ndarray, k: int, max_similarity: float | int | None
 ) -> Neighbours:
     """k ids for each row, none in its own range, none too similar; asks for more until `find` has no more."""
     out = np.full((len(rows), k), NO_NEIGHBOUR, dtype=np.int64)
@@ -104,7 +104,7 @@ def neighbours(
     doc_ids: Int[np.ndarray, " c"],
     k: int,
     *,
-    max_similarity: float | None = None,
+    max_similarity: float | int | None = None,
     rows: range | None = None,
 ) -> Neighbours:
     """The k nearest chunks of other documents, for every chunk or for some.
@@ -133,7 +133,7 @@ def neighbours(
 
 
 def measure_recall(
-    vectors: Vectors, doc_ids: Int[np.ndarray, " c"], found: Neighbours, max_similarity: float | None = None
+    vectors: Vectors, doc_ids: Int[np.ndarray, " c"], found: Neighbours, max_similarity: float | int | None = None
 ) -> float:
     """Recall@k of stored neighbours against exact search with the same exclusions, on up to 2000 chunks."""
     sample = np.linspace(0, len(vectors) - 1, min(RECALL_QUERIES, len(vectors))).astype(np.int64)
@@ -221,7 +221,7 @@ def chunks_to_precalculated_knn_(
     doc_ids_memmap_path: PathLike,
     max_rows_per_file: int = 1024,
     num_extra_neighbors: int = 0,
-    max_similarity: float | None = None,
+    max_similarity: float | int | None = None,
     force_reprocess: bool = False,
     index_file: str = "knn.index",
     progress: bool = True,

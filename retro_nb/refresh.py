@@ -3,12 +3,15 @@
 The form is what tests/test_notebooks.py asks of every committed notebook.
 """
 
+import base64
+import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from PIL import Image
 from tqdm import tqdm
 
 from retro_nb.experiments import Result, execute_as_committed, find_notebooks
@@ -16,15 +19,25 @@ from retro_nb.storage import replacing
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PNG = "image/png"
+
+
+def _small_png(encoded: str) -> str:
+    """The same picture in 256 colours, in base64: half the size, and no eye sees it in a chart."""
+    picture, packed = Image.open(io.BytesIO(base64.b64decode(encoded))), io.BytesIO()
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
+    return base64.b64encode(packed.getvalue()).decode()
 
 
 def _normal_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Drop stderr and live widgets, and join what was printed in pieces."""
+    """Drop stderr and live widgets, shrink pictures, and join what was printed in pieces."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
             continue
         output.get("metadata", {}).clear()
+        if PNG in output.get("data", {}):
+            output.data[PNG] = _small_png(output.data[PNG])
         if kept and output.output_type == "stream" == kept[-1].output_type:
             kept[-1].text += output.text
         else:

@@ -185,7 +185,7 @@ class TrainingWrapper(nn.Module):
         """AdamW over the model's parameters; keyword arguments are those of `training.get_optimizer`."""
         return get_optimizer(self.retro.parameters(), **kwargs)
 
-    def fit(self, *, valid_share: float = 0.1, **kwargs: Any) -> History:
+    def fit(self, *, valid_share: float | int = 0.1, **kwargs: Any) -> History:
         """Train the model on this corpus.
 
         Args:
@@ -208,8 +208,8 @@ class TrainingWrapper(nn.Module):
         start: Int[Tensor, "b n"] | None = None,
         retrieved: Int[Tensor, "b l k r"] | None = None,
         filter_fn: Callable = top_k,
-        filter_thres: float = 0.9,
-        temperature: float = 1.0,
+        filter_thres: float | int = 0.9,
+        temperature: float | int = 1.0,
         *,
         exclude: Sequence[DocumentName] = (),
         on_retrieved: Callable[[int, Distances, Neighbours], object] | None = None,

@@ -90,7 +90,7 @@ def chunks_by_year(
     axes.vlines(years, 0, chunks, color=COLOURS["chunk"], linewidth=1.4, alpha=0.75)
     for document, name in named.items():
         at = (years[document], chunks[document])
-        axes.annotate(f"{name}, {at[1]}", at, (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(f"{name}, {at[1]}", at, (0, 2), textcoords="offset points", ha="right", fontsize=8)
     axes.set(xlabel="year", ylabel="chunks", ylim=(0, 1.08 * max(chunks)), title="Letters are long, speeches are short")
     axes.grid(axis="x", visible=False)
     plt.close(figure)
@@ -107,7 +107,7 @@ def padding(last: Sequence[int], chunk_size: int, shares: dict[str, float]) -> F
     right.barh(list(shares), [100 * share for share in shares.values()], color=COLOURS["muted"])
     for row, share in enumerate(shares.values()):
         right.text(100 * share, row, f" {share:.1%}", va="center")
-    right.set(xlabel="padding, % of the tokens", title="Short documents pay", xlim=(0, 130 * max(shares.values())))
+    right.set(xlabel="padding, % of the tokens", title="Short documents waste more", xlim=(0, 130 * max(shares.values())))
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
     plt.close(figure)

@@ -36,7 +36,8 @@ def ripples(changes: Mapping[str, Float[Tensor, " n"]], firsts: Sequence[int], c
         axes.scatter(still, np.full(len(still), floor), s=5, color=COLOURS["muted"], label="exactly 0")
         axes.scatter(moved, values[moved], s=5, color=COLOURS["model"], label="moved")
         axes.axvline(first, color=COLOURS["neighbour"], linewidth=1, label=f"position {first}")
-        axes.set(title=f"{title}: nothing before {first}", yscale="log", ylabel="largest |Δ logit|", xlim=(-4, len(values) + 3))
+        axes.set_title(f"{title}: nothing before {first}")
+        axes.set(yscale="log", ylabel="largest |Δ logit|", xlim=(-4, len(values) + 3))
         axes.set_ylim(floor / 3, values.max() * 3)
         ticks = [tick for tick in axes.get_yticks() if floor < tick <= values.max() * 3]
         axes.set_yticks([floor, *ticks], ["0", *(f"$10^{{{round(math.log10(tick))}}}$" for tick in ticks)])

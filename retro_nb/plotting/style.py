@@ -52,7 +52,7 @@ def use_style() -> None:
 
 def blank(width: float, height: float) -> tuple[Figure, plt.Axes]:
     """A figure to draw on: no axes, one unit an inch, the origin at the lower left."""
-    figure, axes = plt.subplots(figsize=(width, height))
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     axes.axis("off")
     plt.close(figure)  # shown once, as the value of its cell

@@ -1,0 +1,101 @@
+"""Figures of notebook 06: choosing a token, the time it takes, what neighbours change, and a written page."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import HTML
+from matplotlib.figure import Figure
+
+from retro_nb.plotting.style import COLOURS
+from retro_nb.retrieval import Passage
+
+PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB"}
+
+
+def page(passages: Sequence[Passage], words: int = 34) -> HTML:
+    """A text chunk by chunk, each beside the neighbours that it found, cut to so many words."""
+
+    def cut(text: str) -> str:
+        parts = text.split()
+        return html.escape(" ".join(parts[:words])) + (" …" if len(parts) > words else "")
+
+    left = "text-align:left;vertical-align:top;color:#222"
+    rows = [f'<tr><th style="{left}">chunk</th><th style="{left}">found when it was complete</th></tr>']
+    for u, passage in enumerate(passages):
+        found = [
+            f'<div style="background:{PALE["neighbour"]};margin-bottom:4px"><b>{html.escape(near.title)}</b>, '
+            f"d² = {near.distance:.2f}: {cut(near.text)}</div>"
+            for near in passage.neighbours
+        ]
+        beside = "".join(found) or "<i>nothing was looked up: no token follows</i>"
+        text = f'<td style="{left};width:48%;background:{PALE["chunk"]}"><b>{u}.</b> {html.escape(passage.text)}</td>'
+        rows.append(f'<tr>{text}<td style="{left}">{beside}</td></tr>')
+    return HTML(f'<table style="width:100%;font-size:90%">{"".join(rows)}</table>')
+
+
+def bars(words: Sequence[str], panels: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Probabilities of a few tokens, one panel for each way of choosing; what is filtered out is marked."""
+    figure, row = plt.subplots(1, len(panels), figsize=(8, 2.6), sharey=True)
+    for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
+        values = np.asarray(values, dtype=float)
+        axes.bar(range(len(values)), values, color=COLOURS["model"])
+        for i in np.flatnonzero(values == 0):
+            axes.text(i, 0.02, "✕", ha="center", color=COLOURS["neighbour"])
+        axes.set_xticks(range(len(values)), words, rotation=45, ha="right")
+        axes.set_title(name, fontsize=10, fontweight="normal")
+        axes.grid(axis="x", visible=False)
+    np.atleast_1d(row)[0].set(ylabel="probability", ylim=(0, 1.05))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    plt.close(figure)
+    return figure
+
+
+def drawn(words: Sequence[str], expected: Sequence[float], shares: Sequence[float], draws: int) -> Figure:
+    """Shares of tokens among many draws, beside their probabilities with two standard errors."""
+    figure, axes = plt.subplots(figsize=(8, 2.6))
+    at, p = np.arange(len(words)), np.asarray(expected, dtype=float)
+    error = 2 * np.sqrt(p * (1 - p) / draws)
+    axes.bar(at - 0.2, p, 0.4, yerr=error, capsize=4, color=COLOURS["muted"], label="softmax, ± 2 standard errors")
+    axes.bar(at + 0.2, shares, 0.4, color=COLOURS["model"], label=f"{draws:,} draws with Gumbel noise")
+    axes.set_xticks(at, words)
+    axes.set(ylabel="share", title="The argmax of noisy logits falls where softmax says")
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    plt.close(figure)
+    return figure
+
+
+def token_times(seconds: Mapping[str, tuple[Sequence[int], Sequence[float]]], chunk_size: int) -> Figure:
+    """Milliseconds for each new token, by its position; dotted lines where neighbours are looked up."""
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    last = 0
+    for (name, (positions, times)), colour in zip(seconds.items(), ("baseline", "model"), strict=False):
+        axes.plot(positions, 1000 * np.asarray(times), ".", markersize=4, color=COLOURS[colour], label=name)
+        last = max(last, *positions)
+    for end in range(chunk_size, last + 1, chunk_size):
+        axes.axvline(end, color=COLOURS["neighbour"], linewidth=1, linestyle=":", zorder=0)
+    axes.set(yscale="log", xlabel="position of the new token", ylabel="milliseconds, log scale")
+    axes.set_title("With kept keys and values, a token costs the same wherever it stands")
+    axes.legend(loc="upper left", frameon=True, edgecolor="none", markerscale=2)
+    plt.close(figure)
+    return figure
+
+
+def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
+    """How far the next-token distribution moves at every position when neighbours are exchanged, in nats."""
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    n = 0
+    for (name, values), colour in zip(kl.items(), ("control", "muted", "neighbour"), strict=False):
+        values, n = np.asarray(values, dtype=float), len(values)
+        axes.plot(values, color=COLOURS[colour], linewidth=1, label=f"{name}: mean {values[chunk_size - 1 :].mean():.3f}")
+    axes.axvspan(0, chunk_size - 1, color="#EDEDED", zorder=0)
+    axes.text((chunk_size - 1) / 2, 0.5, "reads\nnothing", ha="center", va="center", fontsize=9,
+              transform=axes.get_xaxis_transform(), color=COLOURS["ink"])  # fmt: skip
+    axes.set_xticks(range(0, n + 1, chunk_size))
+    axes.set(xlabel="position, one tick a chunk", ylabel="KL divergence, nats", ylim=(0, None), xlim=(0, n))
+    axes.set_title("Other neighbours move the next token a little, and only after the first chunk")
+    axes.legend(loc="upper right")
+    plt.close(figure)
+    return figure

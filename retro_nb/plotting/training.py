@@ -1,0 +1,71 @@
+"""Figures of notebook 05: losses, the learning rate, and where a step's time goes."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from retro_nb.checkpoints import History
+from retro_nb.plotting.style import COLOURS
+
+
+def losses(
+    histories: Mapping[str, History], lines: Mapping[str, float], title: str, top: float | None = None
+) -> Figure:
+    """Training losses, smoothed over five steps, and held-out losses (dots); dashed `lines` to compare with.
+
+    Args:
+        histories: name -> the run's records; the first is drawn as the model, the second as the baseline.
+        lines: name -> loss that needs no network.
+        title: what is to be seen.
+        top: where the axis ends; left out, above the first loss.
+    """
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    colours = [COLOURS["model"], COLOURS["baseline"], COLOURS["control"]]
+    for (name, history), colour in zip(histories.items(), colours, strict=False):
+        steps, values = history.curve("loss")
+        width = min(5, len(values))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.2, label=f"{name}, training")
+        axes.plot(*history.curve("valid_loss"), "o", color=colour, label=f"{name}, held out")
+    end = max(history.steps[-1] for history in histories.values())
+    for name, value in lines.items():
+        axes.axhline(value, color=COLOURS["muted"], linestyle="--", linewidth=1)
+        axes.annotate(f"{name}: {value:.2f}", (end, value), (0, -4), ha="right", va="top", fontsize=9,
+                      textcoords="offset points", color=COLOURS["ink"])  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set(xlabel="step", ylabel="loss, nats a word piece", title=title, ylim=(low - 0.3, top or high))
+    axes.legend(loc="upper right")
+    plt.close(figure)
+    return figure
+
+
+def schedule(rates: Sequence[float], warmup_steps: int) -> Figure:
+    """The learning rate of every step, from step 1, with the end of the warm-up and the last rate marked."""
+    figure, axes = plt.subplots(figsize=(8, 2.8))
+    steps = range(1, len(rates) + 1)
+    axes.plot(steps, rates, color=COLOURS["model"])
+    for step, words in ((warmup_steps, "peak"), (len(rates), "a tenth of it")):
+        axes.plot(step, rates[step - 1], "o", color=COLOURS["neighbour"])
+        axes.annotate(words, (step, rates[step - 1]), (8, 4), textcoords="offset points", va="bottom", ha="left")
+    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, max(rates) * 1.15), xlim=(0, len(rates) * 1.14))
+    axes.set_title(f"{warmup_steps} steps up a line, then half a cosine down")
+    plt.close(figure)
+    return figure
+
+
+def step_time(seconds: Mapping[str, float]) -> Figure:
+    """Where the time of one step goes: phase -> seconds, as one bar, with the shares."""
+    figure, axes = plt.subplots(figsize=(8, 1.7))
+    total, left = sum(seconds.values()), 0.0
+    for (name, spent), colour in zip(seconds.items(), ("chunk", "model", "neighbour", "continuation"), strict=False):
+        axes.barh(0, spent, left=left, color=COLOURS[colour], label=f"{name}  {100 * spent / total:.0f} %")
+        left += spent
+    longest = max(seconds, key=seconds.get)
+    axes.set(yticks=[], xlabel="seconds in one step", xlim=(0, total))
+    axes.set_title(f"{longest.capitalize()} takes most of a step")
+    axes.grid(False)
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45), fontsize=9)
+    plt.close(figure)
+    return figure

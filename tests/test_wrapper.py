@@ -1,0 +1,388 @@
+"""TrainingWrapper: one corpus, one folder; training on it, and samples that say what they have read."""
+
+import json
+import stat
+import warnings
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from retro_nb import RETRO, almanac, embedding, top_k, top_p, wrapper
+from retro_nb.chunking import decode, tokenize
+from retro_nb.corpus import Document
+from retro_nb.storage import open_array
+from retro_nb.wrapper import TrainingWrapper
+
+faiss.omp_set_num_threads(1)
+
+M, N, K = 8, 32, 2
+WORDS = "law peace war trade union state people power treaty silver gold navy army land tax vote".split()
+LENGTHS = {"first": 60, "second": 33, "third": 5, "fourth": 50, "fifth": 41}
+
+
+def text(seed: int, words: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+def make_retro(**changes) -> RETRO:
+    small = dict(num_tokens=30522, max_seq_len=N, chunk_size=M, enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=2)
+    torch.manual_seed(0)
+    return RETRO(**{**small, "dec_cross_attn_layers": (1, 2), "heads": 2, "dim_head": 8, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_precision():
+    """In bfloat16 a chunk's vector depends a little on the batch that it is in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding, "best_dtype", lambda device: torch.float32)
+        embedding._load_bert.cache_clear()
+        yield
+    embedding._load_bert.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def own_work_folder_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(wrapper, "WORK", tmp_path / "work")
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    for seed, (name, words) in enumerate(LENGTHS.items()):
+        (tmp_path / "texts" / f"{'more/' * (seed > 2)}{name}.txt").write_text(text(seed, words))
+    return tmp_path / "texts"
+
+
+@pytest.fixture
+def wrap(tiny_bert):
+    """TrainingWrapper with all that is not under test filled in."""
+
+    def make(documents_path, **changes) -> TrainingWrapper:
+        defaults = dict(knn=K, chunk_size=M, bert=tiny_bert, progress=False)
+        retro = changes.pop("retro", None) or make_retro()
+        return TrainingWrapper(retro=retro, documents_path=documents_path, **{**defaults, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory, tiny_bert) -> TrainingWrapper:
+    """One wrapper for the tests that only ask it."""
+    documents = [Document(text(seed, words), name, "s") for seed, (name, words) in enumerate(LENGTHS.items())]
+    work = tmp_path_factory.mktemp("wrapped")
+    options = dict(knn=K, chunk_size=M, bert=tiny_bert, progress=False, work_dir=work)
+    return TrainingWrapper(retro=make_retro(), documents_path=documents, **options)
+
+
+def files(folder) -> dict[str, int]:
+    return {
+        str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    }
+
+
+# the corpus and its folder
+
+
+def test_two_corpora_never_share_a_folder_and_one_is_built_once(folder, wrap, tmp_path):
+    first = wrap(folder)
+    before = files(tmp_path / "work")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = wrap(str(folder))
+        others = [
+            wrap(folder, glob="more/*.txt"),
+            wrap(folder / "more"),
+            wrap(almanac(towns=2)),
+            wrap(almanac(towns=3)),
+        ]
+    assert again.work_dir == first.work_dir and again.stats == first.stats
+    assert len({first.work_dir, *(other.work_dir for other in others)}) == 5
+    assert before.items() <= files(tmp_path / "work").items()
+    assert [other.stats["docs"] for other in others] == [2, 2, 4, 6]
+    assert (again.ds[0][1] == first.ds[0][1]).all()
+
+
+def test_a_jsonl_file_and_a_folder_of_the_same_texts(folder, wrap, tmp_path):
+    lines = [{"text": path.read_text(), "title": path.stem} for path in sorted(folder.rglob("*.txt"))]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    one, two = wrap(tmp_path / "texts.jsonl"), wrap(folder)
+    assert [about["title"] for about in one.retriever.documents] == [line["title"] for line in lines]
+    for (seq, found), (other_seq, other_found) in zip(one.ds, two.ds, strict=True):
+        assert torch.equal(seq, other_seq) and torch.equal(found, other_found)
+
+
+@pytest.mark.filterwarnings("ignore:building")
+def test_an_iterable_without_a_fingerprint_needs_a_folder(wrap, tmp_path):
+    documents = [Document(text(0, 30), "one", "s"), Document(text(1, 30), "two", "s")]
+    with pytest.raises(ValueError, match=r"a list has no fingerprint .*: pass work_dir"):
+        wrap(documents)
+    assert wrap(documents, work_dir=tmp_path / "mine").stats["docs"] == 2
+    with pytest.warns(UserWarning, match=r"building chunks\.npy again"):
+        assert wrap(documents[:1], work_dir=tmp_path / "mine").stats["docs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("nowhere", NotADirectoryError), ("nowhere.jsonl", FileNotFoundError), ("empty", FileNotFoundError)],
+)
+def test_documents_that_are_not_there(wrap, tmp_path, path, error):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(error, match=path):
+        wrap(tmp_path / path)
+    assert not (tmp_path / "work").exists()
+
+
+def test_files_go_where_they_are_told(folder, wrap, tmp_path):
+    out = tmp_path / "out"
+    made = wrap(
+        folder,
+        chunks_memmap_path=out / "train.chunks.dat",
+        seqs_memmap_path=str(out / "train.seq.dat"),
+        doc_ids_memmap_path=out / "train.doc_ids.dat",
+        processed_stats_json_path=out / "stats.json",
+        faiss_index_filename="my.index",
+    )
+    assert json.loads((out / "stats.json").read_text()) == made.stats
+    assert {"train.chunks.dat", "train.chunks.knn.dat", "train.seq.dat", "train.doc_ids.dat", "my.index"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert not (tmp_path / "work").exists()
+    assert made.stats["docs"] == 5 and made.stats["k"] == K and made.stats["recall"] == 1
+    assert made.stats["chunks"] == made.ds.num_chunks and made.stats["seqs"] == len(made.ds)
+
+
+def test_a_finished_folder_may_be_read_only(folder, wrap):
+    made = wrap(folder)
+    paths = [made.work_dir, *made.work_dir.iterdir()]
+    modes = [path.stat().st_mode for path in paths]
+    for path in reversed(paths):
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+    try:
+        again = wrap(folder)
+        assert again.stats == made.stats
+        assert again.generate(max_new_tokens=M).shape == (1, M + 1)
+    finally:
+        for path, mode in zip(paths, modes, strict=True):
+            path.chmod(mode)
+
+
+def test_reprocess_builds_everything_again(folder, wrap, monkeypatch):
+    made = wrap(folder)
+    arrays = ("chunks.npy", "seqs.npy", "doc_ids.npy", "chunks.embedded.npy", "knn.index", "chunks.knn.npy")
+    before = {name: (made.work_dir / name).stat().st_mtime_ns for name in arrays}
+    contents = {name: (made.work_dir / name).read_bytes() for name in arrays}
+    monkeypatch.setenv("REPROCESS", "1")
+    with pytest.warns(UserWarning, match="REPROCESS"):
+        wrap(folder)
+    assert all((made.work_dir / name).stat().st_mtime_ns > before[name] for name in arrays)
+    assert {name: (made.work_dir / name).read_bytes() for name in arrays} == contents
+
+
+@pytest.mark.filterwarnings("ignore:building")
+def test_a_changed_corpus_or_setting_is_built_again(folder, wrap):
+    made = wrap(folder)
+    (folder / "sixth.txt").write_text(text(6, 20))
+    assert wrap(folder).stats["docs"] == 6
+    assert wrap(folder, knn=3).ds[0][1].shape == (N // M, 3, 2 * M)
+    with pytest.warns(UserWarning, match="max_chunks 12, .*stopped before 'more/fifth'"):
+        assert wrap(folder, max_chunks=12).stats["docs"] < made.stats["docs"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"chunk_size": 16}, ValueError, "chunk_size 16, but the model was made for 8"),
+        (
+            {"retro": make_retro(num_tokens=1000)},
+            ValueError,
+            r"knows 1000 tokens, the tokenizer gives 30522: .*num_tokens=30522",
+        ),
+        ({"retro": torch.nn.Linear(2, 2)}, TypeError, "(?s)RETRO"),
+        ({"knn": 0}, ValueError, "num_nearest_neighbors 0"),
+        ({"indx": "Flat"}, TypeError, "indx"),
+    ],
+)
+def test_what_does_not_go_together(folder, wrap, changes, error, message):
+    with pytest.raises(error, match=message):
+        wrap(folder, **changes)
+
+
+# training
+
+
+def test_the_wrapper_is_the_models_module(wrapped):
+    assert [id(p) for p in wrapped.parameters()] == [id(p) for p in wrapped.retro.parameters()]
+    optimizer = wrapped.get_optimizer(lr=0.5, wd=0.25)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in wrapped.retro.parameters())
+    assert optimizer.defaults["lr"] == 0.5 and optimizer.param_groups[0]["weight_decay"] == 0.25
+    seq, retrieved = next(iter(wrapped.get_dataloader(batch_size=3)))
+    assert seq.shape == (3, N + 1) and retrieved.shape == (3, N // M, K, 2 * M)
+    for mode in (True, False):
+        wrapped.train(mode)
+        assert wrapped.retro.training is mode
+    assert torch.equal(wrapped(seq[:, :-1], retrieved), wrapped.retro(seq[:, :-1], retrieved))
+    assert torch.equal(wrapped(seq, retrieved, return_loss=True), wrapped.retro(seq, retrieved, return_loss=True))
+
+
+@pytest.mark.parametrize("valid_share", [0, 0.3])
+def test_fit_trains_on_the_corpus(wrap, folder, valid_share):
+    made = wrap(folder)
+    before = [p.clone() for p in made.retro.parameters()]
+    history = made.fit(steps=6, batch_size=4, lr=0.01, warmup_steps=1, valid_share=valid_share, progress=False)
+    assert history.losses[-1] < history.losses[0]
+    assert any(not torch.equal(p, q) for p, q in zip(before, made.parameters(), strict=True))
+    assert ("valid_loss" in history[-1]) == bool(valid_share)
+
+
+def test_fit_holds_out_whole_documents(wrap, folder, monkeypatch):
+    made, seen = wrap(folder), []
+
+    def recorded(retro, train, valid, **options):
+        seen.extend([train, valid])
+        return wrapper.History()
+
+    monkeypatch.setattr(wrapper, "fit", recorded)
+    made.fit(valid_share=0.4, seed=3, steps=1)
+    train, valid = ({int(made.ds.sequence_documents[i]) for i in part.indices} for part in seen)
+    assert len(valid) == 2 and not train & valid and train | valid == set(range(5))
+
+
+def test_one_document_cannot_be_split(wrap, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "only.txt").write_text(text(0, 40))
+    made = wrap(tmp_path / "one")
+    assert made.stats["missing"] == K * made.stats["chunks"]
+    with pytest.raises(ValueError, match=r"1 document\(s\) cannot be split by document"):
+        made.fit(steps=1, progress=False)
+    assert len(made.fit(steps=2, valid_share=0, progress=False)) == 2
+    generation = made.generate_text("war", max_new_tokens=2 * M, temperature=0, exclude=["only"])
+    assert len(generation.passages) == 3 and not any(passage.neighbours for passage in generation.passages)
+
+
+# sampling
+
+
+def test_neighbours_are_fetched_as_in_the_reference(wrapped):
+    chunks = torch.randint(200, 3000, (4, M))
+    retrieved = wrapped.fetch_knn_chunks_fn(chunks)
+    assert retrieved.shape == (4, K, 2 * M) and retrieved.dtype == torch.int64
+    assert torch.equal(retrieved, wrapped.retriever.tokens(wrapped.retriever.nearest(chunks)[1]))
+    assert not wrapped.fetch_knn_chunks_fn(chunks, exclude=[(0, wrapped.stats["chunks"])]).any()
+
+
+@pytest.mark.parametrize("start", [None, 1, M - 1, M, M + 1, N - 1])
+def test_generate_from_any_prompt(wrapped, start):
+    prompt = None if start is None else torch.randint(200, 3000, (3, start))
+    out = wrapped.generate(prompt, filter_fn=top_p, filter_thres=0.5)
+    assert out.shape[1] <= N and len(out) == (1 if prompt is None else 3)
+    assert torch.equal(out[:, :start], prompt) if start else out[0, 0] == 101
+
+
+def test_samples_are_reproducible_and_temperature_0_is_greedy(wrapped):
+    def sample(seed, **options):
+        prompt = torch.tensor([[101, 2162, 2003]])
+        return wrapped.generate(prompt, generator=torch.Generator().manual_seed(seed), **options).tolist()
+
+    assert sample(1, filter_fn=top_k) == sample(1, filter_fn=top_k) != sample(2, filter_fn=top_k)
+    assert sample(1, temperature=0) == sample(2, temperature=0.0) == sample(3, filter_thres=1)
+
+
+def test_what_the_model_reads_is_what_a_forward_pass_would_be_given(wrapped):
+    """Greedy samples against the whole sequence, with the neighbours of every complete chunk."""
+    row = wrapped.generate(torch.tensor([[101, 2162]]), temperature=0)
+    inputs = row[:, :-1]
+    l = inputs.shape[1] // M
+    retrieved = wrapped.fetch_knn_chunks_fn(inputs[0, : l * M].reshape(l, M))[None]
+    with torch.no_grad():
+        logits = wrapped.retro.eval()(inputs, retrieved)
+    greedy = logits.argmax(dim=-1)[0, 1:]
+    assert torch.equal(greedy, row[0, 2:])
+
+
+def test_given_neighbours_are_used_and_not_looked_for(wrapped):
+    prompt, found = torch.randint(200, 3000, (2, 2 * M + 3)), []
+    given = torch.randint(200, 3000, (2, 2, K, 2 * M))
+    options = dict(temperature=0, max_new_tokens=M, on_retrieved=lambda u, distances, ids: found.append((u, ids.shape)))
+    out = wrapped.generate(prompt, given, **options)
+    assert found == [(2, (2, K))]
+    assert not torch.equal(given, torch.zeros_like(given)) and out.shape == (2, 3 * M + 3)
+
+
+def test_excluded_documents_are_never_read(wrapped):
+    prompt, found = torch.randint(200, 3000, (2, 2 * M)), []
+    wrapped.generate(prompt, exclude=["first", 3], on_retrieved=lambda u, distances, ids: found.append(ids))
+    documents = open_array(wrapped.work_dir / "doc_ids.npy")[np.stack(found)]
+    assert len(found) == 3 and set(documents.flat) <= {1, 2, 4}
+    with pytest.raises(KeyError, match=r"no document 'firts' among 5; there are e\.g\. .*first"):
+        wrapped.generate(max_new_tokens=1, exclude=["firts"])  # though no chunk is completed
+    with pytest.raises(TypeError, match="pass a list of documents"):
+        wrapped.generate_text("war", exclude="first")
+
+
+def test_a_prompt_that_is_too_long(wrapped):
+    with pytest.raises(ValueError, match=f"{N + 1} tokens, the model takes {N}"):
+        wrapped.generate(torch.full((1, N + 1), 2162))
+
+
+# text
+
+
+def test_generated_text_says_what_was_read(wrapped, monkeypatch):
+    read, nearest = [], wrapped.retriever.nearest
+
+    def recorded(chunks, exclude=()):
+        distances, ids = nearest(chunks, exclude)
+        read.append((chunks, distances, ids))
+        return distances, ids
+
+    monkeypatch.setattr(wrapped.retriever, "nearest", recorded)
+    prompt = "the treaty of peace and the law of the land"
+    generation = wrapped.generate_text(prompt, exclude=["second"], temperature=0)
+    tokens = torch.tensor(generation.tokens)
+    assert generation.text == str(generation) == decode(tokens, bert=wrapped.bert) and generation.text.startswith(
+        prompt
+    )
+    assert len(read) == (len(tokens) - 1) // M  # of no chunk twice, nor of a last one that no token follows
+    assert len(generation.passages) == -(-len(tokens) // M)
+    for u, passage in enumerate(generation.passages):
+        assert passage.text == decode(tokens[u * M : (u + 1) * M], bert=wrapped.bert)
+        if u >= len(read):
+            assert passage.neighbours == ()
+            continue
+        chunk, distances, ids = read[u]
+        assert torch.equal(chunk[0], tokens[u * M : (u + 1) * M])
+        assert [neighbour.chunk for neighbour in passage.neighbours] == ids[0].tolist()
+        assert [neighbour.distance for neighbour in passage.neighbours] == pytest.approx(distances[0].tolist())
+        assert all(neighbour.title in set(LENGTHS) - {"second"} for neighbour in passage.neighbours)
+
+
+@pytest.mark.parametrize("words", [0, M - 1, M, 2 * M - 1])
+def test_prompts_of_any_length(wrapped, words):
+    """[CLS] and m − 1 words are a whole chunk; nothing at all is [CLS] alone."""
+    prompt = " ".join((WORDS * 2)[:words])
+    generation = wrapped.generate_text(prompt, max_new_tokens=2, temperature=0)
+    assert list(generation.tokens[: words + 1]) == tokenize(prompt, bert=wrapped.bert)[0, :-1].tolist()
+    assert len(generation.tokens) == words + 3
+    complete = [bool(passage.neighbours) for passage in generation.passages]
+    assert complete == [(u + 1) * M <= words + 2 for u in range(len(complete))]
+    unread = wrapped.generate_text(prompt, max_new_tokens=0)
+    assert unread.text == prompt and not any(passage.neighbours for passage in unread.passages)
+
+
+def test_text_streams(wrapped):
+    texts = []
+    generation = wrapped.generate_text("law and", max_new_tokens=12, temperature=0, on_text=texts.append)
+    assert len(texts) == 12 and texts[-1] == generation.text
+    assert all(text.startswith("law and") for text in texts)
+    assert texts[0] == decode(generation.tokens[:4], bert=wrapped.bert)
+
+
+def test_text_is_reproducible(wrapped):
+    def write(seed):
+        return wrapped.generate_text("gold", generator=torch.Generator().manual_seed(seed), filter_fn=top_p).text
+
+    assert write(1) == write(1) != write(2)
