@@ -107,7 +107,8 @@ def padding(last: Sequence[int], chunk_size: int, shares: dict[str, float]) -> F
     right.barh(list(shares), [100 * share for share in shares.values()], color=COLOURS["muted"])
     for row, share in enumerate(shares.values()):
         right.text(100 * share, row, f" {share:.1%}", va="center")
-    right.set(xlabel="padding, % of the tokens", title="Short documents waste more", xlim=(0, 130 * max(shares.values())))
+    right.set(xlabel="padding, % of the tokens", xlim=(0, 130 * max(shares.values())))
+    right.set_title("Short documents waste more")
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
     plt.close(figure)

@@ -86,7 +86,7 @@ def pipeline(step: str = "") -> Figure:
     """
     if step and step not in STEPS:
         raise ValueError(f"no step {step!r}; the steps are {', '.join(STEPS)}")
-    width, gap = 1.02, 0.2
+    width, gap = 1.14, 0.18
     figure, axes = blank(len(STEPS) * (width + gap) - gap + 0.1, 0.85)
     for i, (name, notebook) in enumerate(zip(STEPS, NOTEBOOKS, strict=True)):
         x = 0.05 + i * (width + gap)

@@ -36,7 +36,7 @@ def losses(
                       textcoords="offset points", color=COLOURS["ink"])  # fmt: skip
     low, high = axes.get_ylim()
     axes.set(xlabel="step", ylabel="loss, nats a word piece", title=title, ylim=(low - 0.3, top or high))
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right" if top else "center right")
     plt.close(figure)
     return figure
 
