@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from retro_nb.plotting.style import COLOURS, arrow, blank, box
+from retro_nb.plotting.style import COLOURS, arrow, blank, box, use_style
 from retro_nb.storage import ROOT, replacing
 
 # The picture's example: a message to Congress of 1801, and the years of what its chunks find.
@@ -75,6 +75,7 @@ def retro() -> Figure:
 
 def save_retro_picture() -> None:
     """Draw `retro` for the README into docs/retro.png, at 120 dots an inch: to be called after changing it."""
+    use_style()
     with replacing(ROOT / "docs" / "retro.png") as temporary:
         retro().savefig(temporary, format="png", dpi=120)
 
