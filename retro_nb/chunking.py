@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from retro_nb.corpus import Document, text_folder
-from retro_nb.storage import ArrayWriter, PathLike, cached, naming, writing
+from retro_nb.manifest import cached
+from retro_nb.storage import ArrayWriter, PathLike, naming, writing
 
 PAD_ID = 0  # [PAD]
 SOS_ID = 101  # [CLS], opens every document

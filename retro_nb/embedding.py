@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from retro_nb.chunking import EOS_ID, PAD_ID, SOS_ID, bert_folder
-from retro_nb.storage import PathLike, ResumableRows, array_key, cached, open_array
+from retro_nb.manifest import array_key, cached
+from retro_nb.storage import PathLike, ResumableRows, open_array
 
 if TYPE_CHECKING:
     from transformers import BertModel

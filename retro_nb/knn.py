@@ -34,15 +34,8 @@ from retro_nb.index import (
     search,
     write_index,
 )
-from retro_nb.storage import (
-    PathLike,
-    ResumableRows,
-    array_key,
-    cached,
-    file_record,
-    open_array,
-    read_manifest,
-)
+from retro_nb.manifest import array_key, cached, file_record, read_manifest
+from retro_nb.storage import PathLike, ResumableRows, open_array
 
 RECALL_QUERIES = 2000
 MOST_AT_ONCE = 2**23  # neighbours held in memory while near-duplicates are sorted out

@@ -1,34 +1,21 @@
-"""Arrays on disk: written atomically, opened read-only, remembered in a manifest.
+"""Arrays on disk: written atomically, opened read-only.
 
-Every file of a build is written under a temporary name and moved into place when it is whole, so a reader
-never meets half a file and a failed write leaves the previous one alone. Beside the files lies
-`manifest.json`. It says for each of them with which settings it was made; a changed setting rebuilds what
-depends on it, an unchanged one costs nothing.
+Every file is written under a temporary name and moved into place when it is whole, so a reader never meets
+half a file and a failed write leaves the previous one alone.
 """
 
 import errno
-import glob
-import hashlib
 import io
 import json
 import os
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from filelock import FileLock
 
 PathLike = str | os.PathLike
-
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
-# Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
-CHECKSUM_LIMIT = 2**30
-CHECKSUM_BLOCK = 2**22
 
 
 def _root() -> Path:
@@ -40,11 +27,6 @@ def _root() -> Path:
 
 ROOT = _root()  # the checkout, or a cache folder when the package is installed on its own
 WORK = ROOT / "data" / "work"
-
-
-def reprocess_requested() -> bool:
-    """Whether the environment says REPROCESS=1: build everything again, whatever the manifest says."""
-    return os.environ.get("REPROCESS", "").lower() in ("1", "t", "true")
 
 
 # writing
@@ -111,25 +93,6 @@ def write_json(path: PathLike, value: Any) -> None:
     # A file name that is not UTF-8 holds halves of characters: they become \\udcxx, which JSON reads back.
     with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, naming(path):
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def check_writable(folder: PathLike) -> None:
-    """Meet a read-only folder at the door rather than after an hour of work.
-
-    Raises:
-        PermissionError: naming the folder and the mend.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            error.errno,
-            f"the work folder {folder} has to be built but cannot be written ({error.strerror}): build it "
-            f"where you may write, with the same settings, or pass another work_dir",
-        ) from error
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
@@ -287,118 +250,3 @@ def _open_raw(path: Path, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.
             f"{needed}: it is truncated, corrupt, or something else; delete it and build it again"
         )
     return np.memmap(path, dtype=dtype, mode="r", shape=tuple(shape))
-
-
-# the manifest
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_record(path: PathLike) -> dict:
-    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, the SHA-256 of evenly spaced blocks of it."""
-    size = Path(path).stat().st_size
-    blocks, most = -(-size // CHECKSUM_BLOCK), CHECKSUM_LIMIT // CHECKSUM_BLOCK
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in range(blocks) if blocks <= most else np.linspace(0, blocks - 1, most).astype(np.int64):
-            file.seek(int(block) * CHECKSUM_BLOCK)
-            checksum.update(file.read(CHECKSUM_BLOCK))
-    return {"bytes": size, "sha256" if blocks <= most else "sample_sha256": checksum.hexdigest()}
-
-
-def read_manifest(folder: PathLike) -> dict:
-    """What a folder's manifest says of each array in it; empty where there is none or a damaged one."""
-    try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        arrays, known = manifest["arrays"], manifest["format"] == MANIFEST_FORMAT
-        return arrays if known and manifest["sha256"] == _digest(arrays) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_manifest(folder: Path, arrays: dict) -> None:
-    arrays = dict(sorted(arrays.items()))  # the same bytes in whichever order they were built
-    write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "arrays": arrays, "sha256": _digest(arrays)})
-
-
-def array_key(path: PathLike) -> str:
-    """A short identity of an array: of its content; where that is too large to read, of its settings too."""
-    path = Path(path)
-    content = file_record(path)
-    settings = None if "sha256" in content else read_manifest(path.parent).get(path.name, {}).get("settings")
-    return _digest([content, settings])[:16]
-
-
-def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | None:
-    """Why an array and the files that go with it cannot be used as they are; None if they can."""
-    arrays = read_manifest(path.parent)
-    if path.name not in arrays:
-        damaged = not arrays and (path.parent / MANIFEST).exists()
-        return f"{MANIFEST} is corrupt" if damaged else f"{MANIFEST} has no record of it"
-    was, files = arrays[path.name]["settings"], arrays[path.name]["files"]
-    for name in [*settings, *was]:
-        if was.get(name) != settings.get(name):
-            return f"{name} was {was.get(name)!s:.80} and is {settings.get(name)!s:.80}"
-    for name, file in outputs.items():
-        if not file.exists() or name not in files:
-            return f"{name} is gone" if name in files else f"{MANIFEST} has no record of {name}"
-        if file.stat().st_size != files[name]["bytes"] or file_record(file) != files[name]:
-            return f"{name} is truncated or corrupt"
-    return None
-
-
-def _tidy(path: Path, *, unfinished: bool) -> None:
-    """Delete what killed builds of a file left behind; with `unfinished`, the blocks to go on from as well."""
-    for ending in ("*.tmp", "partial", "progress.json") if unfinished else ("*.tmp",):
-        for file in path.parent.glob(f"{glob.escape(path.name)}.{ending}"):
-            file.unlink(missing_ok=True)
-
-
-def cached(
-    path: PathLike,
-    settings: dict,
-    build: Callable[[], dict],
-    *,
-    files: tuple[PathLike, ...] = (),
-    force_reprocess: bool = False,
-) -> dict:
-    """Build an array unless it is there already, whole and made with these settings.
-
-    Args:
-        path: the array; its folder holds the manifest.
-        settings: everything the content depends on (see `plain` for what JSON makes of it).
-        build: writes `path` and `files`, returns statistics.
-        files: what else `build` writes.
-        force_reprocess: build in any case and from the beginning, as does REPROCESS=1 in the environment.
-
-    Returns:
-        The statistics, of this build or of the one that made the files.
-
-    Raises:
-        PermissionError: it has to be built and the folder is read-only.
-    """
-    path, settings = Path(path), plain(settings)
-    folder, force = path.parent, force_reprocess or reprocess_requested()
-    outputs = {os.path.relpath(file, folder): Path(file) for file in (path, *files)}
-    if not force and _why_stale(path, settings, outputs) is None:
-        return read_manifest(folder)[path.name]["stats"]
-    check_writable(folder)
-    with FileLock(folder / ".lock"):  # two notebooks may want the same array at once
-        reason = "asked for (REPROCESS=1, force_reprocess)" if force else _why_stale(path, settings, outputs)
-        if reason is None:
-            return read_manifest(folder)[path.name]["stats"]
-        arrays = read_manifest(folder)
-        if path.exists() or path.name in arrays:
-            warnings.warn(f"building {path.name} again: {reason}", stacklevel=3)
-        damaged = not force and arrays.get(path.name, {}).get("settings") == settings
-        for file in (*outputs.values(), folder / MANIFEST):
-            _tidy(file, unfinished=force or damaged)
-        if damaged:  # forgotten at once: from here on, an unfinished build is one of the mended array
-            _write_manifest(folder, {name: record for name, record in arrays.items() if name != path.name})
-        stats = plain(build())
-        record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
-        _write_manifest(folder, read_manifest(folder) | {path.name: record})
-        _tidy(path, unfinished=True)
-    return stats

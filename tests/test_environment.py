@@ -28,8 +28,8 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 # Data flows one way: a module imports only from those before it.
-ORDER = """storage corpus towns chunking embedding index knn dataset layers transformer pretrained model retrieval
-sampling checkpoints training wrapper plotting lesson experiments sweep refresh __main__""".split()
+ORDER = """storage manifest corpus towns chunking embedding index knn dataset layers transformer pretrained model
+retrieval sampling checkpoints training wrapper plotting lesson experiments sweep refresh __main__""".split()
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
@@ -75,7 +75,7 @@ def test_constraints_are_exact_and_within_the_ranges():
 
 
 def test_every_import_is_a_declared_dependency():
-    called = {"faiss": "faiss-cpu", "yaml": "pyyaml"}
+    called = {"faiss": "faiss-cpu", "yaml": "pyyaml", "PIL": "pillow"}
     comes_with = {"psutil": "jupyterlab", "IPython": "jupyterlab", "nbformat": "papermill"}
     comes_with |= {"tokenizers": "transformers"}
     called |= comes_with

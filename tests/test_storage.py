@@ -15,17 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro_nb import storage
+from retro_nb import manifest, storage
+from retro_nb.manifest import array_key, cached, check_writable, file_record, read_manifest
 from retro_nb.storage import (
     ArrayWriter,
     ResumableRows,
-    array_key,
-    cached,
-    check_writable,
-    file_record,
     open_array,
     plain,
-    read_manifest,
     replacing,
     write_json,
 )
@@ -453,8 +449,8 @@ def test_folders_that_cannot_be_are_met_at_the_door(tmp_path):
 
 
 def test_records_of_large_files_are_of_a_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "CHECKSUM_BLOCK", 10)
-    monkeypatch.setattr(storage, "CHECKSUM_LIMIT", 40)
+    monkeypatch.setattr(manifest, "CHECKSUM_BLOCK", 10)
+    monkeypatch.setattr(manifest, "CHECKSUM_LIMIT", 40)
     file = tmp_path / "a"
     for size, kind in ((0, "sha256"), (40, "sha256"), (41, "sample_sha256"), (95, "sample_sha256")):
         file.write_bytes(bytes(size))

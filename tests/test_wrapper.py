@@ -274,6 +274,13 @@ def test_neighbours_are_fetched_as_in_the_reference(wrapped):
     assert not wrapped.fetch_knn_chunks_fn(chunks, exclude=[(0, wrapped.stats["chunks"])]).any()
 
 
+def test_chunks_are_looked_for_as_they_were_embedded(folder, wrap):
+    made = wrap(folder, use_cls_repr=True)
+    chunks = torch.from_numpy(made.retriever.chunks[:, :-1].astype(np.int64))
+    assert made.retriever.nearest(chunks)[0][:, 0] == pytest.approx(0, abs=1e-4)
+    assert torch.equal(made.fetch_knn_chunks_fn(chunks)[:, 0, :M], chunks)
+
+
 @pytest.mark.parametrize("start", [None, 1, M - 1, M, M + 1, N - 1])
 def test_generate_from_any_prompt(wrapped, start):
     prompt = None if start is None else torch.randint(200, 3000, (3, start))

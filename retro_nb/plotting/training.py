@@ -29,11 +29,12 @@ def losses(
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.2, label=f"{name}, training")
         axes.plot(*history.curve("valid_loss"), "o", color=colour, label=f"{name}, held out")
-    end = max(history.steps[-1] for history in histories.values())
-    for name, value in lines.items():
+    middle = sum(axes.get_ylim()) / 2
+    for name, value in lines.items():  # the curve falls from the upper left, so low lines are named there
         axes.axhline(value, color=COLOURS["muted"], linestyle="--", linewidth=1)
-        axes.annotate(f"{name}: {value:.2f}", (end, value), (0, -4), ha="right", va="top", fontsize=9,
-                      textcoords="offset points", color=COLOURS["ink"])  # fmt: skip
+        x, side = (0.01, "left") if value < middle else (0.99, "right")
+        axes.annotate(f"{name}: {value:.2f}", (x, value), (0, -4), ha=side, va="top", fontsize=9,
+                      xycoords=("axes fraction", "data"), textcoords="offset points", color=COLOURS["ink"])  # fmt: skip
     low, high = axes.get_ylim()
     axes.set(xlabel="step", ylabel="loss, nats a word piece", title=title, ylim=(low - 0.3, top or high))
     axes.legend(loc="upper right" if top else "center right")
