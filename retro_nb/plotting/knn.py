@@ -82,7 +82,8 @@ def recall_against_time(trials: Sequence[Mapping[str, object]], k: int) -> Figur
         axes.plot(xs, ys, "o-", color=COLOURS[colour], linewidth=1.8, label=name)
         for x, y, effort in zip(xs, ys, [point["effort"] for point in points], strict=True):
             axes.annotate(effort or "", (x, y), (5, -11), textcoords="offset points", fontsize=8, color=COLOURS[colour])
-    axes.set(title="What is given up, and what for", xlabel="milliseconds for a query", ylabel=f"recall@{k}", xscale="log")
+    axes.set(title="What is given up, and what for", xscale="log")
+    axes.set(xlabel="milliseconds for a query", ylabel=f"recall@{k}")
     axes.legend(loc="lower right")
     plt.close(figure)
     return figure

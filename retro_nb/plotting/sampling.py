@@ -89,7 +89,8 @@ def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
     n = 0
     for (name, values), colour in zip(kl.items(), ("control", "muted", "neighbour"), strict=False):
         values, n = np.asarray(values, dtype=float), len(values)
-        axes.plot(values, color=COLOURS[colour], linewidth=1, label=f"{name}: mean {values[chunk_size - 1 :].mean():.3f}")
+        mean = values[chunk_size - 1 :].mean()
+        axes.plot(values, color=COLOURS[colour], linewidth=1, label=f"{name}: mean {mean:.3f}")
     axes.axvspan(0, chunk_size - 1, color="#EDEDED", zorder=0)
     axes.text((chunk_size - 1) / 2, 0.5, "reads\nnothing", ha="center", va="center", fontsize=9,
               transform=axes.get_xaxis_transform(), color=COLOURS["ink"])  # fmt: skip
