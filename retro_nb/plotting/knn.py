@@ -9,7 +9,7 @@ import numpy as np
 from IPython.display import HTML
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from retro_nb.plotting.style import COLOURS
 
@@ -61,10 +61,10 @@ def margins(needed: Mapping[str, Int[np.ndarray, " any"]], usual: int) -> Figure
     """Share of chunks that a margin leaves with too few neighbours, from the margin that each would need."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     for (name, values), colour in zip(needed.items(), ("chunk", "neighbour"), strict=False):
-        steps = np.arange(0, 51)
+        steps = np.arange(0, 31)
         axes.plot(steps, [(values > step).mean() for step in steps], color=COLOURS[colour], linewidth=2, label=name)
     axes.axvline(usual, color=COLOURS["muted"], linestyle="--", linewidth=1.2, label=f"a margin of {usual}")
-    axes.set(title="However large the margin, a longer document defeats it", xlim=(0, 50), ylim=(0, None))
+    axes.set(title="A margin that suits short documents starves a long one", xlim=(0, 30), ylim=(0, None))
     axes.set(xlabel="chunks fetched beyond k", ylabel="chunks left with\nfewer than k neighbours")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend()
@@ -84,6 +84,9 @@ def recall_against_time(trials: Sequence[Mapping[str, object]], k: int) -> Figur
             axes.annotate(effort or "", (x, y), (5, -11), textcoords="offset points", fontsize=8, color=COLOURS[colour])
     axes.set(title="What is given up, and what for", xscale="log")
     axes.set(xlabel="milliseconds for a query", ylabel=f"recall@{k}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(loc="lower right")
     plt.close(figure)
     return figure
@@ -129,5 +132,7 @@ def hubs(times: Int[np.ndarray, " c"], lengths: Float[np.ndarray, " c"], even: f
     left.legend(fontsize=9)
     right.scatter(lengths, times, s=7, color=COLOURS["chunk"], alpha=0.5, linewidths=0)
     right.set(title="They have short vectors", xlabel="length of the vector ‖v‖", ylabel="times retrieved")
+    right.set(xscale="log", xticks=[2, 3, 4, 6, 8], xticklabels=[2, 3, 4, 6, 8])
+    right.xaxis.set_minor_locator(NullLocator())
     plt.close(figure)
     return figure
