@@ -32,7 +32,7 @@ test: $(STAMP) ## ruff, the unit tests, every notebook under nbval
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then set -x; OMP_NUM_THREADS=1 $(PY) -m pytest \
-	  --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -n 2 --dist loadscope notebooks; fi
+	  --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope notebooks; fi
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
