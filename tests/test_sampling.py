@@ -1,5 +1,9 @@
 """Filters, noise and generation; generation against a plain loop that runs the whole model for every token."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -343,3 +347,26 @@ def test_dropout_is_off_while_sampling(retro):
 def test_bad_calls_are_refused(retro, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         generate(retro, prompt, **options)
+
+
+def test_two_processes_write_the_same():
+    """Same seed, same machine: the weights, the losses and the samples of another process, to the last bit."""
+    program = """
+import torch
+from retro_nb import RETRO, generate, top_p
+torch.manual_seed(3)
+retro = RETRO(num_tokens=50, max_seq_len=32, enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=2,
+              dec_cross_attn_layers=(1, 2), heads=2, dim_head=8, chunk_size=4)
+dice = torch.Generator().manual_seed(5)
+out = generate(retro, torch.ones(2, 3, dtype=torch.long), lambda chunk, u: chunk[:, None].repeat(1, 2, 2),
+               generator=dice, filter_fn=top_p, filter_thres=0.1, eos_id=-1)
+print(out.tolist(), retro(out, return_loss=True).item().hex())
+"""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        )
+        for seed in "12"
+    ]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) > 100
