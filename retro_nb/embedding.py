@@ -1,8 +1,8 @@
 """Chunks become vectors by a frozen BERT (notebook 02).
 
 The key of a chunk is BERT(N) averaged over time (paper, §2.3). What is indexed and what is asked for go
-through one function, `embed_chunks`, with one framing: `[CLS] the chunk's words [SEP]`. The reference embeds
-them differently on the two sides, so that a chunk is not its own nearest neighbour.
+through one function, `embed_chunks`, with one framing: `[CLS] the chunk's words [SEP]`. The reference frames
+them differently on the two sides, so that a chunk lies at a distance from itself and may find other neighbours.
 """
 
 import hashlib
