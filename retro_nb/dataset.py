@@ -15,9 +15,9 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from retro_nb.chunking import EOS_ID, PAD_ID
 from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.storage import PathLike, open_array
+from retro_nb.tokens import EOS_ID, PAD_ID
 
 
 def knn_to_retrieved_chunks(

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retro_nb.chunking import EOS_ID, PAD_ID, SOS_ID, bert_folder
 from retro_nb.manifest import array_key, cached
 from retro_nb.storage import PathLike, ResumableRows, open_array
+from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, bert_folder
 
 if TYPE_CHECKING:
     from transformers import BertModel
@@ -47,7 +47,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def get_bert(bert: PathLike | None = None, device: torch.device | str | None = None) -> "BertModel":
-    """A frozen BERT in eval mode (see `chunking.bert_folder` for what may be named), loaded once."""
+    """A frozen BERT in eval mode (see `tokens.bert_folder` for what may be named), loaded once."""
     return _load_bert(bert_folder(bert), _weights(bert), torch.device(device or best_device()))
 
 
@@ -110,7 +110,7 @@ def bert_embed(
         return_cls_repr: the last hidden state of [CLS] instead of the mean over the other tokens.
         eps: keeps the mean of a row without tokens at 0.
         pad_id: marks what is not attended and not averaged.
-        bert: which BERT (see `chunking.bert_folder`).
+        bert: which BERT (see `tokens.bert_folder`).
         device: where to run it; the first GPU if there is one, else the CPU.
 
     Raises:

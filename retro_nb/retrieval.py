@@ -16,11 +16,12 @@ from einops import rearrange
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from retro_nb.chunking import decode, read_documents
+from retro_nb.chunking import read_documents
 from retro_nb.dataset import knn_to_retrieved_chunks
 from retro_nb.embedding import embed_chunks
 from retro_nb.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
 from retro_nb.storage import PathLike, open_array
+from retro_nb.tokens import decode
 
 DocumentName = int | np.integer | str  # its number or its title
 

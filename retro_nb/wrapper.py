@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from retro_nb.checkpoints import History
-from retro_nb.chunking import SOS_ID, decode, documents_to_chunks_, get_tokenizer, tokenize
+from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import jsonl, text_folder
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
@@ -26,6 +26,7 @@ from retro_nb.model import RETRO
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, top_k
 from retro_nb.storage import WORK, PathLike, write_json
+from retro_nb.tokens import SOS_ID, decode, get_tokenizer, tokenize
 from retro_nb.training import fit, get_optimizer, split_by_document
 
 
@@ -66,7 +67,7 @@ class TrainingWrapper(nn.Module):
         processed_stats_json_path: where to write `.stats`, if anywhere.
         faiss_index_filename: name of the index, beside the chunks.
         work_dir: one folder for all files; left out, a folder of this corpus's own under data/work.
-        bert: which BERT embeds and whose tokenizer cuts (see `chunking.bert_folder`).
+        bert: which BERT embeds and whose tokenizer cuts (see `tokens.bert_folder`).
         progress: show progress bars.
         **index_kwargs: of `knn.chunks_to_precalculated_knn_`: `index`, `max_similarity`, `use_cls_repr`,
             `max_index_memory_usage`, …

@@ -12,8 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core; and no warning about
 import pytest
 import torch
 
-from retro_nb.chunking import bert_folder
 from retro_nb.corpus import Document
+from retro_nb.tokens import bert_folder
 
 
 def pytest_configure() -> None:

@@ -3,37 +3,36 @@
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from retro_nb import chunking
 from retro_nb.chunking import (
-    EOS_ID,
-    PAD_ID,
-    SOS_ID,
     Tokens,
-    bert_folder,
-    decode,
     document_tokens,
     documents_to_chunks_,
-    get_tokenizer,
     read_documents,
     text_folder_to_chunks_,
-    tokenize,
-    tokenizer_fingerprint,
     tokens_to_chunks,
 )
 from retro_nb.corpus import Document
 from retro_nb.storage import open_array
+from retro_nb.tokens import (
+    EOS_ID,
+    PAD_ID,
+    SOS_ID,
+    bert_folder,
+    decode,
+    get_tokenizer,
+    tokenize,
+)
 
 M, N = 8, 32  # chunk and sequence length of the tests
 
@@ -108,42 +107,7 @@ def reference_corpus(texts, m, n):
     return chunks, seqs, docs, spans
 
 
-# tokens
-
-
-def test_special_tokens_are_where_bert_expects_them():
-    names = [get_tokenizer().id_to_token(token) for token in (PAD_ID, SOS_ID, EOS_ID)]
-    assert names == ["[PAD]", "[CLS]", "[SEP]"]
-
-
-def wordpiece(text):
-    """BERT's tokenizer for plain ASCII, from its paper: split, then take the longest piece that is known."""
-    vocabulary = get_tokenizer().get_vocab()
-    for word in re.findall(r"[a-z0-9]+|[^a-z0-9\s]", text.lower()):
-        start = 0
-        while start < len(word):
-            pieces = (("##" if start else "") + word[start:stop] for stop in range(len(word), start, -1))
-            piece = next(piece for piece in pieces if piece in vocabulary)
-            start += len(piece.removeprefix("##"))
-            yield vocabulary[piece]
-
-
-def test_tokenize_gives_padded_rows_of_word_pieces(sample_corpus):
-    texts = [document.text for document in sample_corpus] + ["", "Antediluvian [SEP] (U.S.)"]
-    ids = tokenize(texts)
-    assert ids.dtype == torch.int64 and ids.shape == (7, max(len(list(wordpiece(t))) for t in texts) + 2)
-    for text, row in zip(texts, ids.tolist(), strict=True):
-        expected = [101, *wordpiece(text), 102]
-        assert row == expected + [0] * (len(row) - len(expected))
-    assert tokenize("the people").tolist() == [[101, *wordpiece("the people"), 102]]
-    assert tokenize("the people", add_special_tokens=False).tolist() == [list(wordpiece("the people"))]
-    assert tokenize([]).shape == (0, 0) and tokenize("", add_special_tokens=False).shape == (1, 0)
-
-
-def test_decode_is_the_way_back_for_plain_text():
-    ids = tokenize("the antediluvian people")[0]
-    for kind in (ids, ids.numpy().astype(np.int32), ids.tolist()):
-        assert decode(kind) == "the antediluvian people"
+# tokens of a document
 
 
 @pytest.mark.parametrize("literal", ["[SEP]", "[PAD]", "[CLS]", "[MASK]", "[UNK]"])
@@ -199,34 +163,8 @@ def test_pieces_are_as_long_as_meant_and_lose_nothing():
 
 def test_half_a_character_is_read_as_a_question_mark(tmp_path):
     build(tmp_path, [Document("one \ud800 two", os.fsdecode(b"caf\xe9"), "a")])
-    assert np.load(tmp_path / "chunks.npy")[0, :5].tolist() == [101, *wordpiece("one ? two"), 102]
+    assert np.load(tmp_path / "chunks.npy")[0, :5].tolist() == tokenize("one ? two")[0].tolist()
     assert read_documents(tmp_path / "chunks.npy")[0]["title"] == os.fsdecode(b"caf\xe9")
-
-
-def test_a_tokenizer_is_loaded_once_and_again_when_it_has_changed(tmp_path):
-    file = tmp_path / "tokenizer.json"
-    shutil.copy(bert_folder() + "/tokenizer.json", file)
-    assert get_tokenizer(tmp_path) is get_tokenizer(str(tmp_path))
-    assert tokenizer_fingerprint(tmp_path) == tokenizer_fingerprint()
-    about = json.loads(file.read_text(encoding="utf-8"))
-    about["normalizer"]["lowercase"] = False
-    file.write_text(json.dumps(about), encoding="utf-8")
-    os.utime(file, ns=(1, 1))
-    assert tokenizer_fingerprint(tmp_path) != tokenizer_fingerprint()
-    assert tokenize("The", bert=tmp_path).tolist() != tokenize("The").tolist()
-
-
-def test_a_folder_without_tokenizer_and_one_that_is_no_bert_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing"):
-        get_tokenizer(tmp_path)
-    about = json.loads(open(bert_folder() + "/tokenizer.json", encoding="utf-8").read())
-    about["model"]["vocab"] = {
-        {"[CLS]": "[SEP]", "[SEP]": "[CLS]"}.get(word, word): i for word, i in about["model"]["vocab"].items()
-    }
-    about["added_tokens"] = []
-    (tmp_path / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"numbers its special tokens .*'\[CLS\]': 102"):
-        get_tokenizer(tmp_path)
 
 
 # chunks
@@ -372,8 +310,8 @@ def test_a_folder_of_odd_files(tmp_path):
         stats = text_folder_to_chunks_(folder=texts, **paths(work), chunk_size=M, seq_len=N, progress=False)
     assert (stats["docs"], stats["empty_docs"], stats["replaced_characters"]) == (4, 2, 3)
     rows = [row[row != 0].tolist() for row in np.load(work / "chunks.npy")]
-    plain = [101, *wordpiece("zurich cafe"), 102]
-    assert rows[3] == plain and rows[2] == [101, *wordpiece("zurich"), 102]
+    plain = tokenize("zurich cafe")[0].tolist()
+    assert rows[3] == plain and rows[2] == tokenize("zurich")[0].tolist()
     assert decode(rows[1]) == "zurich caf" and decode(rows[0]) == "zrich caf"  # BERT drops U+FFFD
     assert [d["source"] for d in read_documents(work / "chunks.npy")] == sorted(os.listdir(texts))[2:]
 

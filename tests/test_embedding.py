@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_nb import embedding
-from retro_nb.chunking import bert_folder, documents_to_chunks_, tokenize
+from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import Document
 from retro_nb.embedding import (
     bert_embed,
@@ -29,6 +29,7 @@ from retro_nb.embedding import (
     get_bert,
 )
 from retro_nb.storage import ResumableRows, open_array
+from retro_nb.tokens import bert_folder, tokenize
 
 M, N, BLOCK = 8, 32, 16
 BY_HAND = 1e-5  # float32 against float64, vectors of a size around 1

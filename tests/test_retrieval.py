@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from retro_nb import embedding
-from retro_nb.chunking import decode, document_tokens, documents_to_chunks_
+from retro_nb.chunking import document_tokens, documents_to_chunks_
 from retro_nb.corpus import Document
 from retro_nb.knn import chunks_to_precalculated_knn_
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.storage import open_array
+from retro_nb.tokens import decode
 
 faiss.omp_set_num_threads(1)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from retro_nb import RETRO, almanac, embedding, top_k, top_p, wrapper
-from retro_nb.chunking import decode, tokenize
 from retro_nb.corpus import Document
 from retro_nb.storage import open_array
+from retro_nb.tokens import decode, tokenize
 from retro_nb.wrapper import TrainingWrapper
 
 faiss.omp_set_num_threads(1)
