@@ -25,6 +25,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.checkpoints import Checkpoints, History, Log, interrupt_between_steps, read_log  # noqa: F401
+from retro_nb.compiled import can_compile
 from retro_nb.storage import PathLike
 
 PAPER_WARMUP_STEPS = 750  # appendix C.1
@@ -131,10 +132,11 @@ def _loss_sum(
     total, tokens = 0.0, 0
     retro.eval()
     try:
-        for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
-            if count := int(_count_targets(retro, batch[0])):
-                total += _forward_loss(retro, batch, device, retrieval, precision).item() * count
-                tokens += count
+        with torch.compiler.set_stance("force_eager"):  # sooner done than another compilation
+            for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
+                if count := int(_count_targets(retro, batch[0])):
+                    total += _forward_loss(retro, batch, device, retrieval, precision).item() * count
+                    tokens += count
     finally:
         retro.train(was_training)
     return total, tokens
@@ -163,11 +165,14 @@ def evaluate_loss(
 class _Trainer:
     """Model, optimizer and stream of batches of one run, as this process sees them."""
 
-    def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any]) -> None:
+    def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any], compile: bool) -> None:
         set_seed(run["seed"], device_specific=True)
         self.accelerator, self.retro, self.run, self.was_training = accelerator, retro, run, retro.training
         retro.train().to(accelerator.device)
         optimizer = get_optimizer(retro.parameters(), run["lr"], run["wd"], filter_by_requires_grad=True)
+        self.compiled = [retro.decoder] if compile else []  # and with it the encoder, which it calls
+        for module in self.compiled:
+            module.compile()
         self.model, self.optimizer = accelerator.prepare(retro, optimizer)
 
     def stream(self, train: Dataset, done: int, num_workers: int) -> Iterator[list[Sequence[Tensor]]]:
@@ -215,14 +220,16 @@ class _Trainer:
     def close(self) -> None:
         """Hand the model back as it came, but trained."""
         self.retro.train(self.was_training).zero_grad()
+        for module in self.compiled:
+            module._compiled_call_impl = None  # there is no public way back
         self.retro.__dict__.pop("_is_accelerate_prepared", None)  # or a later `prepare` would do nothing
         self.accelerator.free_memory()
 
 
-def _new_accelerator() -> Accelerator:
+def _new_accelerator(retrieval: bool) -> Accelerator:
     AcceleratorState._reset_state()  # a notebook's earlier Accelerator may have had another precision
     # Without retrieval the encoder has no gradient, which several processes do not expect.
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    handler = DistributedDataParallelKwargs(find_unused_parameters=not retrieval, gradient_as_bucket_view=True)
     return Accelerator(mixed_precision="no", kwargs_handlers=[handler])
 
 
@@ -261,6 +268,7 @@ def fit(
     warmup_steps: int | None = None,
     grad_clip: float = 1.0,
     precision: str | None = None,
+    compile: bool | None = None,
     retrieval: bool = True,
     seed: int = 0,
     out_dir: PathLike | None = None,
@@ -283,6 +291,8 @@ def fit(
             out, the warm-up is a tenth of the steps, at most the paper's 750.
         grad_clip, precision: largest norm of the gradient (math.inf: no clipping); "no" or "bf16" (autocast),
             left out "bf16" on a GPU that has it.
+        compile: fuse the layers' kernels by torch.compile, which takes a minute at the start; left out, on a
+            GPU where it works.
         retrieval, seed: False trains the baseline, without neighbours; order of the data, and global seed.
         out_dir, resume: folder for log.jsonl and checkpoints/; left out, nothing is written. A run whose
             checkpoint is there goes on, with the same losses as if never stopped; resume=False removes it.
@@ -296,17 +306,19 @@ def fit(
         ValueError: a setting out of range, or a checkpoint of another model or of other settings.
         FloatingPointError: a loss or gradient that is not finite, naming the step.
     """
-    accelerator = _new_accelerator()
+    accelerator = _new_accelerator(retrieval)
     asked = dict(
         steps=steps, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, wd=wd,
         warmup_steps=warmup_steps, grad_clip=grad_clip, precision=precision, retrieval=retrieval, seed=seed,
         log_every=log_every, eval_every=eval_every, checkpoint_every=checkpoint_every, sequences=len(train),
     )  # fmt: skip
     run = _resolve(asked, accelerator.device)
+    if compile is None:
+        compile = accelerator.device.type == "cuda" and can_compile("cuda")
     checkpoints = Checkpoints(accelerator, retro, out_dir, run, resume)
     done, steps, alone = checkpoints.step, run["steps"], accelerator.num_processes == 1
     with (
-        closing(_Trainer(accelerator, retro, run)) as trainer,
+        closing(_Trainer(accelerator, retro, run, compile)) as trainer,
         closing(Log(accelerator, out_dir, done, steps, progress)) as log,
         interrupt_between_steps(alone) as interrupted,
     ):

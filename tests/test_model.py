@@ -110,6 +110,25 @@ def test_the_order_of_neighbours_does_not_matter(option):
     assert_close(model(seq, retrieved[:, :, [2, 0, 1]]), model(seq, retrieved), atol=2e-6, rtol=1e-5)
 
 
+@every_option
+@pytest.mark.parametrize("having", [(), (0,), (1, 3), (0, 1, 2, 3, 4, 5)])
+def test_chunks_without_neighbours_are_left_out_and_nothing_changes(option, having, monkeypatch):
+    model, encoded = make(**OPTIONS[option]).double(), []
+    seq, retrieved = batch(13, b=2)
+    retrieved[torch.isin(torch.arange(6), torch.tensor(having), invert=True).view(2, 3)] = 0
+    model.encoder.register_forward_pre_hook(lambda _, args: encoded.append(args[0].shape[:2].numel()))
+
+    def outcome():
+        loss = model(torch.cat((seq, seq[:, :1]), dim=1), retrieved, return_loss=True)
+        return model(seq, retrieved), loss, *torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+
+    compact = outcome()
+    monkeypatch.setattr(RETRO, "_with_neighbours", lambda self, retrieved: (retrieved, None))
+    for few, all_ in zip(compact, outcome(), strict=True):
+        assert_close(few, torch.zeros_like(few) if all_ is None else all_)
+    assert set(encoded) == {max(1, len(having)), 6}
+
+
 def test_single_neighbours_need_no_axis():
     model = make()
     seq, retrieved = batch(12, k=1)

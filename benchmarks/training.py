@@ -1,0 +1,214 @@
+"""A training step beside the reference's: `python benchmarks/training.py` (on a GPU if there is one).
+
+Both sides start from the same weights and do the whole step: forward, loss, backward, AdamW. On a CPU in
+float32; on a GPU under bfloat16 autocast, each at the batch that serves it best. Checked first: with its
+query positions put right (see tests/test_parity.py), the reference's loss and gradients are ours.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from measure import Comparison, compare, timed, write_results
+from peer import import_reference
+from torch import Tensor
+
+from retro_nb import RETRO, get_optimizer
+from retro_nb.compiled import can_compile
+from retro_nb.flops import flops_per_token
+
+V, M, K = 30522, 64, 2
+SMALL = dict(
+    num_tokens=V, max_seq_len=512, enc_dim=128, enc_depth=2, dec_dim=128, dec_depth=4,
+    dec_cross_attn_layers=(2, 4), heads=8, dim_head=32,
+)  # fmt: skip
+LARGE = dict(
+    num_tokens=V, max_seq_len=2048, enc_dim=896, enc_depth=2, dec_dim=896, dec_depth=12,
+    dec_cross_attn_layers=(6, 9, 12), heads=8, dim_head=64,
+)  # fmt: skip
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 operations a second, by datasheet
+BATCHES = (4, 8, 12, 16, 24, 32)
+
+
+def pair(config: dict, device: str) -> tuple[torch.nn.Module, RETRO]:
+    """The reference's model and ours with the same weights."""
+    torch.manual_seed(0)
+    reference = import_reference().RETRO(**config).to(device)
+    return reference, RETRO.from_retro_pytorch(reference.state_dict(), **config).to(device)
+
+
+def random_batch(config: dict, b: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Sequences without padding, and neighbours for every chunk."""
+    n, generator = config["max_seq_len"], torch.Generator(device).manual_seed(seed)
+    size = (b, n + 1), (b, n // M, K, 2 * M)
+    return tuple(torch.randint(1000, V, s, generator=generator, device=device) for s in size)
+
+
+@contextmanager
+def corrected_reference():
+    """The reference with the queries of its cross-attention where they belong, not shifted a second time."""
+    from retro_pytorch import retro_pytorch as module
+
+    def pad(tensor: Tensor, *args, **kwargs) -> Tensor:
+        return tensor if tensor.ndim == 4 else F.pad(tensor, *args, **kwargs)
+
+    functions = {name: getattr(F, name) for name in dir(F)} | {"pad": pad}
+    with patch.object(module, "F", SimpleNamespace(**functions)):
+        yield
+
+
+def check_equal(config: dict, device: str) -> str:
+    """Losses and gradients in float32."""
+    reference, ours = pair(config, device)
+    seq, retrieved = random_batch(config, 2, device)
+    losses, gradients = [], []
+    with corrected_reference():
+        for model in (reference, ours):
+            loss = model(seq, retrieved, return_loss=True)
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(torch.cat([p.grad.flatten() for p in model.token_emb.parameters()]))
+    apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0] and apart < 1e-3, (losses, apart)
+    return f"loss within {abs(losses[0] - losses[1]):.0e} nats, embedding gradient within {apart:.0e} (reference corrected)"
+
+
+def stepper(model: torch.nn.Module, batch: tuple[Tensor, Tensor], bf16: bool) -> Callable[[], float]:
+    """One whole training step as a function of nothing, which returns the loss as a tensor."""
+    if isinstance(model, RETRO):
+        optimizer = get_optimizer(model.parameters(), lr=3e-4)
+    else:
+        optimizer = import_reference().optimizer.get_optimizer(model.parameters(), lr=3e-4)
+
+    def step() -> Tensor:
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):
+            loss = model(batch[0], retrieved=batch[1], return_loss=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def on_cpu() -> None:
+    equal, b = check_equal(SMALL, "cpu"), 4
+    batch, (reference, ours) = random_batch(SMALL, b, "cpu"), pair(SMALL, "cpu")
+    row = compare(
+        "training step, CPU", "tokens/s", stepper(ours, batch, False), stepper(reference, batch, False),
+        amount=b * SMALL["max_seq_len"], target=1.5, equal=equal,
+    )  # fmt: skip
+    write_results("training", [row], SMALL | {"batch": b, "precision": "float32"})
+
+
+def speeds(model: torch.nn.Module, config: dict, repeats: int = 5) -> dict[int, dict[str, float]]:
+    """Tokens a second and memory for every batch that fits."""
+    found: dict[int, dict[str, float]] = {}
+    for b in BATCHES:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step = stepper(model, random_batch(config, b, "cuda"), True)
+            warm_up = [timed(step) for _ in range(3)]
+            runs = [b * config["max_seq_len"] / timed(step) for _ in range(repeats)]
+        except torch.OutOfMemoryError:
+            print(f"  batch {b} does not fit", flush=True)
+            model.zero_grad()
+            break
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        found[b] = {"tokens_per_second": statistics.median(runs), "runs": runs, "gigabytes": memory}
+        print(f"  batch {b}: {statistics.median(runs):,.0f} tokens/s, {memory:.1f} GB, first {warm_up[0]:.0f} s", flush=True)
+    return found
+
+
+def loss_curves(steps: int = 200, b: int = 4) -> tuple[list[float], list[float]]:
+    """Both from the same weights on the same data, which can be learnt: every token tells the next."""
+    curves = []
+    for model in pair(LARGE, "cuda"):
+        if isinstance(model, RETRO) and can_compile("cuda"):
+            model.decoder.compile()
+        seq, retrieved = random_batch(LARGE, b, "cuda")
+        step, losses = stepper(model, (seq, retrieved), True), []
+        for i in range(steps):
+            generator = torch.Generator("cuda").manual_seed(i)
+            first = torch.randint(1000, 2000, (b, 1), generator=generator, device="cuda")
+            seq.copy_(1000 + (first + torch.arange(seq.shape[1], device="cuda") ** 2 // 7) % 1000)
+            retrieved.copy_(torch.randint(1000, 2000, retrieved.shape, generator=generator, device="cuda"))
+            losses.append(step())
+        curves.append(torch.stack(losses).tolist())
+        del model, step
+        torch.cuda.empty_cache()
+    return tuple(curves)
+
+
+def on_gpu() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    equal = check_equal(LARGE, "cuda")
+    print("equal:", equal, flush=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    reference, ours = pair(LARGE, "cuda")
+    ours.cpu()
+    print("reference", flush=True)
+    theirs = speeds(reference, LARGE)
+    reference.cpu()
+    del reference
+    torch.cuda.empty_cache()
+    ours.cuda()
+    print("ours, without torch.compile", flush=True)
+    eager = speeds(ours, LARGE)
+    if can_compile("cuda"):
+        ours.decoder.compile(dynamic=False)
+        torch._dynamo.config.cache_size_limit = 32  # a compilation for every batch size
+    print("ours", flush=True)
+    mine = speeds(ours, LARGE)
+    del ours
+    torch.cuda.empty_cache()
+
+    best, their_best = (max(found, key=lambda b: found[b]["tokens_per_second"]) for found in (mine, theirs))
+    flops = flops_per_token(RETRO(**LARGE), n=LARGE["max_seq_len"], k=K)
+    peak = next((rate for name, rate in BF16_PEAK.items() if name in torch.cuda.get_device_name()), None)
+    per_sequence = mine[best]["gigabytes"] / best, theirs[their_best]["gigabytes"] / their_best
+    rate = mine[best]["tokens_per_second"]
+    row = Comparison(
+        "training step, GPU, each at its best batch", "tokens/s", rate, theirs[their_best]["tokens_per_second"], 5,
+        equal, mine[best]["runs"], theirs[their_best]["runs"],
+    )  # fmt: skip
+    print(f"{row.ratio:.2f} times; {per_sequence[0]:.2f} against {per_sequence[1]:.2f} GB a sequence", flush=True)
+    if peak:
+        print(f"model FLOP utilisation {rate * flops / peak:.1%}, reference's {row.peer * flops / peak:.1%}", flush=True)
+    more = {
+        "flops_per_token": flops, "bf16_peak": peak, "utilisation": peak and rate * flops / peak,
+        "gigabytes_per_sequence": per_sequence, "batches": {"ours": mine, "eager": eager, "reference": theirs},
+    }  # fmt: skip
+    write_results("training", [row], LARGE | {"precision": "bf16 autocast"}, **more)
+    curves = loss_curves()
+    gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
+    print(f"loss after 200 steps {curves[1][-1]:.4f} against {curves[0][-1]:.4f}, largest gap {max(gaps):.4f}")
+    write_results("training", [row], LARGE | {"precision": "bf16 autocast"}, **more, loss_curves=curves)
+
+
+def profile() -> None:
+    """Where the time of our step goes: the dearest kernels."""
+    _, ours = pair(LARGE, "cuda")
+    if can_compile("cuda"):
+        ours.decoder.compile(dynamic=False)
+    step = stepper(ours, random_batch(LARGE, 16, "cuda"), True)
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+
+
+if __name__ == "__main__":
+    if "profile" in sys.argv:
+        profile()
+    else:
+        on_gpu() if torch.cuda.is_available() else on_cpu()

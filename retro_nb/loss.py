@@ -1,0 +1,85 @@
+"""Cross-entropy of a linear output layer, without ever holding the logits of all tokens (notebook 05).
+
+One token's logits are v numbers, 30,522 for BERT's word pieces: those of a batch take more memory than all the
+activations of a small model, and writing and reading them more time than its layers. But each token's loss
+and its derivative need that token's logits alone. So the tokens are taken a block at a time, and of a block
+only three things are kept: its loss, and the derivatives by its input and by the weights.
+
+Shapes: t tokens, d width, v vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from retro_nb.compiled import can_compile
+
+# Logits held at once: on a CPU what its cache nearly holds, on a GPU enough to keep it busy (0.5 GB in float32).
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
+) -> Float[Tensor, ""]:
+    """The sum over tokens of cross_entropy(x @ weight.T + bias, targets), in nats.
+
+    Under autocast the matrices are multiplied in its type; the softmax is at least float32 in any case. It
+    has first derivatives only.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """∂loss/∂logits = softmax − one-hot is known with the loss, so the forward pass computes the derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, with_gradients: bool
+    ) -> Tensor:
+        w, b = weight.to(x.dtype), bias.to(x.dtype)
+        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        dx, dw, db = (torch.zeros_like(t, dtype=s.dtype) for t, s in ((x, x), (weight, total), (bias, total)))
+        block = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**23) // len(weight))
+        softmax_loss = _fused_softmax_loss() if x.is_cuda and can_compile("cuda") else _softmax_loss
+        with torch.autocast(x.device.type, enabled=False):
+            for x_block, target, dx_block in zip(x.split(block), targets.split(block), dx.split(block), strict=True):
+                loss, slope = softmax_loss(F.linear(x_block, w, b), target)
+                total += loss
+                if with_gradients:
+                    torch.mm(slope, w, out=dx_block)
+                    dw += slope.T @ x_block
+                    db += slope.sum(dim=0, dtype=db.dtype)
+        ctx.save_for_backward(dx, dw.to(weight.dtype), db.to(bias.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, db = ctx.saved_tensors
+        return dx * upstream.to(dx.dtype), dw * upstream, db * upstream, None, None
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of a block, and its derivative by the logits; the logits' memory may be used up."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = exact.amax(dim=-1, keepdim=True)
+    asked = exact.gather(-1, targets[:, None])
+    exact = exact.sub_(top).exp_()
+    mass = exact.sum(dim=-1, keepdim=True)
+    loss = (mass.log() + top - asked).sum()
+    exact = exact.div_(mass).scatter_add_(-1, targets[:, None], -torch.ones_like(mass))
+    return loss, exact.to(logits.dtype)
+
+
+@lru_cache
+def _fused_softmax_loss() -> Callable:
+    """`_softmax_loss` in a few kernels instead of ten: on a GPU each reads and writes all logits."""
+    return torch.compile(_softmax_loss, dynamic=True)
