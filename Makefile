@@ -17,7 +17,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(shell pwd -P))
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup tutorial test lab refresh
+.PHONY: help setup tutorial test lab refresh bench
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -35,10 +35,15 @@ test: $(STAMP) ## ruff, the unit tests, every notebook under nbval
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope notebooks; fi
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab notebooks
+	$(PY) -m jupyterlab --ServerApp.root_dir=. $(LAB_ARGS) notebooks/00_start_here.ipynb
 
 refresh: $(STAMP) ## execute the committed notebooks again, in place
 	$(PY) -m retro_nb refresh
+
+bench: $(STAMP) ## measure beside the reference on the CPU, 15 minutes, into README
+	for name in embedding neighbours dataset training sampling; do \
+	  CUDA_VISIBLE_DEVICES= $(PY) benchmarks/$$name.py || exit 1; done
+	$(PY) benchmarks/readme.py
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@command -v "$(PYTHON)" >/dev/null || { echo "No $(PYTHON) here: install Python 3.10 or newer, or say: make setup PYTHON=/path/to/python3"; exit 1; }

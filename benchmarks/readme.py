@@ -1,14 +1,21 @@
-"""Write the measured numbers into README.md: `python benchmarks/readme.py`.
+"""Write the measured numbers into README.md, and draw docs/speed.png: `python benchmarks/readme.py`.
 
 The table of the notebooks comes from benchmarks/results/tutorial.json, which is the index.json of a run of
-`make tutorial` (copy it from runs/<time>/).
+`make tutorial` (copy it from runs/<time>/). The tables of speed, one for each device, and the plot come from every
+file in benchmarks/results with "comparisons", as `measure.write_results` writes them.
 """
 
 import json
+import math
 import re
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLOT = ROOT / "docs" / "speed.png"
+ORDER = ("embedding", "neighbours", "dataset", "training", "sampling", "scaling")  # then others by name
 
 LEARN = {
     "00_start_here": "the map, the letters, and the whole road once in ten cells",
@@ -19,6 +26,9 @@ LEARN = {
     "05_training": "the loop by hand, then `fit`: schedule, validation, baseline, exact resume",
     "06_sampling": "temperature, top-k, top-p; live retrieval with caches; who was quoted",
 }
+
+Record = dict[str, Any]  # a results file
+Row = dict[str, Any]  # one of its comparisons
 
 
 def notebook_table(index: dict) -> str:
@@ -33,6 +43,105 @@ def notebook_table(index: dict) -> str:
     return "\n".join([*rows, "", note])
 
 
+# speed
+
+
+def read_comparisons(folder: Path = RESULTS) -> dict[str, list[Record]]:
+    """The results files with comparisons, by device: CPUs first, and the files in the pipeline's order."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "comparisons" in record:
+            name, _, kind = path.stem.rpartition("-")
+            place = ORDER.index(name) if name in ORDER else len(ORDER)
+            found.append(((kind, record["device"], place, name), record | {"kind": kind}))
+    found.sort(key=lambda each: each[0])
+    return {device: [record for _, record in group] for device, group in groupby(found, lambda each: each[0][1])}
+
+
+def rounded(number: float, digits: int = 3) -> str:
+    """A positive number with so many significant digits, thousands set apart: 37_123 is 37,100."""
+    decimals = digits - 1 - math.floor(math.log10(number))
+    return f"{round(number, decimals):,.{max(decimals, 0)}f}"
+
+
+def missed(row: Row) -> bool:
+    return row["ratio"] < row["target"]
+
+
+def speed_table(device: str, records: list[Record]) -> str:
+    """One device's comparisons in Markdown. A target that was missed is said to be."""
+    lines = [f"**{device}**", "", "| what | ours | reference | ratio | target | held equal |", "|---" * 6 + "|"]
+    for row in (row for record in records for row in record["comparisons"]):
+        ours, peer = (f"{rounded(row[side])} {row['unit']}" for side in ("ours", "peer"))
+        target = f"≥ {row['target']:g}×" + (", **missed**" if missed(row) else "")
+        lines.append(f"| {row['what']} | {ours} | {peer} | {rounded(row['ratio'])}× | {target} | {row['equal']} |")
+    remarks = [f"- {remark}" for record in records for remark in record.get("remarks", [])]
+    return "\n".join([*lines, "", *remarks, *([""] if remarks else []), how_measured(records)])
+
+
+def how_measured(records: list[Record]) -> str:
+    """Commands and versions of one device's results, in a sentence or two."""
+    commands = ", ".join(dict.fromkeys(f"`{record['command']}`" for record in records))
+    torch = " and ".join(sorted({record["versions"]["torch"] for record in records}))
+    threads = " or ".join(sorted({str(record["threads"]) for record in records}))
+    runs = min(len(row[side]) for each in records for row in each["comparisons"] for side in ("ours_runs", "peer_runs"))
+    return f"Medians of {runs} or more runs; torch {torch}, {threads} CPU threads; {commands}."
+
+
+def speed_section(devices: dict[str, list[Record]]) -> str:
+    """What README says about speed: the plot and a table for each device."""
+    if not devices:
+        return "Nothing has been measured yet."
+    picture = f"![How many times faster, a bar for each row below]({PLOT.relative_to(ROOT).as_posix()})"
+    return "\n\n".join([picture, *(speed_table(device, records) for device, records in devices.items())])
+
+
+def bars(devices: dict[str, list[Record]]) -> list[Row]:
+    """What the plot shows, from top to bottom; it is also kept in the PNG, so that a test can compare."""
+    return [
+        {"what": row["what"], "kind": record["kind"], "ratio": row["ratio"], "target": row["target"]}
+        for records in devices.values()
+        for record in records
+        for row in record["comparisons"]
+    ]
+
+
+def draw_speed(devices: dict[str, list[Record]], path: Path = PLOT) -> None:
+    """A bar for each comparison, from 1× on a logarithmic axis, with its target as a tick across."""
+    from matplotlib.figure import Figure
+
+    from retro_nb.plotting.style import COLOURS, use_style
+
+    use_style()
+    rows = bars(devices)
+    figure = Figure(figsize=(8, 0.9 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    furthest = max(max(row["ratio"], row["target"]) for row in rows)
+    for place, row in enumerate(rows):
+        colour = COLOURS["model"] if row["kind"] == "gpu" else COLOURS["chunk"]
+        fill = {"color": "white", "hatch": "////"} if missed(row) else {"color": colour}
+        axes.barh(place, row["ratio"] - 1, left=1, height=0.6, **fill | {"edgecolor": colour})
+        axes.plot([row["target"]] * 2, [place - 0.42, place + 0.42], color=COLOURS["ink"], linewidth=2.2)
+        label = f" {rounded(row['ratio'])}×" + (", missed" if missed(row) else "")
+        axes.text(max(row["ratio"], row["target"]) * 1.03, place, label, va="center", fontsize=9)
+    axes.set_xscale("log")
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= 2 * furthest]
+    axes.set_xticks(ticks, [f"{tick}×" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(min(0.95, 0.9 * min(row["ratio"] for row in rows)), furthest * 1.9)
+    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.axvline(1, color=COLOURS["ink"], linewidth=0.8)
+    axes.set_title("How many times faster, at the same result")
+    axes.set_xlabel("blue: CPU · green: GPU · black tick: the target · hatched: target missed")
+    figure.savefig(path, dpi=120, metadata={"Description": json.dumps(rows), "Software": None})
+
+
+# README.md
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """`text` with what stands between `<!-- name: … -->` and `<!-- end -->` replaced."""
     pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)"
@@ -44,9 +153,12 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     readme = ROOT / "README.md"
-    index = json.loads((ROOT / "benchmarks" / "results" / "tutorial.json").read_text(encoding="utf-8"))
+    index = json.loads((RESULTS / "tutorial.json").read_text(encoding="utf-8"))
+    devices = read_comparisons()
     text = replace_section(readme.read_text(encoding="utf-8"), "notebooks", notebook_table(index))
-    readme.write_text(text, encoding="utf-8")
+    readme.write_text(replace_section(text, "fast", speed_section(devices)), encoding="utf-8")
+    if devices:
+        draw_speed(devices)
 
 
 if __name__ == "__main__":

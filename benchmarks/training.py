@@ -1,5 +1,8 @@
 """A training step beside the reference's: `python benchmarks/training.py` (on a GPU if there is one).
 
+On a GPU, `… training.py curves` compares 200 steps of training, and `… training.py profile` says where the time
+of a step goes.
+
 Both sides start from the same weights and do the whole step: forward, loss, backward, AdamW. On a CPU in
 float32; on a GPU under bfloat16 autocast, each at the batch that serves it best. Checked first: with its
 query positions put right (see tests/test_parity.py), the reference's loss and gradients are ours.
@@ -32,7 +35,8 @@ LARGE = dict(
     dec_cross_attn_layers=(6, 9, 12), heads=8, dim_head=64,
 )  # fmt: skip
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 operations a second, by datasheet
-BATCHES = (4, 8, 12, 16, 24, 32)
+BATCHES = (4, 8, 12, 16, 32, 40)
+COMPILED_BATCHES = (4, 24, 32, 40)  # each is compiled for a minute
 
 
 def pair(config: dict, device: str) -> tuple[torch.nn.Module, RETRO]:
@@ -42,11 +46,11 @@ def pair(config: dict, device: str) -> tuple[torch.nn.Module, RETRO]:
     return reference, RETRO.from_retro_pytorch(reference.state_dict(), **config).to(device)
 
 
-def random_batch(config: dict, b: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sequences without padding, and neighbours for every chunk."""
-    n, generator = config["max_seq_len"], torch.Generator(device).manual_seed(seed)
-    size = (b, n + 1), (b, n // M, K, 2 * M)
-    return tuple(torch.randint(1000, V, s, generator=generator, device=device) for s in size)
+def random_batch(config: dict, b: int) -> tuple[Tensor, Tensor]:
+    """Sequences without padding, and neighbours for every chunk, as a DataLoader gives them: on the CPU."""
+    n, generator = config["max_seq_len"], torch.Generator().manual_seed(0)
+    batch = [torch.randint(1000, V, size, generator=generator) for size in ((b, n + 1), (b, n // M, K, 2 * M))]
+    return tuple(ids.pin_memory() if torch.cuda.is_available() else ids for ids in batch)
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def corrected_reference():
 def check_equal(config: dict, device: str) -> str:
     """Losses and gradients in float32."""
     reference, ours = pair(config, device)
-    seq, retrieved = random_batch(config, 2, device)
+    seq, retrieved = (ids.to(device) for ids in random_batch(config, 2))
     losses, gradients = [], []
     with corrected_reference():
         for model in (reference, ours):
@@ -75,7 +79,8 @@ def check_equal(config: dict, device: str) -> str:
             gradients.append(torch.cat([p.grad.flatten() for p in model.token_emb.parameters()]))
     apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0] and apart < 1e-3, (losses, apart)
-    return f"loss within {abs(losses[0] - losses[1]):.0e} nats, embedding gradient within {apart:.0e} (reference corrected)"
+    nats = abs(losses[0] - losses[1])
+    return f"loss within {nats:.0e} nats, embedding gradient within {apart:.0e} (reference corrected)"
 
 
 def stepper(model: torch.nn.Module, batch: tuple[Tensor, Tensor], bf16: bool) -> Callable[[], float]:
@@ -85,9 +90,14 @@ def stepper(model: torch.nn.Module, batch: tuple[Tensor, Tensor], bf16: bool) ->
     else:
         optimizer = import_reference().optimizer.get_optimizer(model.parameters(), lr=3e-4)
 
+    device = next(model.parameters()).device
+
     def step() -> Tensor:
-        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):
-            loss = model(batch[0], retrieved=batch[1], return_loss=True)
+        seq, retrieved = batch
+        if not isinstance(model, RETRO):  # ours takes them there itself
+            seq, retrieved = (ids.to(device, non_blocking=True) for ids in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = model(seq, retrieved=retrieved, return_loss=True)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +108,7 @@ def stepper(model: torch.nn.Module, batch: tuple[Tensor, Tensor], bf16: bool) ->
 
 def on_cpu() -> None:
     equal, b = check_equal(SMALL, "cpu"), 4
-    batch, (reference, ours) = random_batch(SMALL, b, "cpu"), pair(SMALL, "cpu")
+    batch, (reference, ours) = random_batch(SMALL, b), pair(SMALL, "cpu")
     row = compare(
         "training step, CPU", "tokens/s", stepper(ours, batch, False), stepper(reference, batch, False),
         amount=b * SMALL["max_seq_len"], target=1.5, equal=equal,
@@ -106,44 +116,47 @@ def on_cpu() -> None:
     write_results("training", [row], SMALL | {"batch": b, "precision": "float32"})
 
 
-def speeds(model: torch.nn.Module, config: dict, repeats: int = 5) -> dict[int, dict[str, float]]:
+def speeds(model: torch.nn.Module, config: dict, batches: tuple[int, ...], repeats: int = 5) -> dict[int, dict]:
     """Tokens a second and memory for every batch that fits."""
-    found: dict[int, dict[str, float]] = {}
-    for b in BATCHES:
+    found = {}
+    for b in batches:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            step = stepper(model, random_batch(config, b, "cuda"), True)
+            step = stepper(model, random_batch(config, b), True)
             warm_up = [timed(step) for _ in range(3)]
             runs = [b * config["max_seq_len"] / timed(step) for _ in range(repeats)]
         except torch.OutOfMemoryError:
             print(f"  batch {b} does not fit", flush=True)
             model.zero_grad()
             break
-        memory = torch.cuda.max_memory_allocated() / 1e9
-        found[b] = {"tokens_per_second": statistics.median(runs), "runs": runs, "gigabytes": memory}
-        print(f"  batch {b}: {statistics.median(runs):,.0f} tokens/s, {memory:.1f} GB, first {warm_up[0]:.0f} s", flush=True)
+        rate, memory = statistics.median(runs), torch.cuda.max_memory_allocated() / 1e9
+        found[b] = {"tokens_per_second": rate, "runs": runs, "gigabytes": memory}
+        print(f"  batch {b}: {rate:,.0f} tokens/s, {memory:.1f} GB, first {warm_up[0]:.0f} s", flush=True)
     return found
 
 
-def loss_curves(steps: int = 200, b: int = 4) -> tuple[list[float], list[float]]:
+def curves(steps: int = 200, b: int = 4) -> None:
     """Both from the same weights on the same data, which can be learnt: every token tells the next."""
-    curves = []
-    for model in pair(LARGE, "cuda"):
-        if isinstance(model, RETRO) and can_compile("cuda"):
-            model.decoder.compile()
-        seq, retrieved = random_batch(LARGE, b, "cuda")
-        step, losses = stepper(model, (seq, retrieved), True), []
+    losses = {}
+    for name, model in zip(("reference", "ours"), pair(LARGE, "cuda"), strict=True):
+        seq, retrieved = random_batch(LARGE, b)
+        step, found = stepper(model, (seq, retrieved), True), []
         for i in range(steps):
-            generator = torch.Generator("cuda").manual_seed(i)
-            first = torch.randint(1000, 2000, (b, 1), generator=generator, device="cuda")
-            seq.copy_(1000 + (first + torch.arange(seq.shape[1], device="cuda") ** 2 // 7) % 1000)
-            retrieved.copy_(torch.randint(1000, 2000, retrieved.shape, generator=generator, device="cuda"))
-            losses.append(step())
-        curves.append(torch.stack(losses).tolist())
+            generator = torch.Generator().manual_seed(i)
+            first = torch.randint(1000, 2000, (b, 1), generator=generator)
+            torch.cuda.synchronize()  # the last step has read its batch
+            seq.copy_(1000 + (first + torch.arange(seq.shape[1]) ** 2 // 7) % 1000)
+            retrieved.copy_(torch.randint(1000, 2000, retrieved.shape, generator=generator))
+            found.append(step())
+        losses[name] = torch.stack(found).tolist()
         del model, step
         torch.cuda.empty_cache()
-    return tuple(curves)
+    gaps = [abs(x - y) for x, y in zip(*losses.values(), strict=True)]
+    last = {name: statistics.mean(found[-20:]) for name, found in losses.items()}
+    print(f"mean loss of the last 20 of {steps} steps: {last}; largest gap of a step {max(gaps):.4f}", flush=True)
+    more = {"steps": steps, "batch": b, "last_20": last, "largest_gap": max(gaps), "losses": losses}
+    write_results("training-curves", [], LARGE | {"precision": "bf16 autocast"}, **more)
 
 
 def on_gpu() -> None:
@@ -154,18 +167,18 @@ def on_gpu() -> None:
     reference, ours = pair(LARGE, "cuda")
     ours.cpu()
     print("reference", flush=True)
-    theirs = speeds(reference, LARGE)
+    theirs = speeds(reference, LARGE, BATCHES)
     reference.cpu()
     del reference
     torch.cuda.empty_cache()
     ours.cuda()
     print("ours, without torch.compile", flush=True)
-    eager = speeds(ours, LARGE)
+    eager = speeds(ours, LARGE, BATCHES[:1])
     if can_compile("cuda"):
         ours.decoder.compile(dynamic=False)
         torch._dynamo.config.cache_size_limit = 32  # a compilation for every batch size
     print("ours", flush=True)
-    mine = speeds(ours, LARGE)
+    mine = speeds(ours, LARGE, COMPILED_BATCHES)
     del ours
     torch.cuda.empty_cache()
 
@@ -178,18 +191,15 @@ def on_gpu() -> None:
         "training step, GPU, each at its best batch", "tokens/s", rate, theirs[their_best]["tokens_per_second"], 5,
         equal, mine[best]["runs"], theirs[their_best]["runs"],
     )  # fmt: skip
-    print(f"{row.ratio:.2f} times; {per_sequence[0]:.2f} against {per_sequence[1]:.2f} GB a sequence", flush=True)
+    remarks = [f"Memory for a sequence: {per_sequence[0]:.2f} GB against {per_sequence[1]:.2f} GB (target: half)."]
     if peak:
-        print(f"model FLOP utilisation {rate * flops / peak:.1%}, reference's {row.peer * flops / peak:.1%}", flush=True)
-    more = {
-        "flops_per_token": flops, "bf16_peak": peak, "utilisation": peak and rate * flops / peak,
-        "gigabytes_per_sequence": per_sequence, "batches": {"ours": mine, "eager": eager, "reference": theirs},
-    }  # fmt: skip
-    write_results("training", [row], LARGE | {"precision": "bf16 autocast"}, **more)
-    curves = loss_curves()
-    gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
-    print(f"loss after 200 steps {curves[1][-1]:.4f} against {curves[0][-1]:.4f}, largest gap {max(gaps):.4f}")
-    write_results("training", [row], LARGE | {"precision": "bf16 autocast"}, **more, loss_curves=curves)
+        share, theirs_share = (100 * x * flops / peak for x in (rate, row.peer))
+        remarks.append(f"Model FLOP utilisation: {share:.1f} % against {theirs_share:.1f} % (target: 40 %).")
+    print(*remarks, sep="\n", flush=True)
+    write_results(
+        "training", [row], LARGE | {"precision": "bf16 autocast"}, remarks=remarks, flops_per_token=flops,
+        bf16_peak=peak, batches={"ours": mine, "eager": eager, "reference": theirs},
+    )  # fmt: skip
 
 
 def profile() -> None:
@@ -197,18 +207,19 @@ def profile() -> None:
     _, ours = pair(LARGE, "cuda")
     if can_compile("cuda"):
         ours.decoder.compile(dynamic=False)
-    step = stepper(ours, random_batch(LARGE, 16, "cuda"), True)
+    step = stepper(ours, random_batch(LARGE, 16), True)
     for _ in range(3):
         step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         for _ in range(3):
             step()
         torch.cuda.synchronize()
-    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+    for event in sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)[:90]:
+        print(f"{event.self_device_time_total / 3e3:8.3f} ms {event.count // 3:5} × {event.key[:110]}")
 
 
 if __name__ == "__main__":
-    if "profile" in sys.argv:
-        profile()
+    if sys.argv[1:]:
+        {"profile": profile, "curves": curves}[sys.argv[1]]()
     else:
         on_gpu() if torch.cuda.is_available() else on_cpu()

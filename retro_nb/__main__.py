@@ -1,14 +1,33 @@
-"""The command line: `python -m retro_nb run`, `sweep`, `refresh`."""
+"""The command line: `python -m retro_nb build`, `train`, `run`, `sweep`, `refresh`."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from retro_nb.experiments import Result, run
-from retro_nb.refresh import refresh
-from retro_nb.sweep import run_sweep
+from retro_nb import commands
+from retro_nb.storage import launched
+
+BUILD = """Chunk a corpus, embed the chunks, index them and find every chunk's neighbours; once, on disk.
+
+  python -m retro_nb build                                          the speeches
+  python -m retro_nb build -p corpus my_texts/ -p knn 4             a folder of text files (or a .jsonl file)
+  python -m retro_nb build -f experiments/train_speeches.yaml       what `train` with this file will want
+  accelerate launch --multi_gpu --num_processes 2 -m retro_nb build …   two GPUs embed
+
+What an earlier run has built with the same settings is used again, also by `train` and the notebooks. A build
+that was stopped goes on where it was."""
+
+TRAIN = """Train a model on a corpus, whose database is built first if need be.
+
+  python -m retro_nb train -f experiments/train_speeches.yaml
+  python -m retro_nb train -f experiments/train_speeches.yaml -p retrieval off -p out_dir runs/baseline
+  accelerate launch --multi_gpu --num_processes 2 -m retro_nb train -f …   two GPUs share each batch
+
+Settings, weights, log.jsonl, metrics.json and checkpoints lie in out_dir, runs/<name of the file> if not said.
+The same command goes on after a stop, with any number of processes: batch_size counts over all of them."""
 
 RUN = """Execute notebooks with papermill into a new folder in runs/, each in a process of its own.
 
@@ -38,18 +57,26 @@ NAMES = "a stem (05_training), a number (05), a path, tutorial (00 to 06) or all
 
 def _parser() -> argparse.ArgumentParser:
     # argparse and not typer, whose options cannot be repeated pairs such as `-p seed 3 -p steps 10`
-    parser = argparse.ArgumentParser("python -m retro_nb", description="RETRO-nb's notebooks as experiments.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser("python -m retro_nb", description="RETRO-nb: build, train, experiment.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, text: str, settings: Iterable[str] = ()) -> argparse.ArgumentParser:
         form = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(name, help=summary, description=text, formatter_class=form)
+        known = f"settings, explained in the docstrings of TrainingWrapper, RETRO and fit:\n  {', '.join(settings)}"
+        epilog = known if settings else None
+        return subparsers.add_parser(name, help=summary, description=text, epilog=epilog, formatter_class=form)
 
+    def add_values(command: argparse.ArgumentParser) -> None:
+        command.add_argument("-f", dest="file", type=Path, metavar="FILE", help="YAML file of parameters")
+        pairs = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+        text = "a parameter, also as NAME=VALUE; wins over the file; may be repeated"
+        command.add_argument("-p", dest="given", help=text, **pairs)
+
+    add_values(add("build", "chunk, embed and index a corpus", BUILD, commands.BUILD))
+    add_values(add("train", "train a model on a corpus", TRAIN, commands.TRAIN))
     command = add("run", "execute notebooks with other parameters", RUN)
     command.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help=NAMES)
-    command.add_argument("-f", dest="preset", type=Path, metavar="FILE", help="YAML file of parameters")
-    pairs = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    command.add_argument("-p", dest="given", help="a parameter; wins over the file; may be repeated", **pairs)
+    add_values(command)
     command = add("sweep", "execute a notebook over a grid of parameters", SWEEP)
     command.add_argument("file", type=Path, metavar="FILE", help="see experiments/ for the form")
     command = add("refresh", "execute the committed notebooks again, in place", REFRESH)
@@ -57,31 +84,59 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(results: Sequence[Result]) -> int:
+def _use_notebooks(said: argparse.Namespace) -> int:
+    """Run, sweep or refresh; the exit code. Imported here, papermill is not needed where models are trained."""
+    from retro_nb.experiments import results_table, run
+    from retro_nb.refresh import refresh
+    from retro_nb.sweep import run_sweep
+
+    if said.command == "refresh":
+        return _report(refresh(said.notebooks))
+    if said.command == "run":
+        folder, results = run(said.notebooks, said.file, dict(said.given))
+        print(f"\n{results_table(results)}\n", flush=True)
+        code = _report(results)
+        print(f"Open {os.path.relpath(folder)}/index.md, or `make lab` to work through the notebooks.")
+        return code
+    folder, results = run_sweep(said.file)
+    print((folder / "table.md").read_text(encoding="utf-8"), flush=True)
+    code = _report(results)
+    print(f"Open {os.path.relpath(folder)}/plot.png; each point's notebook lies in a folder beside it.")
+    return code
+
+
+def _report(results: Sequence[Any]) -> int:
     """Print a line for each failure; the exit code."""
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
-        print(f"FAILED {result.notebook}: {result.error}", file=sys.stderr)
-    print(f"{len(results) - len(failed)} of {len(results)} done")
+        print(f"FAILED {result.notebook}, {result.error}", file=sys.stderr)
+    print(f"{len(results) - len(failed)} of {len(results)} done", flush=True)
     return 1 if failed else 0
+
+
+def _split_pairs(arguments: Sequence[str]) -> list[str]:
+    """`-p name=value` as `-p name value`, which is how argparse takes it."""
+    split: list[str] = []
+    for argument in arguments:
+        after_p = split[-1:] == ["-p"]
+        split += argument.split("=", 1) if after_p else [argument]
+    return split
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 if a notebook failed, 2 for bad input, 130 for Ctrl-C."""
-    said = _parser().parse_args(arguments)
+    said = _parser().parse_args(_split_pairs(sys.argv[1:] if arguments is None else arguments))
     try:
-        if said.command == "run":
-            folder, results = run(said.notebooks, said.preset, dict(said.given))
-            text = (folder / "index.md").read_text(encoding="utf-8")
-        elif said.command == "sweep":
-            folder, results = run_sweep(said.file)
-            text = (folder / "table.md").read_text(encoding="utf-8")
+        if said.command == "build":
+            commands.build(commands.choose_settings("build", said.file, dict(said.given)))
+        elif said.command == "train":
+            commands.train(commands.choose_settings("train", said.file, dict(said.given)))
         else:
-            return _report(refresh(said.notebooks))
-        print(f"{text}\nin {os.path.relpath(folder)}/")
-        return _report(results)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+            return _use_notebooks(said)
+        return 0
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        process, _ = launched()
+        print(f"error in process {process}: {error}" if process else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)

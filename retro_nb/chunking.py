@@ -231,7 +231,7 @@ def documents_to_chunks_(
 
     Returns:
         `chunks`, `docs`, `seqs`, `tokens` ([CLS] and [SEP] included), `empty_docs` (documents without a
-        token, which are skipped), `replaced_characters` (undecodable bytes; a warning names the first
+        token, which are skipped), `replaced_characters` (undecodable bytes; of both a warning names the first
         document) and `complete` (false if a maximum stopped it).
 
     Raises:
@@ -252,9 +252,12 @@ def documents_to_chunks_(
 
     def build() -> dict:
         with _ChunkFiles(*paths, chunk_size, seq_len) as files:
-            return _chunk_all(files, documents, chunk_size, max_chunks, max_seqs, bert, progress)
+            stats, said = _chunk_all(files, documents, chunk_size, max_chunks, max_seqs, bert, progress)
+        remarks.extend(said)
+        return stats
 
-    return cached(
+    remarks: list[str] = []
+    stats = cached(
         paths[0],
         settings,
         build,
@@ -262,6 +265,9 @@ def documents_to_chunks_(
         # A bare iterable cannot say whether it is still the same corpus.
         force_reprocess=force_reprocess or fingerprint is None,
     )
+    for remark in remarks:  # here, so that they name the caller's line
+        warnings.warn(remark, stacklevel=2)
+    return stats
 
 
 def _chunk_all(
@@ -272,9 +278,10 @@ def _chunk_all(
     max_seqs: int | None,
     bert: PathLike | None,
     progress: bool,
-) -> dict:
+) -> tuple[dict, list[str]]:
+    """Write all documents; the statistics, and what the caller should be warned of."""
     stats = {"chunks": 0, "docs": 0, "seqs": 0, "tokens": 0, "empty_docs": 0, "replaced_characters": 0}
-    complete, undecodable = True, []
+    complete, empty, undecodable, remarks = True, [], [], []
     for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
         chunks = tokens_to_chunks(document_tokens(document.text, bert=bert), chunk_size)
         seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
@@ -282,33 +289,35 @@ def _chunk_all(
         tokens = files.write(document, chunks, limit)
         if tokens is None:
             complete = False
-            _stopped(document, files, max_chunks, max_seqs)
+            remarks.append(_stopped(document, files, max_chunks, max_seqs))
             break
         stats["tokens"] += tokens
-        stats["empty_docs"] += tokens == 0
+        if not tokens:
+            empty.append(document.source)
         stats["replaced_characters"] += document.replaced
         if document.replaced:
             undecodable.append(document.source)
-    if undecodable:
-        warnings.warn(
-            f"{stats['replaced_characters']} undecodable bytes became U+FFFD in {len(undecodable)} documents, "
-            f"first in {undecodable[0]}: save them as UTF-8",
-            stacklevel=2,
-        )
     if not files.documents:
-        raise ValueError(f"no text to chunk: {stats['empty_docs']} documents, none with a token")
+        where, first = getattr(documents, "folder", type(documents).__name__), f", first {empty[0]}" if empty else ""
+        raise ValueError(f"no text to chunk in {where}: {len(empty)} documents, none with a token{first}")
+    if empty:
+        remarks.append(f"documents without a token, left out: {len(empty)}, first {empty[0]}")
+    if undecodable:
+        remarks.append(
+            f"{stats['replaced_characters']} undecodable bytes became U+FFFD in {len(undecodable)} documents, "
+            f"first in {undecodable[0]}: save them as UTF-8"
+        )
     stats |= {"chunks": files.chunks.rows, "docs": files.documents, "seqs": files.seqs.rows}
-    return {**stats, "complete": complete}
+    return {**stats, "empty_docs": len(empty), "complete": complete}, remarks
 
 
-def _stopped(document: Document, files: _ChunkFiles, max_chunks: int | None, max_seqs: int | None) -> None:
+def _stopped(document: Document, files: _ChunkFiles, max_chunks: int | None, max_seqs: int | None) -> str:
     limits = f"max_chunks {max_chunks}, max_seqs {max_seqs}"
     if not files.documents:
         raise ValueError(f"{limits}: the first document, {document.title!r}, has more; raise the limit")
-    warnings.warn(
+    return (
         f"{limits}: stopped before {document.title!r}, which does not fit; {files.documents} documents with "
-        f"{files.chunks.rows} chunks are in. Raise the limit, or leave it out, for the whole corpus",
-        stacklevel=3,
+        f"{files.chunks.rows} chunks are in. Raise the limit, or leave it out, for the whole corpus"
     )
 
 

@@ -138,13 +138,16 @@ class text_folder:
     counted in `Document.replaced`. No file is skipped: an empty one is a Document with an empty text. The
     files are listed once, at construction, and opened one at a time, when their turn comes.
 
-    Raises NotADirectoryError if there is no such folder, FileNotFoundError if the glob matches no file in it.
+    Raises FileNotFoundError if there is no such folder or the glob matches no file in it, NotADirectoryError if
+    it is a file.
     """
 
     def __init__(self, folder: str | Path, glob: str = "**/*.txt") -> None:
         self.folder, self.glob = Path(folder), glob
+        if not self.folder.exists():
+            raise FileNotFoundError(f"{self.folder} does not exist: pass a folder of .txt files or a .jsonl file")
         if not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder} is not a folder: pass the one that holds the text files")
+            raise NotADirectoryError(f"{self.folder} is a file: pass the folder that holds it, or a .jsonl file")
         self._paths = sorted(
             path.relative_to(self.folder).as_posix() for path in self.folder.glob(glob) if not path.is_dir()
         )

@@ -1,36 +1,49 @@
 """Chunks become vectors by a frozen BERT (notebook 02).
 
-The key of a chunk is BERT(N) averaged over time (paper, §2.3). What is indexed and what is asked for go
-through one function, `embed_chunks`, with one framing: `[CLS] the chunk's words [SEP]`. The reference frames
-them differently on the two sides, so that a chunk lies at a distance from itself and may find other neighbours.
+The key of a chunk is BERT(N) averaged over time (paper, §2.3). What is indexed (`chunks_to_embeddings_`) and what
+is asked for (`embed_chunks`) are framed alike, `[CLS] the chunk's words [SEP]`, and averaged alike. The reference
+frames them differently, so that a chunk lies at a distance from itself and may find other neighbours.
 """
 
 import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from retro_nb.manifest import array_key, cached
-from retro_nb.storage import PathLike, ResumableRows, open_array
+from retro_nb.storage import PathLike, ResumableRows, launched, open_array
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, bert_folder
 
 if TYPE_CHECKING:
     from transformers import BertModel
 
-# Rows whose embeddings are written together: what a killed build has to do again.
-BLOCK_ROWS = 1024
+
+class Sizes(NamedTuple):
+    """How many chunks a processor takes at a time."""
+
+    batch: int  # chunks in a forward pass: enough to be busy, few enough for a CPU's cache
+    block: int  # chunks written together: what a killed build has to do again
+    ahead: int  # blocks that it is given before the last one is fetched, so that a GPU never waits for the disk
+
+
+ON_CPU, ON_GPU = Sizes(32, 1024, ahead=0), Sizes(2048, 8192, ahead=1)
 
 
 def best_device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU if there is one, else the CPU. Processes launched together have one GPU each."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -117,23 +130,56 @@ def bert_embed(
         ValueError: the rows are longer than the BERT's positions, or an id is outside its vocabulary.
     """
     model = get_bert(bert, device)
-    limit, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
-    if token_ids.shape[1] > limit:
-        raise ValueError(f"{token_ids.shape[1]} tokens in a row, but this BERT has {limit} positions: shorten it")
     if not token_ids.numel():
         return torch.zeros(len(token_ids), model.config.hidden_size)
-    if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
-        lowest, highest = int(token_ids.min()), int(token_ids.max())
-        raise ValueError(f"ids from {lowest} to {highest}, but this BERT knows 0 to {vocabulary - 1}: same tokenizer?")
-    ids = token_ids.to(model.device)
-    mask = ids != pad_id
-    attended = mask.clone()
-    attended[:, :1] = True  # a row of padding alone would leave the softmax nothing to sum over
-    hidden = model(input_ids=ids, attention_mask=attended).last_hidden_state.float()
-    if return_cls_repr:
-        return hidden[:, 0].cpu()
+    _check_ids(model.config, token_ids.shape[1], int(token_ids.min()), int(token_ids.max()))
+    mask = token_ids != pad_id
+    mask = None if mask.all() else mask.to(model.device)
+    return _vectors(model, token_ids.to(model.device), mask, return_cls_repr, eps).cpu()
+
+
+def _check_ids(config: Any, length: int, lowest: int, highest: int) -> None:
+    """Rows of so many ids from `lowest` to `highest` must be some that a BERT can read."""
+    if length > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"{length} tokens in a row, but this BERT has {limit} positions: shorten it")
+    if not 0 <= lowest <= highest < config.vocab_size:
+        last = config.vocab_size - 1
+        raise ValueError(f"ids from {lowest} to {highest}, but this BERT knows 0 to {last}: same tokenizer?")
+
+
+def _vectors(
+    model: "BertModel", ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, cls: bool, eps: float = 1e-8
+) -> Float[Tensor, "b d"]:
+    """What `bert_embed` returns, on the model's device; no mask means that nothing is padding.
+
+    Without a mask attention is faster. Nothing here waits for a GPU.
+    """
+    attended = None
+    if mask is not None:
+        attended = mask.clone()
+        attended[:, :1] = True  # a row of padding alone would leave the softmax nothing to sum over
+        attended = torch.where(rearrange(attended, "b n -> b 1 1 n"), 0.0, torch.finfo(model.dtype).min)
+        attended = attended.to(model.dtype)  # added to the scores
+    hidden = model(input_ids=ids, attention_mask=attended).last_hidden_state
+    if cls:
+        return hidden[:, 0].float()
+    if mask is None:
+        return hidden[:, 1:].sum(dim=1, dtype=torch.float32) / (ids.shape[1] - 1 + eps)
+    return masked_mean(hidden.float(), mask, eps)
+
+
+def masked_mean(
+    hidden: Float[Tensor, "b n d"],
+    mask: Bool[Tensor, "b n"],
+    eps: float = 1e-8,
+) -> Float[Tensor, "b d"]:
+    """The mean of the hidden states whose `mask` is true, leaving out the first, which is [CLS]'s.
+
+    `eps` keeps the mean of a row without tokens at 0.
+    """
     weight = rearrange(mask[:, 1:].float(), "b n -> b n 1")
-    return ((hidden[:, 1:] * weight).sum(dim=1) / (weight.sum(dim=1) + eps)).cpu()
+    return (hidden[:, 1:] * weight).sum(dim=1) / (weight.sum(dim=1) + eps)
 
 
 def frame_chunks(chunks: Int[Tensor, "b m"]) -> Int[Tensor, "b m_plus_2"]:
@@ -170,6 +216,71 @@ def embedding_dim(bert: PathLike | None = None) -> int:
     return AutoConfig.from_pretrained(bert_folder(bert)).hidden_size
 
 
+def flops_per_chunk(config: Any, tokens: int) -> int:
+    """Floating-point operations that a BERT does for a row of so many tokens: of its matrix products alone.
+
+    A product of (a, b) with (b, c) is 2·a·b·c: a multiplication and an addition for each term. A chunk of 64
+    words is framed as 66 tokens.
+
+    Args:
+        config: the BERT's, e.g. `get_bert().config`.
+    """
+    d, inner = config.hidden_size, config.intermediate_size
+    projections = 2 * tokens * d * 4 * d  # queries, keys, values, output
+    attention = 2 * 2 * tokens * tokens * d  # scores, weighted values
+    feed_forward = 2 * 2 * tokens * d * inner
+    return config.num_hidden_layers * (projections + attention + feed_forward)
+
+
+# to disk
+
+
+def _batches(lengths: Int[np.ndarray, " b"], longest: int, size: int) -> Iterator[slice]:
+    """Cut rows of ascending lengths into batches; the longest are kept apart, since they need no mask."""
+    shorter = int(np.searchsorted(lengths, longest))
+    for first, last in ((0, shorter), (shorter, len(lengths))):
+        for start in range(first, last, size):
+            yield slice(start, min(start + size, last))
+
+
+def _send(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device; a GPU fetches it when it comes to it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@torch.inference_mode()
+def _begin_block(
+    model: "BertModel", chunks: Int[np.ndarray, "b m"], batch_size: int, cls: bool, tell_batch: Callable[[int], Any]
+) -> Callable[[], np.ndarray]:
+    """Embed chunks. What is returned gives their vectors, and waits for a GPU if need be.
+
+    Chunks of like length go through BERT together, so that hardly any padding does. `tell_batch` hears of each
+    batch how many they were.
+    """
+    most = chunks.shape[1] + 2  # with [CLS] and [SEP]
+    _check_ids(model.config, most, int(chunks.min()), int(chunks.max()))
+    lengths = (~np.isin(chunks, (PAD_ID, SOS_ID, EOS_ID))).sum(axis=1) + 2
+    order = np.argsort(lengths, kind="stable")
+    framed, lengths, vectors = frame_chunks(_send(chunks[order], model.device)), lengths[order], []
+    for batch in _batches(lengths, most, batch_size):
+        shortest, longest = lengths[batch][[0, -1]].tolist()
+        ids = framed[batch, :longest]
+        vectors.append(_vectors(model, ids, None if shortest == longest else ids != PAD_ID, cls))
+        tell_batch(len(ids))
+    vectors = torch.cat(vectors)[_send(np.argsort(order), model.device)]
+    if vectors.device.type != "cuda":
+        return vectors.numpy
+    fetched = vectors.to("cpu", non_blocking=True)
+    there = torch.cuda.current_stream(vectors.device).record_event()
+
+    def wait() -> np.ndarray:
+        there.synchronize()
+        return fetched.numpy()
+
+    return wait
+
+
 def chunks_to_embeddings_(
     *,
     num_chunks: int,
@@ -177,7 +288,7 @@ def chunks_to_embeddings_(
     embeddings_memmap_path: PathLike,
     chunk_size: int = 64,
     embed_dim: int | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     use_cls_repr: bool = False,
     pad_id: int | float = PAD_ID,
     bert: PathLike | None = None,
@@ -188,13 +299,14 @@ def chunks_to_embeddings_(
     """Embed every chunk of a chunk array to disk (float32, num_chunks × embed_dim).
 
     A build that was interrupted goes on where it stopped; one that is finished, with the same chunks, BERT
-    and pooling, is not repeated.
+    and pooling, is not repeated. Processes that were launched together (`accelerate launch`, torchrun) share
+    the work, and each has to call this.
 
     Args:
         num_chunks, chunk_size: shape of the chunk array, without the extra token.
         chunks_memmap_path, embeddings_memmap_path: the file to read and the file to write.
         embed_dim: the width expected; the BERT's if left out.
-        batch_size: chunks per forward pass.
+        batch_size: chunks per forward pass; left out, as many as suit the device.
         use_cls_repr: [CLS] instead of the mean.
         pad_id: the id of padding, 0.
         bert, device: see `bert_embed`.
@@ -209,7 +321,7 @@ def chunks_to_embeddings_(
     dim = embedding_dim(bert)
     if embed_dim not in (None, dim):
         raise ValueError(f"embed_dim {embed_dim}, but this BERT gives vectors of {dim}: leave embed_dim out")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: pass 1 or more")
     if pad_id != PAD_ID:
         raise ValueError(f"pad_id {pad_id}: chunk arrays are padded with {PAD_ID}")
@@ -222,18 +334,24 @@ def chunks_to_embeddings_(
         "pooling": "cls" if use_cls_repr else "mean",
     }
 
+    sizes = ON_GPU if device.type == "cuda" else ON_CPU
+
+    sizes = ON_GPU if device.type == "cuda" else ON_CPU
+
     def build() -> dict:
-        rows = ResumableRows(embeddings_memmap_path, (num_chunks, dim), np.float32, settings)
-        with tqdm(total=num_chunks, initial=rows.done, desc="embedding", unit=" chunks", disable=not progress) as bar:
-            for block in rows.blocks(BLOCK_ROWS):
-                vectors = []
-                for start in range(block.start, block.stop, batch_size):
-                    part = chunks[start : min(start + batch_size, block.stop), :-1]
-                    ids = torch.from_numpy(part.astype(np.int64))
-                    vectors.append(embed_chunks(ids, use_cls_repr=use_cls_repr, bert=bert, device=device))
-                    bar.update(len(part))
-                rows.write(block, torch.cat(vectors).numpy())
+        rows = ResumableRows(embeddings_memmap_path, (num_chunks, dim), np.float32, settings, shared=True)
+        blocks, begun = list(rows.blocks(sizes.block)), deque()
+        total, hidden = sum(block.stop - block.start for block in blocks), not progress or launched()[0] > 0
+        with tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden) as bar:
+            for block in blocks:
+                model, batch = get_bert(bert, device), batch_size or sizes.batch
+                begun.append((block, _begin_block(model, chunks[block, :-1], batch, use_cls_repr, bar.update)))
+                if len(begun) > sizes.ahead:
+                    earlier, vectors = begun.popleft()
+                    rows.write(earlier, vectors())
+            for last, vectors in begun:
+                rows.write(last, vectors())
         rows.finish()
         return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
 
-    return cached(embeddings_memmap_path, settings, build, force_reprocess=force_reprocess)
+    return cached(embeddings_memmap_path, settings, build, force_reprocess=force_reprocess, shared=True)

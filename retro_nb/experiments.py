@@ -9,7 +9,6 @@ and every value is cast to the type that the notebook's parameters cell declares
 """
 
 import ast
-import difflib
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union, get_args, get_origin
+from typing import Any, Optional
 
 import nbformat
 import papermill
@@ -29,6 +28,7 @@ import psutil
 import yaml
 from tqdm import tqdm
 
+from retro_nb.settings import cast, read_yaml, refuse_unknown
 from retro_nb.storage import ROOT, replacing, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -79,33 +79,6 @@ def declared(notebook: Path) -> dict[str, dict[str, Any]]:
     return papermill.inspect_notebook(notebook)
 
 
-def cast(value: Any, kind: Any) -> Any:
-    """Read a value, which may be text from the command line or from YAML, as a declared type.
-
-    Raises:
-        ValueError: it cannot be meant as one.
-    """
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin is Union:  # Optional
-        return None if value in (None, "None") else cast(value, inner[0])
-    if isinstance(value, str) and origin is not str:
-        value = yaml.safe_load(value)
-    is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
-    if origin is float and is_number:
-        return float(value)
-    if origin is int and is_number and (isinstance(value, int) or float(value).is_integer()):
-        return value if isinstance(value, int) else int(float(value))
-    if origin is bool and value in (True, False):
-        return bool(value)
-    if origin is str and is_number:
-        return str(value)
-    if origin is list and isinstance(value, list):
-        return [cast(item, inner[0]) if inner else item for item in value]
-    if origin is dict and isinstance(value, dict):
-        return value
-    raise ValueError(value)
-
-
 def _cast_declared(name: str, value: Any, parameter: dict[str, Any]) -> Any:
     text, default = parameter["inferred_type_name"], parameter["default"]
     kind = type(ast.literal_eval(default)) if text == "None" else eval(text, {}, TYPES)
@@ -116,30 +89,10 @@ def _cast_declared(name: str, value: Any, parameter: dict[str, Any]) -> Any:
         raise ValueError(f"parameter {name}: cannot read {value!r} as declared: {declaration}") from None
 
 
-def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, knower: str) -> None:
-    known = sorted(known)
-    for name in names:
-        if name == "out_dir":
-            raise ValueError(f"{where} names out_dir, which the runner chooses: leave it out")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(f"{where}: unknown parameter {name!r}{meant}; {knower} knows {', '.join(known)}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no `name: value` lines")
-    return content
+def _refuse(names: Iterable[str], known: set[str], where: str, knower: str) -> None:
+    if "out_dir" in names:
+        raise ValueError(f"{where} names out_dir, which the runner chooses: leave it out")
+    refuse_unknown(names, known - {"out_dir"}, where, knower)
 
 
 def choose_parameters(
@@ -158,12 +111,12 @@ def choose_parameters(
     given = given or {}
     selected = {notebook: declared(notebook) for notebook in notebooks}
     mine = set().union(*selected.values())
-    _refuse_unknown(given, mine - {"out_dir"}, "-p", ", ".join(path.stem for path in notebooks))
+    _refuse(given, mine, "-p", ", ".join(path.stem for path in notebooks))
     values = {}
     if preset is not None:
         values = read_yaml(preset)
         every = mine.union(*(declared(notebook) for notebook in series()))
-        _refuse_unknown(values, every - {"out_dir"}, str(preset), "the series")
+        _refuse(values, every, str(preset), "the series")
     values |= given
     return [
         {name: _cast_declared(name, value, known[name]) for name, value in values.items() if name in known}
@@ -213,12 +166,12 @@ def _watch(process: psutil.Popen, log: Path, progress: Callable[[int], None]) ->
 
 
 def _error_in(notebook: Path, log: Path) -> str:
-    """The error that ended an execution: the notebook's last one, else papermill's last word."""
+    """The error that ended an execution: its cell's, numbered as In [N], else papermill's last word."""
     with suppress(OSError, ValueError):
-        cells = nbformat.read(notebook, as_version=4).cells
-        outputs = [output for cell in cells for output in cell.get("outputs", [])]
-        if errors := [output for output in outputs if output.output_type == "error"]:
-            return f"{errors[-1].ename}: {errors[-1].evalue}".strip()
+        for cell in reversed(nbformat.read(notebook, as_version=4).cells):
+            for output in cell.get("outputs", []):
+                if output.output_type == "error":
+                    return f"cell {cell.execution_count}: {output.ename}: {output.evalue}".strip()
     return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
 
 
@@ -303,19 +256,46 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def results_table(results: Sequence[Result], name: Callable[[str], str] = str) -> str:
+    """A Markdown table narrow enough to read: of the metrics the first three numbers; index.json has all.
+
+    Args:
+        results: a row each.
+        name: how to write a notebook's stem, for instance as a link.
+    """
+    rows = []
+    for result in results:
+        numbers = [f"{key} {_text(value)}" for key, value in result.metrics.items() if _is_number(value)]
+        row = {"notebook": name(result.notebook), "status": result.status, "seconds": result.seconds}
+        row |= {"MB": result.peak_mb, "metrics": ", ".join(numbers[:3]) or _text(result.error)[:60]}
+        rows.append(row)
+    return markdown_table(rows)
+
+
+INDEX = """# Run {name}
+
+{table}
+
+Seconds are those of the whole process, MB its peak memory; `seconds` in a metrics.json leave out the start of Python
+and the first imports. All metrics are in [index.json](index.json).
+"""
+
+
 def write_index(folder: Path, results: Sequence[Result]) -> None:
     """Write index.json and, for people, index.md: what was run, how it went, how long, its metrics."""
     write_json(folder / "index.json", {"notebooks": [asdict(result) for result in results]})
-    rows = []
-    for result in results:
-        beside = (folder / f"{result.notebook}.ipynb").exists()
-        link = f"{result.notebook}.ipynb" if beside else f"{result.notebook}/{result.notebook}.ipynb"
-        metrics = ", ".join(f"{name} {_text(value)[:40]}" for name, value in result.metrics.items())
-        row = {"notebook": f"[{result.notebook}]({link})", "status": result.status}
-        row |= {"seconds": result.seconds, "peak MB": result.peak_mb, "metrics": metrics or result.error}
-        rows.append(row)
+
+    def link(stem: str) -> str:
+        beside = (folder / f"{stem}.ipynb").exists()
+        return f"[{stem}]({'' if beside else stem + '/'}{stem}.ipynb)"
+
     with replacing(folder / "index.md") as temporary:
-        temporary.write_text(f"# Run {folder.name}\n\n{markdown_table(rows)}\n", encoding="utf-8")
+        text = INDEX.format(name=folder.name, table=results_table(results, link))
+        temporary.write_text(text, encoding="utf-8")
 
 
 def run(
@@ -341,16 +321,17 @@ def run(
     folder = _new_folder("-" + notebooks[0].stem if alone else "")
     cells = [len(nbformat.read(notebook, as_version=4).cells) for notebook in notebooks]
     results: list[Result] = []
-    with tqdm(total=sum(cells), unit="cell") as bar:
-        for number, (notebook, values) in enumerate(zip(notebooks, parameters, strict=True)):
+    # miniters 0: an update by no cell refreshes the clock, at most once in mininterval
+    with tqdm(total=sum(cells), unit="cell", miniters=0, mininterval=1) as bar:
+        for notebook, values, most in zip(notebooks, parameters, cells, strict=True):
             bar.set_description(notebook.stem)
-            before = sum(cells[:number])
+            end = bar.n + most
 
-            def progress(done: int, before: int = before, most: int = cells[number]) -> None:
-                if (more := before + min(done, most) - bar.n) > 0:
-                    bar.update(more)
+            def progress(done: int, end: int = end, most: int = most) -> None:
+                bar.update(max(0, min(end - most + done, end - 1) - bar.n))  # papermill counts a failing cell, too
 
             results.append(execute(notebook, folder if alone else folder / notebook.stem, values, progress))
-            progress(cells[number])
+            if results[-1].status == "done":  # a failure keeps the bar from reaching its end
+                bar.update(end - bar.n)
             write_index(folder, results)
     return folder, results

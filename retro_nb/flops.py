@@ -9,6 +9,8 @@ Shapes: n sequence length, m chunk length, l chunks in a sequence, k neighbours,
 d width, v vocabulary.
 """
 
+from itertools import pairwise
+
 from retro_nb.model import RETRO
 
 
@@ -30,7 +32,7 @@ def flops_per_token(retro: RETRO, *, n: int, k: int = 2, r: int | None = None, t
 
 def _product(rows: int, *widths: int) -> int:
     """Rows led through linear maps, one after another: widths d0 → d1 → …"""
-    return sum(2 * rows * a * b for a, b in zip(widths, widths[1:], strict=False))
+    return sum(2 * rows * a * b for a, b in pairwise(widths))
 
 
 def _attention(inner: int, pairs: int) -> int:
@@ -64,7 +66,8 @@ def _cross_attention(about: dict, n: int, m: int, retrieved: int, k: int) -> int
     readers = n - (m - 1)  # the first m − 1 tokens read nothing
     keys = retrieved // (n // m) + 1  # and the null key
     reading = 2 * _product(readers, d, inner) + _attention(inner, readers * keys)
-    return _count(about["dec_cross_attn_layers"], about["dec_depth"]) * (reading + 2 * _product(retrieved, encoded, inner))
+    layers = _count(about["dec_cross_attn_layers"], about["dec_depth"])
+    return layers * (reading + 2 * _product(retrieved, encoded, inner))
 
 
 def _output(about: dict, n: int) -> int:

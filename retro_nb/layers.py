@@ -4,6 +4,7 @@ Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k ne
 per neighbour, d width, h heads. `_` stands for a size that no other argument has to share.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,11 @@ class PreNorm(nn.Module):
         self.fn, self.norm = fn, norm
 
     def forward(self, x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
-        return x + self.fn(self.norm(x), *args, **kwargs)
+        return self.around(self.fn, x, *args, **kwargs)
+
+    def around(self, fn: Callable[..., Tensor], x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
+        """The same residual around another function, such as a method of `self.fn` for decoding."""
+        return x + fn(self.norm(x), *args, **kwargs)
 
 
 class PostNorm(nn.Module):
@@ -51,28 +56,33 @@ class PostNorm(nn.Module):
         self.fn, self.norm, self.scale = fn, norm, scale
 
     def forward(self, x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
-        return self.norm(self.scale * x + self.fn(x, *args, **kwargs))
+        return self.around(self.fn, x, *args, **kwargs)
+
+    def around(self, fn: Callable[..., Tensor], x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
+        """The same residual around another function, such as a method of `self.fn` for decoding."""
+        return self.norm(self.scale * x + fn(x, *args, **kwargs))
 
 
-def rotary(positions: Int[Tensor, " n"], dim_head: int) -> Float[Tensor, "2 n _"]:
+def rotary(positions: Int[Tensor, " n"], dim_head: int) -> Float[Tensor, "2 n {dim_head}"]:
     """Cosine and sine of the angles by which positions turn a head's first min(dim_head, 32) features.
+
+    The sine is −sin for the first feature of a pair, as `rotate` needs it; the other features have angle 0.
 
     Feature pair i of position p turns by p / 10000^(2i / dim) radians (RoFormer, Su et al. 2021). A query
     at p and a key at p' then meet at angle p − p': attention sees distances, never positions.
     """
     dim = min(dim_head, ROTARY_DIM)
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=positions.device) / dim)
-    angles = repeat(positions[:, None] * frequencies, "n half -> n (two half)", two=2)
+    angles = rearrange(positions, "n -> n 1") * frequencies
+    angles = F.pad(torch.cat((-angles, angles), dim=-1), (0, dim_head - dim))
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "2 n _"]) -> Float[Tensor, "b h n d"]:
+def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "2 n d"]) -> Float[Tensor, "b h n d"]:
     """Turn the leading features of every head by `rotary`; feature i is paired with feature i + dim/2."""
-    cos, sin = rotary
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned.type_as(x), kept), dim=-1)
+    (cos, sin), half = rotary, min(x.shape[-1], ROTARY_DIM) // 2
+    first, second, still = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first, still), dim=-1), sin).type_as(x)
 
 
 class KeyValueCache:
@@ -98,6 +108,52 @@ class KeyValueCache:
         self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Place(NamedTuple):
+    """Where the tokens stand that are decoded now, in the forms in which the layers ask for it.
+
+    All of it lies on the device: what is recorded once (graphs.py) serves every token.
+    """
+
+    positions: Int[Tensor, " n"]
+    turn: Float[Tensor, "2 n _"]  # rotary of queries and keys in the self-attention
+    reader: Float[Tensor, "2 n _"]  # rotary of queries in the attending chunk, at m−1+i
+    bias: Float[Tensor, "n _"]  # for the first tokens of the sequence: 0, or −inf for those not seen
+
+
+class Past:
+    """The keys and values of the tokens so far, in one self-attention: decoding computes each of them once.
+
+    Room for `capacity` tokens is taken at the first use and stays where it is.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(
+        self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"], place: Place
+    ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
+        """Put the new tokens' keys and values in their places; return those of all tokens in `place.bias`."""
+        if self.keys is None:  # zeros: what is not seen is still multiplied, by 0
+            b, h, _, d = keys.shape
+            self.keys, self.values = (keys.new_zeros(b, h, self.capacity, d) for _ in range(2))
+        self.keys.index_copy_(2, place.positions, keys)
+        self.values.index_copy_(2, place.positions, values)
+        seen = place.bias.shape[1]
+        return self.keys[:, :, :seen], self.values[:, :, :seen]
+
+
+def hiding(hidden: Bool[Tensor, "*b r"], dtype: torch.dtype) -> Float[Tensor, "*b r"]:
+    """What is added to attention scores: −inf where a key is hidden, 0 elsewhere.
+
+    Rows begin at multiples of 8 numbers. Where they do not, GPU kernels copy them at every use.
+    """
+    r = hidden.shape[-1]
+    room = torch.zeros(*hidden.shape[:-1], -(-r // 8) * 8, dtype=dtype, device=hidden.device)
+    return room[..., :r].masked_fill_(hidden, float("-inf"))
 
 
 class Attention(nn.Module):
@@ -173,9 +229,7 @@ class Attention(nn.Module):
             # that row's result knows it to be padding.
             mask = mask | ~mask.any(dim=-1, keepdim=True)
         if self.null_k is not None:
-            null_k, null_v = (repeat(t, "(h d) -> b h 1 d", b=len(q), h=self.heads).type_as(k)
-                              for t in (self.null_k, self.null_v))
-            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
+            k, v = self.with_null(k, v)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
 
         n, r = q.shape[2], k.shape[2]
@@ -188,6 +242,33 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=whole, dropout_p=self.dropout if self.training else 0.0
         )
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def with_null(
+        self, k: Float[Tensor, "b h r d"], v: Float[Tensor, "b h r d"]
+    ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
+        """Keys and values with the learned ones before them."""
+        null = (repeat(t, "(h d) -> b h 1 d", b=len(k), h=self.heads) for t in (self.null_k, self.null_v))
+        k, v = (torch.cat((first.type_as(t), t), dim=2) for first, t in zip(null, (k, v), strict=True))
+        return k, v
+
+    # decoding
+
+    def extend(self, x: Float[Tensor, "b n d"], past: Past, place: Place) -> Float[Tensor, "b n d"]:
+        """Self-attention for the next tokens: they look at the past and at themselves, and enter the past."""
+        k, v = self.keys_values(x)
+        q, k = rotate(torch.cat((self.queries(x), k), dim=1), place.turn).chunk(2, dim=1)
+        return self.look(q, *past.extend(k, v, place), place.bias)
+
+    def look(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h r d"],
+        v: Float[Tensor, "b h r d"],
+        bias: Float[Tensor, "*_ r"],
+    ) -> Float[Tensor, "b n _"]:
+        """`attend` with all that is hidden said in `bias`."""
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
@@ -210,6 +291,14 @@ class Memory(NamedTuple):
     values: Float[Tensor, "b h r d"]
     mask: Bool[Tensor, "b r"]
     chunks: int  # l
+
+
+class OpenMemory(NamedTuple):
+    """The memory of one chunk in each sequence, laid open for many tokens to read one after another."""
+
+    keys: Float[Tensor, "b h r d"]  # the null key first
+    values: Float[Tensor, "b h r d"]
+    bias: Float[Tensor, "b 1 1 r"]
 
 
 class ChunkedCrossAttention(nn.Module):
@@ -244,26 +333,51 @@ class ChunkedCrossAttention(nn.Module):
         return Memory(keys, values, rearrange(mask, "b l k r -> (b l) (k r)"), chunks=l)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], memory: Memory | None, start: int = 0
+        self,
+        x: Float[Tensor, "b n d"],
+        memory: Memory | None,
+        start: int = 0,
+        kept: Int[Tensor, " c"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """What the tokens read, zero where there is nothing to read yet.
 
         Args:
             x: tokens at positions start … start+n−1: a whole sequence, or a piece of one attending chunk.
             memory: of the l chunks whose attending chunks x covers; None where no chunk has neighbours.
+            kept: the memory holds only these c of the b·l chunks; the others have no neighbours, so that all
+                they can read is the null value.
         """
         if memory is None:
             return torch.zeros_like(x)
-        m, l = self.chunk_size, memory.chunks
+        m, l = self.chunk_size, memory.chunks if kept is None else x.shape[1] // self.chunk_size
         before = max(m - 1 - start, 0)  # tokens ahead of the first attending chunk
         first = (start + before + 1) % m  # where in its attending chunk the first reader stands
         n = x.shape[1] - before
         width = m if l > 1 else n
         attending = F.pad(x[:, before:], (0, 0, 0, l * width - n))
         attending = rearrange(attending, "b (l m) d -> (b l) m d", l=l)
+        if kept is not None:
+            attending = attending[kept]
 
         positions = m - 1 + first + torch.arange(width, device=x.device)
         q = self.attn.queries(attending, rotary(positions, self.attn.dim_head))
         out = self.attn.attend(q, memory.keys, memory.values, memory.mask)
+        if kept is not None:
+            nothing = repeat(self.attn.to_out(self.attn.null_v), "d -> c m d", c=len(x) * l, m=width)
+            out = nothing.type_as(out).index_copy(0, kept, out)
         out = rearrange(out, "(b l) m d -> b (l m) d", l=l)[:, :n]
         return F.pad(out, (0, 0, before, 0))
+
+    # decoding
+
+    def open(self, encoded: Float[Tensor, "b 1 k r _"], mask: Bool[Tensor, "b 1 k r"]) -> OpenMemory:
+        """`remember` one chunk in each sequence, with the null key and all that is hidden in its place."""
+        keys, values, mask, _ = self.remember(encoded, mask)
+        bias = hiding(~F.pad(mask, (1, 0), value=True), keys.dtype)
+        return OpenMemory(*self.attn.with_null(keys, values), rearrange(bias, "b r -> b 1 1 r"))
+
+    def read(self, x: Float[Tensor, "b n d"], memory: OpenMemory | None, place: Place) -> Float[Tensor, "b n d"]:
+        """What tokens of one attending chunk read, zero where it has no neighbours."""
+        if memory is None:
+            return torch.zeros_like(x)
+        return self.attn.look(self.attn.queries(x, place.reader), *memory)

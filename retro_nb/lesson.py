@@ -113,7 +113,9 @@ def show(obj: Any) -> None:
     source = inspect.getsource(obj).rstrip()
     longest = max((len(ticks) for ticks in re.findall("`+", source)), default=0)
     fence = "`" * max(3, longest + 1)
-    display(Markdown(f"{fence}python\n{source}\n{fence}"))
+    # The frame is for pages made by nbconvert, whose style takes the fixed-width font from it.
+    frame = '<div style="font-family: monospace; font-size: 0.9em">\n\n{}\n\n</div>'
+    display(Markdown(frame.format(f"{fence}python\n{source}\n{fence}")))
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def check(name: str, answer: Any, expected: Any = True, hint: str = "", toleranc
         answer: the learner's answer, or a function without arguments that computes it, so that even an
             error in it becomes a ✗. None and `...` mean: not answered yet.
         expected: what it must equal; numbers, arrays and tensors up to `tolerance`, shapes included.
-        hint: printed with ✗ and ○.
+        hint: printed with ✗; with ○ it would come before the first try.
 
     Returns:
         A value that is true if the answer is right, so that a solution can say `assert check(…)`.
@@ -159,5 +161,5 @@ def check(name: str, answer: Any, expected: Any = True, hint: str = "", toleranc
             mark, remark = "✔", "right"
     except Exception as error:
         remark = f"{type(error).__name__}: {error}"
-    print(f"{mark} {name}: {remark}" + (f" — {hint}" if hint and not passed else ""))
+    print(f"{mark} {name}: {remark}" + (f" — {hint}" if hint and mark == "✗" else ""))
     return Verdict(passed)

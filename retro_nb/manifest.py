@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from retro_nb.storage import PathLike, plain, write_json
+from retro_nb.storage import PathLike, launched, plain, tell, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -109,7 +109,7 @@ def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | No
 
 def _tidy(path: Path, *, unfinished: bool) -> None:
     """Delete what killed builds of a file left behind; with `unfinished`, the blocks to go on from as well."""
-    for ending in ("*.tmp", "partial", "progress.json") if unfinished else ("*.tmp",):
+    for ending in ("*.tmp", "partial", "progress") if unfinished else ("*.tmp",):
         for file in path.parent.glob(f"{glob.escape(path.name)}.{ending}"):
             file.unlink(missing_ok=True)
 
@@ -121,6 +121,7 @@ def cached(
     *,
     files: tuple[PathLike, ...] = (),
     force_reprocess: bool = False,
+    shared: bool = False,
 ) -> dict:
     """Build an array unless it is there already, whole and made with these settings.
 
@@ -130,6 +131,10 @@ def cached(
         build: writes `path` and `files`, returns statistics.
         files: what else `build` writes.
         force_reprocess: build in any case and from the beginning, as does REPROCESS=1 in the environment.
+        shared: where several processes were launched together, all of them run `build`, each for its part (see
+            `ResumableRows`). Else one builds and the others wait for it.
+
+    Processes launched together all have to call this if it is shared or forced.
 
     Returns:
         The statistics, of this build or of the one that made the files.
@@ -137,8 +142,29 @@ def cached(
     Raises:
         PermissionError: it has to be built and the folder is read-only.
     """
-    path, settings = Path(path), plain(settings)
-    folder, force = path.parent, force_reprocess or reprocess_requested()
+    force = force_reprocess or reprocess_requested()
+    asked = Path(path), plain(settings), files, force
+    rank, processes = launched()
+    if processes == 1 or not (shared or force):
+        return _build_if_stale(*asked, build)
+    begun, stats = [], None
+
+    def begin() -> dict:
+        if shared:
+            begun.append(tell(True))
+        return build()
+
+    if rank == 0:  # it decides, and holds the lock for all
+        stats = _build_if_stale(*asked, begin)
+    if shared and not begun and tell(False):
+        build()
+    return tell(stats)
+
+
+def _build_if_stale(
+    path: Path, settings: dict, files: tuple[PathLike, ...], force: bool, build: Callable[[], dict]
+) -> dict:
+    folder = path.parent
     outputs = {os.path.relpath(file, folder): Path(file) for file in (path, *files)}
     if not force and _why_stale(path, settings, outputs) is None:
         return read_manifest(folder)[path.name]["stats"]
@@ -149,7 +175,7 @@ def cached(
             return read_manifest(folder)[path.name]["stats"]
         arrays = read_manifest(folder)
         if path.exists() or path.name in arrays:
-            warnings.warn(f"building {path.name} again: {reason}", stacklevel=3)
+            warnings.warn(f"building {path.name} again: {reason}", stacklevel=4)
         damaged = not force and arrays.get(path.name, {}).get("settings") == settings
         for file in (*outputs.values(), folder / MANIFEST):
             _tidy(file, unfinished=force or damaged)

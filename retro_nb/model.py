@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retro_nb.layers import Attention, FeedForward, KeyValueCache, PostNorm, PreNorm, RMSNorm
+from retro_nb.layers import Attention, FeedForward, Past, PostNorm, PreNorm, RMSNorm, rotary
+from retro_nb.loss import linear_cross_entropy
 from retro_nb.pretrained import load, plain_config, renamed, save
 from retro_nb.transformer import Decoder, DecodingState, Encoder
 
@@ -174,7 +174,8 @@ class RETRO(nn.Module):
         """Logits of the next token at every position, or the mean loss.
 
         Args:
-            seq: (b, n) token ids; (b, n+1) with return_loss, whose last n tokens are then the labels.
+            seq: (b, n) token ids; (b, n+1) with return_loss, whose last n tokens are then the labels. Like
+                `retrieved` it may lie on the CPU: then a GPU need not be asked which of it is padding.
             retrieved: (b, l, k, r) the neighbours of the l = n // m complete chunks, r ≥ m; (b, l, r) for a
                 single neighbour. None is the model without retrieval, RETRO[OFF].
             return_loss: return the mean cross-entropy in nats over all labels that are not padding
@@ -194,16 +195,16 @@ class RETRO(nn.Module):
                 f"1 to {self.seq_len}: shorten it or build RETRO with a larger max_seq_len"
             )
         retrieved = self._check_retrieved(retrieved, chunks=n // self.chunk_size)
-        x = self.decoder(self._embed(seq), self.encoder, *self._embed_retrieved(retrieved))
-        logits = self.to_logits(x)
+        retrieved, kept = self._with_neighbours(retrieved)
+        x = self.decoder(self._embed(seq), self.encoder, *self._embed_retrieved(retrieved), self._here(kept))
         if not return_loss:
-            return logits
+            return self.to_logits(x)
 
-        total = F.cross_entropy(
-            rearrange(logits, "b n v -> (b n) v"), rearrange(labels, "b n -> (b n)").long(),
-            ignore_index=self.pad_id, reduction="sum",
-        )  # fmt: skip
-        return total / (labels != self.pad_id).sum().clamp(min=1)
+        labels = rearrange(labels, "b n -> (b n)")
+        asked = (labels != self.pad_id).nonzero()[:, 0]
+        x = rearrange(x, "b n d -> (b n) d")[self._here(asked)]
+        total = linear_cross_entropy(x, self.to_logits.weight, self.to_logits.bias, self._here(labels[asked].long()))
+        return total / max(1, len(asked))
 
     # piece by piece
 
@@ -220,11 +221,13 @@ class RETRO(nn.Module):
         capacity = self.seq_len if capacity is None else capacity
         if not 1 <= capacity <= self.seq_len:
             raise ValueError(f"capacity {capacity} is not in 1 … max_seq_len {self.seq_len}")
-        weight = self.to_logits.weight
+        weight, m = self.to_logits.weight, self.chunk_size
+        positions = torch.arange(max(capacity, 2 * m), device=weight.device)
         return DecodingState(
             capacity, retrieval,
-            caches=[KeyValueCache(capacity) for _ in self.decoder.layers],
-            chunk=weight.new_empty(batch, 0, weight.shape[1]),
+            pasts=[Past(capacity) for _ in self.decoder.layers],
+            chunk=weight.new_zeros(batch, m, weight.shape[1]),
+            angles=rotary(positions, self.decoder.dim_head),
         )  # fmt: skip
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -274,10 +277,27 @@ class RETRO(nn.Module):
 
     def _embed(self, seq: Int[Tensor, "b n"], start: int = 0) -> Float[Tensor, "b n _"]:
         self._check_tokens(seq, "seq")
-        x = self.token_emb(seq)
+        x = self.token_emb(self._here(seq))
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[start : start + seq.shape[1]]
         return self.to_dec_dim(x)
+
+    def _with_neighbours(
+        self, retrieved: Int[Tensor, "b l k r"] | None
+    ) -> tuple[Int[Tensor, "_ _ k r"] | None, Int[Tensor, " c"] | None]:
+        """Leave out the chunks that have no neighbours, such as padding: there is nothing to encode.
+
+        Returns the neighbours of the others, (c, 1, k, r), and which of the b·l chunks these are; or all
+        neighbours and None, if no chunk is without.
+        """
+        if retrieved is None:
+            return None, None
+        chunks = rearrange(retrieved, "b l k r -> (b l) 1 k r")
+        kept = (chunks != self.pad_id).any(dim=(1, 2, 3)).nonzero()[:, 0]
+        if len(kept) == len(chunks):
+            return retrieved, None
+        kept = kept if len(kept) else kept.new_zeros(1)  # layers need not be made for empty batches
+        return chunks[kept], kept
 
     def _embed_retrieved(
         self, retrieved: Int[Tensor, "b l k r"] | None
@@ -285,8 +305,18 @@ class RETRO(nn.Module):
         if retrieved is None:
             return None, None
         self._check_tokens(retrieved, "retrieved")
-        embed = self.token_emb if self.enc_token_emb is None else self.enc_token_emb
-        return embed(retrieved), retrieved != self.pad_id
+        embed, retrieved = self.enc_token_emb or self.token_emb, self._here(retrieved)
+        x = embed(retrieved)
+        if torch.is_autocast_enabled(x.device.type):  # the encoder is shallow: its residual sums may be rounded
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x, retrieved != self.pad_id
+
+    def _here(self, ids: Int[Tensor, "..."] | None) -> Int[Tensor, "..."] | None:
+        """The ids on the model's device, without waiting for what it is computing."""
+        device = self.to_logits.weight.device
+        if ids is None or ids.device == device:
+            return ids
+        return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)
 
     def _check_tokens(self, ids: Int[Tensor, "..."], name: str) -> None:
         if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():

@@ -4,6 +4,7 @@ Shapes: b batch, n sequence length, m chunk length, l chunks, k neighbours, r re
 v vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,7 +30,7 @@ def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tens
         thres: share of the vocabulary to filter out, 0 … 1. round((1 − thres) · v) tokens stay, at least one.
     """
     _check_share(thres)
-    values, tokens = logits.topk(max(1, round((1 - thres) * logits.shape[-1])))
+    values, tokens = logits.topk(max(1, round((1 - thres) * logits.shape[-1])), sorted=False)
     return torch.full_like(logits, float("-inf")).scatter(-1, tokens, values)
 
 
@@ -118,10 +119,11 @@ def generate(
     seq = _room(prompt, lengths, int(ends.max()), retro.pad_id)
     neighbours = _neighbours(retro, seq, fetch_neighbours, retrieved, shortest=int(lengths.min()))
     state = retro.start_decoding(len(seq), capacity=seq.shape[1], retrieval=neighbours is not None)
-    ended, position = ends <= lengths.min(), int(lengths.min())
+    position, stop = int(lengths.min()), seq.shape[1]
+    patience = 1 if on_token is not None else _patience(retro, seq)
 
     with _evaluating(retro):
-        while position < seq.shape[1] and not ended.all():
+        while position < stop:
             for begin, end in retro.pieces(state.length, position):  # the prompt at first, then one token
                 chunk_ends = (begin + 1) % retro.chunk_size == 0
                 found = neighbours(begin // retro.chunk_size) if neighbours and chunk_ends else None
@@ -129,12 +131,15 @@ def generate(
 
             token = gumbel_sample(filter_fn(logits, thres=filter_thres), temperature, generator=generator)
             in_prompt = position < lengths
-            seq[:, position] = seq[:, position].where(in_prompt, token.masked_fill(ended, retro.pad_id))
-            ended |= (token == eos_id) & ~in_prompt | (ends <= position + 1)
+            token = token.masked_fill(ends <= position, retro.pad_id)
+            seq[:, position] = seq[:, position].where(in_prompt, token)
+            ends = ends.where(in_prompt | (token != eos_id), ends.clamp(max=position + 1))
             if on_token is not None:
                 on_token(position, seq[:, position])
             position += 1
-    return seq[:, :position]
+            if position % patience == 0:
+                stop = int(ends.max())
+    return seq[:, : int(ends.max())]
 
 
 @contextmanager
@@ -165,6 +170,14 @@ def _row_limits(
         raise ValueError(f"prompt_lengths {lengths.tolist()} must lie in 1 … {p}, the width of the prompt")
     new = retro.seq_len if max_new_tokens is None else max_new_tokens
     return lengths, (lengths + new).clamp(max=retro.seq_len)
+
+
+def _patience(retro: RETRO, seq: Int[Tensor, "b n"]) -> int:
+    """After how many tokens to look whether all rows have ended, and always before neighbours are fetched.
+
+    A look makes a GPU wait. Without, some padding too many is written behind the rows and cut away.
+    """
+    return 1 if seq.is_cpu else math.gcd(16, retro.chunk_size)
 
 
 def _room(

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -152,60 +153,114 @@ class ArrayWriter:
         return None
 
 
-class ResumableRows:
-    """The rows of a `.npy` file computed block by block, in order; a kill costs at most one block.
+def launched() -> tuple[int, int]:
+    """Which process of a launch this is, and how many there are: of `accelerate launch` or torchrun; else (0, 1)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    Finished blocks lie in `<path>.partial`, their number in `<path>.progress.json` together with the
-    settings they were computed with: other settings start afresh. Plain writes, not a memory map, because
-    a full disk kills a process that writes through a map.
+
+def tell(value: Any = None) -> Any:
+    """Give process 0's value to every process of the launch; each waits here for it."""
+    processes = launched()[1]
+    if processes == 1:
+        return value
+    import torch  # these are not for a process that is alone
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    joined = PartialState(cpu=not torch.cuda.is_available()).num_processes  # it joins them unless that has been done
+    if joined != processes:
+        raise RuntimeError(f"{processes} processes were launched, but PartialState knows {joined}: give it cpu=True")
+    return broadcast_object_list([value])[0]
+
+
+class ResumableRows:
+    """The rows of a `.npy` file computed block by block, by one process or several; a kill costs at most a block.
+
+    Finished blocks lie in `<path>.partial`. Beside it, `<path>.progress` has a line with the settings that they
+    were computed with, for other settings start afresh, and then a 1 for each row that is there and a 0 for each
+    that is not. Plain writes, not a memory map, because a full disk kills a process that writes through a map.
+
+    Args:
+        path, shape, dtype, settings: the file, its content, and all that the content depends on.
+        shared: all processes of a launch make the file together. Each makes these rows, gets a share of the
+            blocks, and waits in `finish` for the others. They have to see one another's writes at once, as the
+            processes of one host do.
     """
 
-    def __init__(self, path: PathLike, shape: tuple[int, ...], dtype: Any, settings: dict) -> None:
+    def __init__(
+        self, path: PathLike, shape: tuple[int, ...], dtype: Any, settings: dict, *, shared: bool = False
+    ) -> None:
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
         self.partial = self.path.with_name(self.path.name + ".partial")
-        self.progress = self.path.with_name(self.path.name + ".progress.json")
+        self.progress = self.path.with_name(self.path.name + ".progress")
         self.settings = plain({"shape": self.shape, "dtype": self.dtype.str, "settings": settings})
+        self.about = (json.dumps(self.settings) + "\n").encode()
         self.header = _header(self.dtype, self.shape)
-        self.done = self._rows_done()
+        self.rank, self.processes = launched() if shared else (0, 1)
 
     def _offset(self, row: int) -> int:
         return len(self.header) + row * self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
 
-    def _rows_done(self) -> int:
+    def _marks(self) -> np.ndarray | None:
+        """Whether each row is there; None where nothing is, or something else."""
         try:
-            state = json.loads(self.progress.read_text(encoding="utf-8"))
-            rows = state.pop("rows")
+            note = self.progress.read_bytes()
+            marks = np.frombuffer(note.removeprefix(self.about), np.uint8) == ord("1")
+            if not note.startswith(self.about) or len(marks) != self.shape[0]:
+                return None
             # Killed after the move: the finished file is already in its place.
-            file = self.partial if self.partial.exists() or rows < self.shape[0] else self.path
-            whole = file.stat().st_size >= self._offset(rows)
-            return rows if state == self.settings and whole else 0
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return 0
+            file = self.path if marks.all() and not self.partial.exists() else self.partial
+            last = int(marks.nonzero()[0].max(initial=-1))
+            return marks if file.stat().st_size >= self._offset(last + 1) else None
+        except OSError:
+            return None
+
+    @property
+    def done(self) -> int:
+        """How many rows are there."""
+        marks = self._marks()
+        return 0 if marks is None else int(marks.sum())
+
+    def _begin(self) -> None:
+        self.progress.unlink(missing_ok=True)  # it may be about other rows, which these will overwrite
+        with naming(self.partial), open(self.partial, "wb") as file:
+            file.write(self.header)
+        with writing(self.progress) as file, naming(self.progress):
+            file.write(self.about + b"0" * self.shape[0])
 
     def blocks(self, block: int) -> Iterator[slice]:
-        """The slices of at most `block` rows that are still to do."""
-        for start in range(self.done, self.shape[0], block):
-            yield slice(start, min(start + block, self.shape[0]))
+        """The slices of at most `block` rows that are still to do; of shared rows, the share of this process."""
+        marks = self._marks()
+        if marks is None:
+            marks = np.zeros(self.shape[0], bool)
+            if self.processes > 1 and self.rank == 0:
+                self._begin()
+        starts = range(0, self.shape[0], block)
+        missing = [slice(i, min(i + block, self.shape[0])) for i in starts if not marks[i : i + block].all()]
+        if self.processes > 1:
+            missing = tell(missing)[self.rank :: self.processes]  # all divide the same list
+        return iter(missing)
 
     def write(self, rows: slice, values: np.ndarray) -> None:
-        """Store one block and note it as done. Blocks come in order."""
-        with naming(self.partial):
-            if not self.done:  # the note may be about other rows, which this block overwrites
-                self.progress.unlink(missing_ok=True)
-            with open(self.partial, "r+b" if self.done else "wb") as file:
-                file.write(self.header)
-                file.seek(self._offset(rows.start))
-                file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        self.done = rows.stop
-        write_json(self.progress, {**self.settings, "rows": self.done})
+        """Store one block, in any order, and mark its rows."""
+        if self._marks() is None:
+            self._begin()
+        with naming(self.partial), open(self.partial, "r+b") as file:
+            file.seek(self._offset(rows.start))
+            file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        with naming(self.progress), open(self.progress, "r+b") as file:
+            file.seek(len(self.about) + rows.start)
+            file.write(b"1" * (rows.stop - rows.start))
 
     def finish(self) -> None:
         """Move the finished array into place. The note stays until `cached` has recorded the array."""
-        if not self.shape[0]:
-            self.write(slice(0, 0), np.empty(self.shape))
-        if self.partial.exists():
+        if not self.shape[0] and self.rank == 0:
+            self._begin()
+        while self.processes > 1 and self.progress.exists() and self.done < self.shape[0]:
+            time.sleep(0.02)  # and not in a barrier, which a launch may let wait for ten minutes only
+        if self.rank == 0 and self.partial.exists():
             with naming(self.path):
                 os.replace(self.partial, self.path)
 

@@ -31,7 +31,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from retro_nb import experiments
-from retro_nb.experiments import Result, choose_parameters, execute, find_notebooks, markdown_table, read_yaml
+from retro_nb.experiments import Result, choose_parameters, execute, find_notebooks, markdown_table
+from retro_nb.settings import read_yaml
 from retro_nb.storage import replacing
 
 
@@ -53,11 +54,14 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ValueError: a key or parameter that is missing, unknown, or of another type.
     """
-    content = read_yaml(path)
-    wanted = {"notebook", "parameters", "grid", "metric", "x"}
-    if set(content) != wanted:
-        odd = ", ".join(sorted(set(content) ^ wanted))
-        raise ValueError(f"{path}: a sweep has exactly the keys {', '.join(sorted(wanted))}; look at: {odd}")
+    content, complaints = read_yaml(path), []
+    wanted = ("notebook", "parameters", "grid", "metric", "x")
+    if missing := [name for name in wanted if name not in content]:
+        complaints.append(f"missing: {', '.join(missing)}")
+    if strange := [str(name) for name in content if name not in wanted]:
+        complaints.append(f"not known: {', '.join(strange)}")
+    if complaints:
+        raise ValueError(f"{path}: {'; '.join(complaints)}; see experiments/sweep_neighbours.yaml")
     grid, x = content["grid"], content["x"]
     if not isinstance(grid, dict) or not all(values and isinstance(values, list) for values in grid.values()):
         raise ValueError(f"{path}: grid maps names to lists of values, such as {{k: [0, 2], seed: [0, 1]}}")
@@ -67,7 +71,7 @@ def read_sweep(path: Path) -> Sweep:
     base = content["parameters"] or {}
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     points = [choose_parameters(notebooks, given=base | point)[0] for point in combinations]
-    return Sweep(path.stem, notebooks[0], content["metric"], x, list(grid), points)
+    return Sweep(path.stem.removeprefix("sweep_"), notebooks[0], content["metric"], x, list(grid), points)
 
 
 def point_folder(sweep: Sweep, point: dict[str, Any]) -> Path:
@@ -99,14 +103,14 @@ def run_sweep(path: Path) -> tuple[Path, list[Result]]:
     """
     sweep = read_sweep(path)
     results = []
-    with tqdm(sweep.points, unit="point") as bar:
+    with tqdm(sweep.points, unit="point", miniters=0, mininterval=1) as bar:
         for point in bar:
             folder = point_folder(sweep, point)
             bar.set_description(", ".join(f"{name} {point[name]}" for name in sweep.axes))
             result = _finished(folder)
             if result is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                result = execute(sweep.notebook, folder, point)
+                result = execute(sweep.notebook, folder, point, lambda _: bar.update(0))  # the clock goes on
             value = result.metrics.get(sweep.metric)
             if result.status == "done" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 known = ", ".join(result.metrics) or "none"

@@ -47,7 +47,7 @@ def get_tokenizer(bert: PathLike | None = None) -> Tokenizer:
     document or look like padding.
 
     Raises:
-        FileNotFoundError: the folder has no tokenizer.json.
+        FileNotFoundError: the folder has no tokenizer.json, or a name is no folder and the hub cannot be asked.
         ValueError: its special tokens are not BERT's.
     """
     source = bert_folder(bert)
@@ -63,7 +63,7 @@ def get_tokenizer(bert: PathLike | None = None) -> Tokenizer:
 def _load_tokenizer(source: str, changed: int | None) -> Tokenizer:
     """Load once, and again when the file has changed."""
     if changed is None:
-        tokenizer = Tokenizer.from_pretrained(source)
+        tokenizer = _from_hub(source)
     else:
         tokenizer = Tokenizer.from_file(str(Path(source) / "tokenizer.json"))
     special = {"[PAD]": PAD_ID, "[CLS]": SOS_ID, "[SEP]": EOS_ID}
@@ -73,6 +73,16 @@ def _load_tokenizer(source: str, changed: int | None) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _from_hub(name: str) -> Tokenizer:
+    """A tokenizer by its hub name, from the hub's cache on this machine or from the network."""
+    try:
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # of a dozen kinds, some out of Rust; its last line is kept in the chain
+        raise FileNotFoundError(
+            f"BERT {name!r} is not on this machine: pass a folder, or set HF_HUB_OFFLINE=0 and have a network"
+        ) from error
 
 
 def tokenize(

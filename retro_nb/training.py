@@ -117,8 +117,7 @@ def _count_targets(retro: nn.Module, seq: Tensor) -> Tensor:
 def _forward_loss(
     model: nn.Module, batch: Sequence[Tensor], device: torch.device, retrieval: bool, precision: str
 ) -> Tensor:
-    seq = batch[0].to(device, non_blocking=True)
-    retrieved = batch[1].to(device, non_blocking=True) if retrieval else None
+    seq, retrieved = batch[0], batch[1] if retrieval else None  # the model takes them to its device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return model(seq, retrieved, return_loss=True)
 
@@ -230,7 +229,7 @@ def _new_accelerator(retrieval: bool) -> Accelerator:
     AcceleratorState._reset_state()  # a notebook's earlier Accelerator may have had another precision
     # Without retrieval the encoder has no gradient, which several processes do not expect.
     handler = DistributedDataParallelKwargs(find_unused_parameters=not retrieval, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[handler])
+    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[handler])
 
 
 def _resolve(run: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -2,13 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retro_nb.layers import Attention, ChunkedCrossAttention, FeedForward, KeyValueCache, Memory, rotary
+from retro_nb.graphs import Recording, can_record
+from retro_nb.layers import (
+    Attention,
+    ChunkedCrossAttention,
+    FeedForward,
+    OpenMemory,
+    Past,
+    Place,
+    hiding,
+    rotary,
+)
 
 Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside its residual
 
@@ -81,9 +92,11 @@ class DecodingState:
 
     capacity: int  # tokens there is room for
     retrieval: bool  # RETRO[ON], or RETRO[OFF] = forward(retrieved=None)
-    caches: list[KeyValueCache]  # self-attention keys and values, one cache a layer
-    chunk: Tensor  # b i d: the current chunk after self-attention at layer min(P), to condition the encoder
-    memories: dict[int, Memory | None] = field(default_factory=dict)  # what each layer reads of E_u
+    pasts: list[Past]  # self-attention keys and values, one past a layer
+    chunk: Tensor  # b m d: the current chunk after self-attention at layer min(P), to condition the encoder
+    angles: Tensor  # 2 _ _: rotary of all positions that can occur
+    memories: dict[int, OpenMemory | None] = field(default_factory=dict)  # what each layer reads of E_u
+    recording: Recording = field(default_factory=Recording)  # of the step of one token, on a GPU
     length: int = 0  # tokens fed so far
 
 
@@ -121,20 +134,26 @@ class Decoder(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         encoder: Encoder,
-        retrieved: Float[Tensor, "b l k r _"] | None = None,
-        mask: Bool[Tensor, "b l k r"] | None = None,
+        retrieved: Float[Tensor, "_ _ k r _"] | None = None,
+        mask: Bool[Tensor, "_ _ k r"] | None = None,
+        kept: Int[Tensor, " c"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Whole sequences at once (paper Algorithm 1); without `retrieved` the layers P do not read."""
+        """Whole sequences at once (paper Algorithm 1); without `retrieved` the layers P do not read.
+
+        The neighbours are (b, l, k, r); or, of the chunks `kept` among all b·l, (c, 1, k, r).
+        """
         turn = rotary(torch.arange(x.shape[1], device=x.device), self.dim_head)
         encoded = None
         for layer in self.layers:
             x = layer.attn(x, q_rotary=turn, k_rotary=turn)
             if layer.cross_attn is not None and retrieved is not None:
-                l, m = retrieved.shape[1], self.chunk_size
+                l, m = x.shape[1] // self.chunk_size, self.chunk_size
                 if encoded is None and l > 0:  # layer min(P)
                     chunks = rearrange(x[:, : l * m], "b (l m) d -> b l m d", m=m)
+                    if kept is not None:
+                        chunks = rearrange(chunks, "b l m d -> (b l) 1 m d")[kept]
                     encoded = encoder(retrieved, mask, chunks)
-                x = layer.cross_attn(x, layer.cross_attn.fn.remember(encoded, mask))
+                x = layer.cross_attn(x, layer.cross_attn.fn.remember(encoded, mask), kept=kept)
             x = layer.ff(x)
         return self.norm_out(x)
 
@@ -147,21 +166,58 @@ class Decoder(nn.Module):
         mask: Bool[Tensor, "b 1 k r"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """The same for the next piece of the sequences, all of it in one attending chunk."""
-        start, m = state.length, self.chunk_size
-        turn = rotary(start + torch.arange(x.shape[1], device=x.device), self.dim_head)
-        chunk_ends = (start + 1) % m == 0  # with the first token of this piece
-        encoded = None
-        for i, layer in enumerate(self.layers, start=1):
-            x = layer.attn(x, q_rotary=turn, k_rotary=turn, cache=state.caches[i - 1])
+        positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
+        if state.retrieval and (state.length + 1) % self.chunk_size == 0:  # the first token ends a chunk
+            if retrieved is not None:
+                self._step(x[:, :1], positions[:1], state)  # for state.chunk; the token reads E_u further below
+                retrieved = encoder(retrieved, mask, rearrange(state.chunk, "b m d -> b 1 m d"))
+            self._remember(state, retrieved, mask)
+        out = self._step(x, positions, state)
+        state.length += x.shape[1]
+        return out
+
+    def _step(
+        self, x: Float[Tensor, "b n d"], positions: Int[Tensor, " n"], state: DecodingState
+    ) -> Float[Tensor, "b n d"]:
+        """All layers; for a single token on a GPU, from the second time on, as a recording."""
+        if x.shape[1] == 1 and can_record(x):
+            return state.recording.play(partial(self._layers, state, state.capacity), x, positions)
+        return self._layers(state, state.length + x.shape[1], x, positions)
+
+    def _layers(
+        self, state: DecodingState, seen: int, x: Float[Tensor, "b n d"], positions: Int[Tensor, " n"]
+    ) -> Float[Tensor, "b n d"]:
+        """All layers for tokens at `positions`, which look among the first `seen` tokens.
+
+        Nothing but the tensors x and positions changes from token to token, and doing it twice does no harm.
+        """
+        m = self.chunk_size
+        turn, reader = state.angles[:, positions], state.angles[:, m - 1 + (positions + 1) % m]
+        later = torch.arange(seen, device=x.device) > rearrange(positions, "n -> n 1")
+        place = Place(positions, turn, reader, hiding(later, x.dtype))
+        for i, (layer, past) in enumerate(zip(self.layers, state.pasts, strict=True), start=1):
+            x = layer.attn.around(layer.attn.fn.extend, x, past, place)
             if layer.cross_attn is not None and state.retrieval:
                 if i == self.first:
-                    chunk = torch.cat((state.chunk.type_as(x), x), dim=1)
-                    if retrieved is not None:
-                        encoded = encoder(retrieved, mask, rearrange(chunk[:, :m], "b m d -> b 1 m d"))
-                    state.chunk = chunk[:, m:] if chunk_ends else chunk
-                if chunk_ends:
-                    state.memories[i] = layer.cross_attn.fn.remember(encoded, mask)
-                x = layer.cross_attn(x, state.memories.get(i), start)
+                    state.chunk.index_copy_(1, positions % m, x.type_as(state.chunk))
+                x = layer.cross_attn.around(layer.cross_attn.fn.read, x, state.memories.get(i), place)
             x = layer.ff(x)
-        state.length += x.shape[1]
         return self.norm_out(x)
+
+    def _remember(
+        self,
+        state: DecodingState,
+        encoded: Float[Tensor, "b 1 k r _"] | None,
+        mask: Bool[Tensor, "b 1 k r"] | None,
+    ) -> None:
+        """From now on the layers P read `encoded`; if it fits, where they read before, as is recorded."""
+        for i, layer in enumerate(self.layers, start=1):
+            if layer.cross_attn is None:
+                continue
+            old = state.memories.get(i)
+            new = None if encoded is None else layer.cross_attn.fn.open(encoded, mask)
+            if old is not None and new is not None and old.keys.shape == new.keys.shape:
+                for place, value in zip(old, new, strict=True):
+                    place.copy_(value)
+            elif new is not old:
+                state.memories[i], state.recording = new, Recording()

@@ -74,7 +74,8 @@ class TrainingWrapper(nn.Module):
 
     Raises:
         TypeError: `retro` is no RETRO.
-        ValueError: sizes of model and corpus do not go together, or an iterable comes without `work_dir`.
+        ValueError: sizes of model and corpus do not go together, `knn` is less than 1, or an iterable comes
+            without `work_dir`.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class TrainingWrapper(nn.Module):
         **index_kwargs: Any,
     ) -> None:
         super().__init__()
-        self._check(retro, chunk_size, bert)
+        self._check(retro, chunk_size, knn, bert)
         corpus, default = _as_corpus(documents_path, glob)
         if work_dir is None and default is None:
             raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
@@ -160,11 +161,13 @@ class TrainingWrapper(nn.Module):
         self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database)
 
     @staticmethod
-    def _check(retro: RETRO, chunk_size: int, bert: PathLike | None) -> None:
+    def _check(retro: RETRO, chunk_size: int, knn: int, bert: PathLike | None) -> None:
         if not isinstance(retro, RETRO):
             raise TypeError(f"retro is a {type(retro).__name__}: pass a retro_nb.RETRO")
         if chunk_size != retro.chunk_size:
             raise ValueError(f"chunk_size {chunk_size}, but the model was made for {retro.chunk_size}: make them equal")
+        if knn < 1:
+            raise ValueError(f"knn is {knn}: it must be at least 1; a model without neighbours needs no wrapper")
         vocabulary = get_tokenizer(bert).get_vocab_size()
         if retro.token_emb.num_embeddings < vocabulary:
             raise ValueError(

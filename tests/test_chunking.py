@@ -22,7 +22,7 @@ from retro_nb.chunking import (
     text_folder_to_chunks_,
     tokens_to_chunks,
 )
-from retro_nb.corpus import Document
+from retro_nb.corpus import Document, text_folder
 from retro_nb.storage import open_array
 from retro_nb.tokens import (
     EOS_ID,
@@ -286,9 +286,17 @@ def test_sizes_that_cannot_be_are_met_at_the_door(tmp_path, options, message):
 
 @pytest.mark.parametrize("texts", [[], [""], ["", " \n ", "\0\ufffd"]])
 def test_no_text_at_all_is_an_error(tmp_path, texts):
-    with pytest.raises(ValueError, match=f"no text to chunk: {len(texts)} documents, none with a token"):
+    with pytest.raises(ValueError, match=f"no text to chunk in list: {len(texts)} documents, none with a token"):
         build(tmp_path, [Document(text, "a", "a") for text in texts])
     assert not list(tmp_path.glob("*.npy"))
+
+
+def test_a_folder_without_text_and_its_first_file_are_named(tmp_path):
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text("\n", encoding="utf-8")
+    message = f"no text to chunk in {re.escape(str(tmp_path))}: 2 documents, none with a token, first a.txt"
+    with pytest.raises(ValueError, match=message):
+        text_folder_to_chunks_(folder=tmp_path, **paths(tmp_path / "work"), chunk_size=M, seq_len=N, progress=False)
 
 
 def test_a_folder_of_odd_files(tmp_path):
@@ -306,8 +314,12 @@ def test_a_folder_of_odd_files(tmp_path):
     }.items():
         (texts / name).write_bytes(data)
     work = tmp_path / "work [a] ü"
-    with pytest.warns(UserWarning, match=r"3 undecodable bytes became U\+FFFD in 2 documents, first in 2 latin.txt"):
-        stats = text_folder_to_chunks_(folder=texts, **paths(work), chunk_size=M, seq_len=N, progress=False)
+    with pytest.warns(UserWarning) as warned:
+        stats = documents_to_chunks_(text_folder(texts), **paths(work), chunk_size=M, seq_len=N, progress=False)
+    said = [str(warning.message) for warning in warned]
+    assert said[0] == "documents without a token, left out: 2, first 0 empty.txt"
+    assert said[1].startswith("3 undecodable bytes became U+FFFD in 2 documents, first in 2 latin.txt: ")
+    assert len(said) == 2 and chunking.__file__ not in {warning.filename for warning in warned}, "the caller's line"
     assert (stats["docs"], stats["empty_docs"], stats["replaced_characters"]) == (4, 2, 3)
     rows = [row[row != 0].tolist() for row in np.load(work / "chunks.npy")]
     plain = tokenize("zurich cafe")[0].tolist()
@@ -339,7 +351,8 @@ def test_a_maximum_keeps_whole_documents_and_says_so(tmp_path, limits, kept):
 def test_a_maximum_that_is_just_reached_is_complete(tmp_path, recwarn):
     documents = [of_tokens(4 * M, "a"), of_tokens(5 * M, "b"), Document("", "c", "c")]
     stats = build(tmp_path, documents, max_chunks=9, max_seqs=3)
-    assert stats["complete"] and stats["docs"] == 2 and not recwarn.list
+    assert stats["complete"] and stats["docs"] == 2
+    assert [str(warning.message) for warning in recwarn] == ["documents without a token, left out: 1, first c"]
 
 
 def test_a_long_document_is_cut_off_at_a_maximum_without_being_stored(tmp_path, monkeypatch):

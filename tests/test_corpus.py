@@ -151,8 +151,10 @@ def test_a_file_name_that_is_not_utf8_can_be_printed(tmp_path):
 
 
 def test_missing_folder_and_fruitless_glob_are_met_at_the_door(tmp_path):
-    with pytest.raises(NotADirectoryError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: pass a folder of \.txt files or"):
         text_folder(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match="is a file: pass the folder that holds it"):
+        text_folder(__file__)
     with pytest.raises(FileNotFoundError, match=re.escape(f"no file in {tmp_path} matches glob '**/*.txt'")):
         text_folder(tmp_path)
     (tmp_path / "folder.txt").mkdir()

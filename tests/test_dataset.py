@@ -111,6 +111,9 @@ def test_every_example_is_made_of_its_documents_tokens(tmp_path, told_by, length
         expected_seq, expected_retrieved = corpus.example(ind)
         assert seq.tolist() == expected_seq and retrieved.tolist() == expected_retrieved
         assert seq.dtype == retrieved.dtype == torch.int64
+    inds = np.random.default_rng(seed).permutation(2 * len(dataset)) - len(dataset)  # each twice, in any order
+    for ind, (seq, retrieved) in zip(inds.tolist(), dataset.__getitems__(inds.tolist()), strict=True):
+        assert torch.equal(seq, dataset[ind][0]) and torch.equal(retrieved, dataset[ind][1])
     if told_by == "document ids":
         assert (dataset.sequence_documents == owners).all()
 
@@ -163,6 +166,9 @@ def test_python_ways_to_index(corpus):
     for outside in (len(dataset), -len(dataset) - 1):
         with pytest.raises(IndexError, match=f"sequence {outside} of {len(dataset)}"):
             dataset[outside]
+        with pytest.raises(IndexError, match=f"sequence {outside} of {len(dataset)}"):
+            dataset.__getitems__([0, outside])
+    assert dataset.__getitems__([]) == []
 
 
 def test_arrays_are_only_read(corpus, tmp_path):

@@ -2,36 +2,45 @@
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from retro_nb import embedding
 from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import Document
 from retro_nb.embedding import (
+    Sizes,
     bert_embed,
     bert_fingerprint,
     best_dtype,
     chunks_to_embeddings_,
     embed_chunks,
     embedding_dim,
+    flops_per_chunk,
     frame_chunks,
     get_bert,
 )
+from retro_nb.manifest import cached
 from retro_nb.storage import ResumableRows, open_array
 from retro_nb.tokens import bert_folder, tokenize
 
 M, N, BLOCK = 8, 32, 16
+VECTORS = embedding._vectors
 BY_HAND = 1e-5  # float32 against float64, vectors of a size around 1
 
 
@@ -44,7 +53,7 @@ def in_float32(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(embedding, "BLOCK_ROWS", BLOCK)
+    monkeypatch.setattr(embedding, "ON_CPU", Sizes(5, BLOCK, ahead=0))
 
 
 class Corpus(list):
@@ -65,7 +74,7 @@ def embed(folder, bert, chunk_size=M, **options):
         num_chunks=len(open_array(folder / "chunks.npy")),
         chunks_memmap_path=folder / "chunks.npy",
         embeddings_memmap_path=folder / "vectors.npy",
-        **{"chunk_size": chunk_size, "bert": bert, "batch_size": 5, "device": "cpu", "progress": False, **options},
+        **{"chunk_size": chunk_size, "bert": bert, "device": "cpu", "progress": False, **options},
     )
 
 
@@ -151,6 +160,23 @@ def test_rows_without_a_word_have_finite_vectors(tiny_bert, cls):
     assert not bert_embed(torch.tensor([[0, 0, 0], [101, 0, 0]]), bert=tiny_bert).any()
 
 
+# arithmetic
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 3), (2, 66)])
+def test_flops_are_those_that_pytorch_counts(tiny_bert, rows, tokens):
+    model = get_bert(tiny_bert, "cpu")
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        model(input_ids=torch.ones(rows, tokens, dtype=torch.int64))
+    assert counted.get_total_flops() == rows * flops_per_chunk(model.config, tokens)
+
+
+def test_flops_of_minilm_by_hand():
+    about = SimpleNamespace(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
+    token = 4 * 384 * 384 + 2 * 384 * 1536 + 2 * 66 * 384  # multiplications of a token in a layer: 1,820,160
+    assert flops_per_chunk(about, 66) == 2 * 6 * 66 * token == 1_441_566_720
+
+
 # bad input
 
 
@@ -187,13 +213,18 @@ def test_settings_that_do_not_go_together_are_met_at_the_door(tmp_path, tiny_ber
 # to disk
 
 
-@pytest.mark.parametrize("cls", [False, True])
-def test_the_vectors_on_disk_are_those_of_a_query_and_of_the_hand(tmp_path, tiny_bert, sample_corpus, cls):
+@pytest.mark.parametrize(("cls", "ahead"), [(False, 0), (True, 1), (False, 2)])
+def test_the_vectors_on_disk_are_those_of_a_query_and_of_the_hand(
+    tmp_path, tiny_bert, sample_corpus, monkeypatch, cls, ahead
+):
+    monkeypatch.setattr(embedding, "ON_CPU", Sizes(5, BLOCK, ahead))
     stats = build(tmp_path, sample_corpus, tiny_bert, use_cls_repr=cls, embed_dim=32)
     vectors, chunks = open_array(tmp_path / "vectors.npy"), open_array(tmp_path / "chunks.npy")
     assert vectors.dtype == np.float32 and vectors.shape == (len(chunks), 32)
     assert stats == {"rows": len(chunks), "dim": 32, "dtype": "float32"} and len(chunks) > 2 * BLOCK
     queries = torch.from_numpy(chunks[:, :-1].astype(np.int64))
+    alone = np.concatenate([embed_chunks(row[None], use_cls_repr=cls, bert=tiny_bert).numpy() for row in queries])
+    assert np.abs(alone - vectors).max() < BY_HAND
     for i in [0, 3, BLOCK - 1, BLOCK, len(chunks) - 1]:
         words = [token for token in chunks[i, :-1].tolist() if token > 102]
         assert np.abs(by_hand([101, *words, 102], tiny_bert, cls) - vectors[i]).max() < BY_HAND
@@ -212,30 +243,30 @@ def test_a_second_run_computes_nothing(tmp_path, tiny_bert, sample_corpus, recwa
 
 
 def count_passes(monkeypatch, stop_before=10**9):
-    """Count forward passes; raise before a given one."""
+    """The chunks of each forward pass; raise before a given one."""
     passes = []
 
-    def counted(*args, **options):
+    def counted(model, ids, *args):
         if len(passes) == stop_before:
             raise KeyboardInterrupt
-        passes.append(1)
-        return embed_chunks(*args, **options)
+        passes.append(len(ids))
+        return VECTORS(model, ids, *args)
 
-    monkeypatch.setattr(embedding, "embed_chunks", counted)
+    monkeypatch.setattr(embedding, "_vectors", counted)
     return passes
 
 
-@pytest.mark.parametrize("stop", [0, 3, 4, 5, 9])  # four passes of at most 5 rows make a block of 16
+@pytest.mark.parametrize("stop", [0, 3, 4, 5, 9])  # four or five passes of at most 5 rows make a block of 16
 def test_a_stopped_embedding_goes_on_where_it_stopped(tmp_path, tiny_bert, sample_corpus, monkeypatch, stop):
     build(tmp_path / "whole", sample_corpus, tiny_bert)
     rows = chunk(tmp_path / "stopped", sample_corpus)["chunks"]
-    count_passes(monkeypatch, stop)
+    before = count_passes(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
         embed(tmp_path / "stopped", tiny_bert)
-    passes = count_passes(monkeypatch)
+    after = count_passes(monkeypatch)
     embed(tmp_path / "stopped", tiny_bert)
-    blocks, rest = divmod(rows, BLOCK)
-    assert len(passes) == 4 * (blocks - stop // 4) + -(-rest // 5)
+    assert len(before) == stop and max(after) <= 5
+    assert sum(after) == rows - sum(before) // BLOCK * BLOCK
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
@@ -245,8 +276,8 @@ def test_reprocess_does_not_go_on_from_half_a_build(tmp_path, tiny_bert, sample_
     with pytest.raises(KeyboardInterrupt):
         embed(tmp_path, tiny_bert)
     passes = count_passes(monkeypatch)
-    embed(tmp_path, tiny_bert, force_reprocess=True)
-    assert len(passes) > 5 + 4 and not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.progress.json"))
+    rows = embed(tmp_path, tiny_bert, force_reprocess=True)["rows"]
+    assert sum(passes) == rows and not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.progress"))
 
 
 def test_only_what_depends_on_a_setting_is_built_again(tmp_path, tiny_bert, sample_corpus):
@@ -340,12 +371,12 @@ def build_until_killed(folder, documents, bert, chunk_size, cls, point):
             os.kill(os.getpid(), signal.SIGKILL)
         write(rows, block, values)
 
-    def watched(*args, **options):
+    def watched(*args):
         moment()
-        return embed_chunks(*args, **options)
+        return VECTORS(*args)
 
     torch.set_num_threads(1)
-    ResumableRows.write, embedding.embed_chunks, embedding.BLOCK_ROWS = write_half, watched, BLOCK
+    ResumableRows.write, embedding._vectors, embedding.ON_CPU = write_half, watched, Sizes(5, BLOCK, ahead=0)
     embedding.best_dtype = lambda device: torch.float32
     sys.addaudithook(watch)
     build(folder, documents, bert, chunk_size, use_cls_repr=cls)
@@ -371,7 +402,7 @@ def test_a_build_killed_at_any_point_is_finished_as_if_nothing_had_been(tmp_path
         if turn % 2:
             assert finished["old"].items() <= build_again(folder, "old").items(), f"killed at moment {point}"
         again = build_again(folder, "new")
-        again.pop("vectors.npy.progress.json", None)  # left if killed with everything in its place
+        again.pop("vectors.npy.progress", None)  # left if killed with everything in its place
         assert again == finished["new"], f"killed at moment {point}"
         if code == 0:
             break
@@ -380,7 +411,7 @@ def test_a_build_killed_at_any_point_is_finished_as_if_nothing_had_been(tmp_path
 
 
 def build_along(folder, documents, bert):
-    embedding.best_dtype = lambda device: torch.float32
+    embedding.best_dtype, embedding.ON_CPU = (lambda device: torch.float32), Sizes(5, BLOCK, ahead=0)
     build(folder, documents, bert)
 
 
@@ -395,7 +426,7 @@ def embed_on_full_disk(folder, bert, limit):
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    embedding.best_dtype, embedding.BLOCK_ROWS = (lambda device: torch.float32), BLOCK
+    embedding.best_dtype, embedding.ON_CPU = (lambda device: torch.float32), Sizes(5, BLOCK, ahead=0)
     with pytest.raises(OSError, match=r"could not write .*vectors\.npy\.partial: File too large"):
         embed(folder, bert, use_cls_repr=True)
 
@@ -414,7 +445,82 @@ def test_a_full_disk_leaves_the_old_vectors_and_the_finished_blocks(
     embed(tmp_path, tiny_bert)  # the old one is still good
     assert not passes
     rows = embed(tmp_path, tiny_bert, use_cls_repr=True)["rows"]
-    assert len(passes) == 4 * (rows // BLOCK - 1) + -(-(rows % BLOCK) // 5)
+    assert sum(passes) == rows - BLOCK
+
+
+# several processes
+
+
+def launch(name, folder, bert, processes):
+    """Run one of the functions below in processes that are launched together; the exit code, and what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    variables = {"OMP_NUM_THREADS": "1"}
+    command += [__file__, name, str(folder), str(bert)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+def child_killed(folder, bert):
+    """Embed; process 1 is killed in the middle of writing its second block."""
+    written = []
+
+    def write(rows, block, values, whole=ResumableRows.write):
+        if os.environ["RANK"] == "1" and written:
+            whole(rows, slice(block.start, block.start + 3), values[:3] + 1)  # something else than it will be
+            with open(rows.progress, "r+b") as file:
+                file.seek(len(rows.about) + block.start)
+                file.write(b"000")
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(whole(rows, block, values))
+
+    ResumableRows.write = write
+    embed(folder, bert)
+
+
+def child_resumed(folder, bert):
+    """Embed four times: what is left, what is done, all again, and with other settings; count the chunks of each.
+    Then force what is not shared."""
+    counts, forced = [], []
+
+    def counted(model, ids, *args):
+        counts[-1] += len(ids)
+        return VECTORS(model, ids, *args)
+
+    embedding._vectors = counted
+    for options in ({}, {}, {"force_reprocess": True}, {"use_cls_repr": True}):
+        counts.append(0)
+        embed(folder, bert, **options)
+
+    def build_alone():
+        forced.append(1)
+        np.save(folder.parent / "plain.npy", np.zeros(1))
+        return {"by": os.environ["RANK"]}
+
+    stats = cached(folder.parent / "plain.npy", {}, build_alone, force_reprocess=True)
+    said = {"counts": counts, "forced": len(forced), "by": stats["by"]}
+    (folder.parent / f"process {os.environ['RANK']}").write_text(json.dumps(said))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_processes_share_the_blocks_and_others_go_on_after_a_kill(tmp_path, tiny_bert, sample_corpus):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    chunks = chunk(shared, sample_corpus)["chunks"]
+    code, said = launch("killed", shared, tiny_bert, 3)
+    assert code != 0 and "Signal 9 (SIGKILL) received" in said, said
+    note = (shared / "vectors.npy.progress").read_bytes().split(b"\n")[1]
+    blocks = [note[start : start + BLOCK] for start in range(0, chunks, BLOCK)]
+    assert blocks[1] == b"1" * BLOCK and blocks[4] == b"0" * BLOCK, "blocks 1 and 4 were process 1's"
+    assert all(len(set(block)) == 1 for block in blocks), "a block is there or not"
+    code, said = launch("resumed", shared, tiny_bert, 2)
+    assert code == 0, said
+    first, second = (json.loads((tmp_path / f"process {rank}").read_text()) for rank in range(2))
+    counts = np.array([first["counts"], second["counts"]])
+    assert counts.sum(axis=0).tolist() == [note.count(b"0"), 0, chunks, chunks]
+    assert (counts[:, 2:] > chunks // 2 - BLOCK).all(), "each has its share"
+    assert (first["forced"], second["forced"], first["by"], second["by"]) == (1, 0, "0", "0")
+    assert "building vectors.npy again: asked for" in said and "pooling was mean and is cls" in said
+    build(alone, sample_corpus, tiny_bert, use_cls_repr=True)
+    assert contents(shared) == contents(alone)
 
 
 # the default BERT
@@ -448,3 +554,9 @@ def test_the_default_bert_puts_paraphrases_together(minilm):
     assert min(cosine[0, 1], cosine[2, 3]) > cosine[:2, 2:].max() + 0.2
     ids = frame_chunks(chunks)
     assert np.abs(by_hand(ids[0].tolist(), minilm) - bert_embed(ids)[0].numpy()).max() < BY_HAND
+
+
+if __name__ == "__main__":  # a process of `launch`
+    torch.set_num_threads(1)
+    embedding.best_dtype, embedding.ON_CPU = (lambda device: torch.float32), Sizes(5, BLOCK, ahead=0)
+    {"killed": child_killed, "resumed": child_resumed}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])

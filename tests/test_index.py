@@ -57,12 +57,13 @@ def searches(draw):
 
 @pytest.mark.parametrize("find", ["search", "exact_search"])
 @settings(deadline=None, max_examples=80)
-@given(case=searches(), block=st.integers(1, 30))
-def test_flat_search_is_brute_force(find, case, block):
+@given(case=searches(), block=st.integers(1, 30), group=st.integers(1, 6))
+def test_flat_search_is_brute_force(find, case, block, group):
     vectors, queries, k, exclude, own = case
     owns = None if own is None else np.array(own, np.int64).reshape(-1, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "BLOCK", block)
+        patch.setattr(index_module, "GROUP", group)
         if find == "search":
             distances, ids = search(build_index(vectors, "Flat"), queries, k, exclude=exclude, own=owns)
         else:
@@ -70,12 +71,47 @@ def test_flat_search_is_brute_force(find, case, block):
     assert distances.shape == ids.shape == (len(queries), k)
     for row, query in enumerate(queries):
         ranges = [*exclude, *([own[row]] if own else [])]
-        every = dict((number, d) for d, number in brute_force(vectors, query, len(vectors), ranges))
-        expected = [d for d, _ in brute_force(vectors, query, k, ranges)]
-        found = [int(i) for i in ids[row] if i >= 0]
-        assert [every[i] for i in found] == expected == list(distances[row, : len(expected)])
-        assert len(set(found)) == len(found)
+        expected = brute_force(vectors, query, k, ranges)  # ties: the lowest id first
+        assert list(zip(distances[row].tolist(), ids[row].tolist(), strict=True))[: len(expected)] == expected
         assert (ids[row, len(expected) :] == -1).all() and np.isinf(distances[row, len(expected) :]).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), group=st.integers(1, 200), seed=st.integers(0, 99)
+)
+def test_each_query_is_compared_once_with_every_vector_of_other_documents(lengths, group, seed):
+    """However the documents are grouped, and whichever of their chunks ask."""
+    rng = np.random.default_rng(seed)
+    stops = np.cumsum(lengths)
+    asking = np.sort(rng.choice(stops[-1], rng.integers(1, stops[-1] + 1), replace=False))
+    documents = np.searchsorted(stops, asking, "right")
+    own = np.stack([stops[documents] - np.array(lengths)[documents], stops[documents]], axis=1)
+    seen = np.zeros((len(asking), stops[-1]), int)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "GROUP", group)
+        for rows, stretches in index_module._comparisons(len(asking), int(stops[-1]), [(3, 5)], own):
+            for first, stop in stretches:
+                seen[rows, first:stop] += 1
+    numbers = np.arange(stops[-1])
+    others = (numbers < own[:, :1]) | (numbers >= own[:, 1:])
+    assert (seen == (others & (numbers != 3) & (numbers != 4))).all()
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_so_many_and_wide_vectors_that_faiss_multiplies_matrices(k):
+    """Whole numbers, each vector four times; documents of one to 900 chunks."""
+    rng = np.random.default_rng(k)
+    vectors = np.tile(rng.integers(-2, 3, (600, 256)), (4, 1))
+    stops = np.array([1, 2, 40, 300, 301, 1201, 1500, 2380, 2400])
+    documents = np.searchsorted(stops, np.arange(2400), "right")
+    own = np.stack([np.r_[0, stops[:-1]][documents], stops[documents]], axis=1)
+    distances, ids = search(build_index(vectors.astype(np.float32), "Flat"), vectors.astype(np.float32), k, own=own)
+    squares = (vectors**2).sum(axis=1)
+    every = squares[:, None] + squares - 2 * vectors @ vectors.T
+    every[documents[:, None] == documents] = 10**6
+    nearest = np.argsort(every, axis=1, kind="stable")[:, :k]
+    assert (ids == nearest).all() and (distances == np.take_along_axis(every, nearest, axis=1)).all()
 
 
 @pytest.mark.parametrize("spec", KINDS)

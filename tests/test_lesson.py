@@ -82,11 +82,12 @@ def test_show_displays_the_source_in_a_fence_it_cannot_break(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
     lesson.show(fenced)
-    first, *body, last = shown[0].data.splitlines()
+    frame, _, first, *body, last, _, end = shown[0].data.splitlines()
+    assert frame.startswith('<div style="font-family: monospace') and end == "</div>"
     assert first == "````python" and last == "````"
     assert body == ["def fenced():", '    """Holds ```a fence``` of its own."""']
     lesson.show(lesson.check)
-    assert shown[1].data.startswith("```python\ndef check(")
+    assert "\n\n```python\ndef check(" in shown[1].data
 
 
 RIGHT = [
@@ -130,9 +131,10 @@ def test_check_rejects_with_the_hint_and_never_raises(answer, expected, capsys):
 
 
 @pytest.mark.parametrize("answer", [None, ..., lambda: None])
-def test_check_waits_for_an_answer(answer, capsys):
-    assert not lesson.check("3.1", answer, 3)
-    assert capsys.readouterr().out.startswith("○ 3.1")
+def test_check_waits_for_an_answer_and_keeps_the_hint_till_then(answer, capsys):
+    assert not lesson.check("3.1", answer, 3, hint="look again")
+    printed = capsys.readouterr().out
+    assert printed.startswith("○ 3.1") and "look again" not in printed
 
 
 def test_a_verdict_at_the_end_of_a_cell_shows_nothing():

@@ -17,10 +17,11 @@ def problem(t, d, v, seed=0, dtype=torch.float64):
     return [x.requires_grad_() for x in draw], torch.randint(v, (t,), generator=generator)
 
 
-def both(inputs, targets, at_once):
+def both(inputs, targets, at_once, even=1):
     """(value, gradients) of ours and of PyTorch's, a factor upstream included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss.LOGITS_AT_ONCE, "cpu", at_once)
+        patch.setitem(loss.EVEN, "cpu", even)
         ours = linear_cross_entropy(*inputs, targets)
         ours_grads = torch.autograd.grad(ours * 0.3, inputs)
     x, weight, bias = inputs
@@ -29,9 +30,12 @@ def both(inputs, targets, at_once):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 9), st.integers(1, 5), st.integers(1, 7), st.integers(1, 40), st.integers(0, 99))
-def test_value_and_gradients_for_every_size_of_block(t, d, v, at_once, seed):
-    for ours, plain in zip(*both(*problem(t, d, v, seed), at_once), strict=True):
+@given(
+    t=st.integers(0, 9), d=st.integers(1, 5), v=st.integers(1, 7), at_once=st.integers(1, 40),
+    even=st.sampled_from([1, 4]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_value_and_gradients_for_every_size_of_block(t, d, v, at_once, even, seed):
+    for ours, plain in zip(*both(*problem(t, d, v, seed), at_once, even), strict=True):
         assert_close(ours, plain)
 
 

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from retro_nb import experiments, refresh, sweep
 from retro_nb.__main__ import main
-from retro_nb.experiments import cast
+from retro_nb.settings import cast
 
 PRESETS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
 
@@ -158,9 +158,10 @@ def test_a_bad_parameter_is_named_before_anything_runs(project, text, given, mes
 # running
 
 
-def test_run_one_notebook(project):
+def test_run_one_notebook(project, capsys):
     folder, (result,) = experiments.run(["00"], preset(project, "lr: 1e-4"), {"seed": "3", "layers": "[0,2]"})
     assert result.status == "done" and result.peak_mb > 10 and result.seconds > 0
+    assert "100%|" in capsys.readouterr().err
     assert metrics(folder) == result.metrics == {"loss": 4e-4, "layers": [0, 2], "text": "speeches"}
     assert folder.parent == project / "runs" and folder.name.endswith("-00_first")
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -173,7 +174,8 @@ def test_run_one_notebook(project):
 def test_a_failing_notebook_is_reported_and_the_others_go_on(project, capsys):
     assert main(["run", "all", "-p", "seed", "13", "-p", "steps", "4"]) == 1
     said = capsys.readouterr()
-    assert "FAILED 00_first: ValueError: thirteen is unlucky" in said.err and "1 of 2 done" in said.out
+    assert "FAILED 00_first, cell 3: ValueError: thirteen is unlucky" in said.err and "1 of 2 done" in said.out
+    assert "%|" in said.err and "100%|" not in said.err, "the bar claims that all cells ran"
     (folder,) = (project / "runs").iterdir()
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))["notebooks"]
     assert [result["status"] for result in index] == ["failed", "done"]
@@ -198,6 +200,29 @@ def test_new_folders_never_collide(project, monkeypatch):
     monkeypatch.setattr(experiments.time, "strftime", lambda form: "now")
     names = [experiments._new_folder("-x").name for _ in range(3)]
     assert names == ["now-x", "now-x_2", "now-x_3"]
+
+
+def test_the_terminals_table_is_narrow_and_index_json_has_all(tmp_path):
+    metrics = {"text": "word " * 99, "layers": [1] * 99, "ok": True, "a": 1, "b": 1 / 3, "c": 10**6, "d": 2.0}
+    results = [
+        experiments.Result("05_training", "done", 123.4, 1234, "", metrics),
+        experiments.Result("06_sampling", "failed", 1.0, 1, "cell 3: ValueError: " + "long " * 99),
+    ]
+    table = experiments.results_table(results)
+    assert "| a 1, b 0.3333, c 1000000 " in table and max(map(len, table.splitlines())) <= 120
+    experiments.write_index(tmp_path, results)
+    written = (tmp_path / "index.md").read_text(encoding="utf-8")
+    assert "[05_training](05_training/05_training.ipynb)" in written and max(map(len, written.splitlines())) <= 160
+    stored = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["notebooks"]
+    assert stored[0]["metrics"] == metrics and stored[1]["error"] == results[1].error
+
+
+def test_parameters_with_an_equals_sign(project, monkeypatch):
+    seen = []
+    result = experiments.Result("00_first", "done", 1.0, 1)
+    monkeypatch.setattr(experiments, "run", lambda *said: seen.append(said) or (project, [result]))
+    assert main(["run", "00", "-p", "seed=3", "-p", "corpus", "a=b", "-p", "layers=[1, 2]"]) == 0
+    assert seen == [(["00"], None, {"seed": "3", "corpus": "a=b", "layers": "[1, 2]"})]
 
 
 def test_a_table_keeps_one_line_a_row():
@@ -273,7 +298,7 @@ def test_a_metric_that_is_no_number_is_a_failure_that_names_the_others(project, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"colour": "red"}, "look at: colour"),
+        ({"colour": "red"}, "mine.yaml: not known: colour; see experiments/sweep_neighbours.yaml"),
         ({"x": "k"}, "x is 'k', but the grid varies lr, seed"),
         ({"grid": "{lr: 3}"}, "lists of values"),
         ({"grid": "{lr: [1], sed: [1]}"}, "unknown parameter 'sed'"),
@@ -283,6 +308,11 @@ def test_a_metric_that_is_no_number_is_a_failure_that_names_the_others(project, 
 def test_a_bad_sweep_file_is_refused(project, more, message, capsys):
     assert main(["sweep", str(sweep_file(project, "[0]", **more))]) == 2
     assert message in capsys.readouterr().err and not (project / "runs").exists()
+
+
+def test_a_file_that_is_no_sweep_is_told_what_is_missing_and_what_is_not_known(project, capsys):
+    assert main(["sweep", str(preset(project, "seed: 1\nx: k\nlr: 2\n"))]) == 2
+    assert "missing: notebook, parameters, grid, metric; not known: seed, lr; see" in capsys.readouterr().err
 
 
 # refreshing
@@ -333,6 +363,7 @@ def test_the_first_lesson_runs_with_parameters_and_leaves_metrics(tmp_path, monk
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_the_presets_fit_the_series(path):
     if path.stem.startswith("sweep_"):
-        assert sweep.read_sweep(path).points
-    else:
+        plan = sweep.read_sweep(path)
+        assert sweep.point_folder(plan, plan.points[0]).parent.name == path.stem.replace("_", "-")
+    elif not path.stem.startswith("train_"):  # tests/test_commands.py reads those
         assert any(experiments.choose_parameters(experiments.series(), path))

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import retro_nb
 
@@ -14,13 +15,35 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_links_lead_somewhere():
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert targets and [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/differences.md"])
+def test_links_lead_somewhere(page):
+    text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    assert targets and [target for target in targets if not (folder / target).exists()] == []
+
+
+def test_what_to_expect_is_what_was_measured():
+    facts = json.loads((ROOT / "data" / "checkpoints" / "speeches" / "training.json").read_text(encoding="utf-8"))
+    on, off = facts["on"], facts["off"]
+    assert f"included {facts['parameters']:.0f}-million-weight model" in README
+    assert f"gains {100 * (1 - on / off):.1f} % of the held-out loss ({on:.3f} nats" in README
+    assert f"against {off:.3f} without" in README
+
+
+def test_the_sample_stands_in_notebook_06():
+    cells = json.loads((ROOT / "notebooks" / "06_sampling.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    pages = " ".join("".join(data.get("text/html", [])) for data in outputs)
+    seen = " ".join(re.sub(r"<[^>]+>", "", pages).split())
+    (sample,) = re.findall(r"```text\n(.*?)```", README, flags=re.S)
+    text, title, passage = re.fullmatch(r"(.*?)\n    (.*?): (.*)", sample, flags=re.S).groups()
+    for part in (text, title, passage):
+        assert " ".join(part.split()) in seen, "notebook 06 has changed: take README's sample from it again"
 
 
 def test_the_tests_that_pin_the_differences_exist():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
+    differences = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", differences)
     missing = [
         (file, name)
         for file, name in named
@@ -33,7 +56,20 @@ def test_the_example_is_python_with_public_names():
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     tree = ast.parse(example)
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
-    assert set(names) <= set(retro_nb.__all__) and len(example.splitlines()) <= 20
+    assert set(names) <= set(retro_nb.__all__) and len(example.splitlines()) <= 15
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    """As it stands, but with three short speeches, in a folder of its own."""
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    other = {"max_chars=4000": "max_chars=800, max_documents=3", "data/work/speeches-4000": str(tmp_path)}
+    for said, meant in other.items():
+        assert said in example
+        example = example.replace(said, meant)
+    monkeypatch.chdir(ROOT)
+    exec(example, {})
+    said = capsys.readouterr().out
+    assert said.startswith("my fellow citizens") and re.search(r"^    \[\d{4} \w+, d²=", said, flags=re.M)
 
 
 def test_the_table_of_notebooks_is_the_measured_one():
@@ -43,3 +79,63 @@ def test_the_table_of_notebooks_is_the_measured_one():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
     table = script["notebook_table"](json.loads(results.read_text(encoding="utf-8")))
     assert script["replace_section"](README, "notebooks", table) == README
+
+
+def speed() -> tuple[dict, dict]:
+    """benchmarks/readme.py, and the results that it finds."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    return script, script["read_comparisons"]()
+
+
+def test_the_tables_of_speed_are_the_measured_ones():
+    script, devices = speed()
+    assert script["replace_section"](README, "fast", script["speed_section"](devices)) == README
+
+
+def test_the_plot_of_speed_is_the_measured_one():
+    script, devices = speed()
+    if not devices:
+        pytest.skip("not measured yet")
+    assert json.loads(Image.open(script["PLOT"]).info["Description"]) == script["bars"](devices)
+
+
+def results(folder: Path, name: str, device: str, **ratios: float) -> None:
+    rows = [
+        {"what": what, "unit": "tokens/s", "ours": ratio * 37_123, "peer": 37_123, "target": 2, "ratio": ratio}
+        | {"equal": "loss", "ours_runs": [1.0] * 7, "peer_runs": [1.0] * 5}
+        for what, ratio in ratios.items()
+    ]
+    record = {"command": f"python {name}.py", "device": device, "threads": 2, "versions": {"torch": "2.13.0"}}
+    (folder / f"{name}.json").write_text(json.dumps(record | {"comparisons": rows}), encoding="utf-8")
+
+
+def test_each_device_has_a_table_and_a_missed_target_is_said_to_be(tmp_path):
+    script, _ = speed()
+    results(tmp_path, "training-gpu", "H100", large=2.0)
+    results(tmp_path, "training-cpu", "Xeon", small=1.999)
+    results(tmp_path, "embedding-cpu", "Xeon", words=12.3)
+    (tmp_path / "other.json").write_text('{"runs": []}', encoding="utf-8")
+    devices = script["read_comparisons"](tmp_path)
+    cpu, gpu = script["speed_section"](devices).split("**H100**")
+    rows = [line for line in cpu.splitlines() if "tokens/s" in line]
+    assert rows[0].startswith("| words | 457,000 tokens/s | 37,100 tokens/s | 12.3× | ≥ 2× | loss |")
+    assert rows[1].endswith("| 2.00× | ≥ 2×, **missed** | loss |") and len(rows) == 2
+    assert "| large | 74,200 tokens/s | 37,100 tokens/s | 2.00× | ≥ 2× | loss |" in gpu and "Medians of 5" in gpu
+    script["draw_speed"](devices, tmp_path / "plot.png")
+    drawn = json.loads(Image.open(tmp_path / "plot.png").info["Description"])
+    assert [(bar["what"], bar["kind"]) for bar in drawn] == [("words", "cpu"), ("small", "cpu"), ("large", "gpu")]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(37_123, "37,100"), (999.6, "1,000"), (41.66, "41.7"), (0.8, "0.800"), (2, "2.00"), (0.00321, "0.00321")],
+)
+def test_numbers_have_three_digits(number, text):
+    assert speed()[0]["rounded"](number) == text
+
+
+def test_the_benchmarks_that_are_run_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (named,) = re.findall(r"for name in ([a-z ]+); do", makefile)
+    gpu = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["LIMITS"]
+    assert [name for name in {*named.split(), *gpu} if not (ROOT / "benchmarks" / f"{name}.py").exists()] == []

@@ -9,12 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from retro_nb import graphs, sampling, transformer
 from retro_nb.model import RETRO
 from retro_nb.sampling import EOS_ID, generate, gumbel_sample, top_k, top_p
 
 M, N, V, PAD = 4, 22, 110, 0
 few = settings(max_examples=10, deadline=None)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +33,13 @@ def retro() -> RETRO:
     return model.eval()
 
 
-def noise(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def noise(seed: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def fetch(chunk: torch.Tensor, u: int) -> torch.Tensor:
     """Neighbours that depend on every token of the chunk and on its number."""
-    key = (chunk * torch.arange(1, M + 1)).sum(-1) + 31 * u
+    key = (chunk.cpu() * torch.arange(1, M + 1)).sum(-1) + 31 * u
     return (key[:, None, None] + 7 * torch.arange(2)[:, None] + torch.arange(2 * M)) % (V - 1) + 1
 
 
@@ -57,15 +61,15 @@ def plain_generate(retro, rows, fetch=None, new=N, thres=0.9, temperature=1.0, g
     rows: the prompts, lists of token ids.
     """
     rows, position = [list(row) for row in rows], min(map(len, rows))
-    lengths = [len(row) for row in rows]
+    lengths, device = [len(row) for row in rows], retro.to_logits.weight.device
     ends = [min(N, length + new) for length in lengths]
     ended = [position >= end for end in ends]
     while not all(ended):
-        seq = torch.tensor([row[:position] for row in rows])
+        seq = torch.tensor([row[:position] for row in rows], device=device)
         retrieved = torch.zeros(len(rows), 0, 2, 2 * M).long() if fetch else None
         for u in range(position // M) if fetch else ():
             retrieved = torch.cat((retrieved, fetch(seq[:, u * M : (u + 1) * M], u)[:, None]), dim=1)
-        logits = retro(seq, retrieved)[:, -1]
+        logits = retro(seq, retrieved.to(device) if fetch else None)[:, -1]
         sampled = gumbel_sample(top_k(logits, thres), temperature, generator=generator).tolist()
         for i, row in enumerate(rows):
             if position >= lengths[i]:
@@ -182,6 +186,155 @@ def test_greedy_rows_are_what_they_are_alone(retro):
         assert (out[i, len(alone) :] == PAD).all()
 
 
+# recorded steps
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph without CUDA: keeps every operation with the very tensors and numbers that it got.
+
+    `replay` runs them all again and leaves each result where it lay the first time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "a value was read: a GPU would wait"
+        out = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for operation, args, kwargs, out in self.operations:
+            for old, new in zip(tree_leaves(out), tree_leaves(operation(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # no view, not in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch) -> list[Tape]:
+    """On the CPU steps are recorded as they are on a GPU; the tapes, as they come."""
+    found = []
+
+    def record(function, inputs):
+        found.append(tape := Tape())
+        with tape:
+            result = function(*inputs)
+        result.fill_(float("nan"))  # on a GPU nothing has run so far
+        return tape.replay, result
+
+    monkeypatch.setattr(transformer, "can_record", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(graphs, "record", record)
+    return found
+
+
+KINDS = {
+    "reference": {},
+    "no map": dict(project_encoded=False, separate_embeddings=True, absolute_positions=False),
+    "deepnet": dict(use_deepnet=True, enc_cross_attn_layers=()),
+    "gated": dict(gated_rmsnorm=True, dec_cross_attn_layers=(1,)),
+}
+
+
+def small(kind: str) -> RETRO:
+    """A small model of each kind, "preset" with everything else as in the paper."""
+    torch.manual_seed(1)
+    sizes = dict(num_tokens=V, max_seq_len=N, enc_dim=12, dec_dim=16, dec_depth=3, dim_head=8, chunk_size=M)
+    sizes |= dict(dec_cross_attn_layers=(2, 3), heads=2)
+    if kind == "preset":
+        model = RETRO.preset("172M", **sizes, enc_heads=3, enc_dim_head=6)
+    else:
+        model = RETRO(**{**sizes, "enc_depth": 1, **KINDS[kind]})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def check_against_the_plain_loop(model: RETRO, read: bool, temperature: float, device: str = "cpu") -> None:
+    rows = [prompt_of(length, seed=length)[0].tolist() for length in (5, 1, 9)]
+    prompt = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
+    found, dice = fetch if read else None, (noise(2, device), noise(2, device))
+    out = generate(
+        model, prompt, found, prompt_lengths=torch.tensor([5, 1, 9]), temperature=temperature, eos_id=7,
+        generator=dice[0],
+    )  # fmt: skip
+    expected = plain_generate(model, rows, found, temperature=temperature, eos_id=7, generator=dice[1])
+    assert out.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "preset"])
+def test_recorded_tokens_are_the_plain_loops(tapes, kind, read):
+    """One recording for all tokens; with retrieval one more when the first chunk has ended."""
+    model = small(kind)
+    for temperature in (0, 1.0):
+        tapes.clear()
+        check_against_the_plain_loop(model, read, temperature)
+        assert len(tapes) == 1 + read
+
+
+@torch.no_grad()
+def one_by_one(model: RETRO, seq: torch.Tensor, near: list[torch.Tensor | None]) -> torch.Tensor:
+    """Logits of seq, fed token by token."""
+    state = model.start_decoding(len(seq))
+    logits = [
+        model.decode(seq[:, i : i + 1], state, near[i // M] if (i + 1) % M == 0 else None)
+        for i in range(seq.shape[1])
+    ]  # fmt: skip
+    return torch.cat(logits, dim=1)
+
+
+def test_recordings_follow_neighbours_of_another_form(monkeypatch, tapes, retro):
+    """More neighbours, longer ones, none: what is read has another shape, and an old record would not fit."""
+    seq = prompt_of(N, b=2)
+    found = [fetch(seq[:, u * M : (u + 1) * M], u) for u in range(N // M)]
+    near = [found[0], found[1][:, :1], None, torch.cat((found[3], found[3]), dim=-1), found[4]]
+    recorded = one_by_one(retro, seq, near)
+    assert len(tapes) == 1 + len(near)
+    monkeypatch.setattr(transformer, "can_record", lambda x: False)
+    assert_close(recorded, one_by_one(retro, seq, near))
+
+
+def test_a_recording_that_fails_costs_time_only(monkeypatch, tapes, retro):
+    def fail(function, inputs):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(graphs, "record", fail)
+    with pytest.warns(UserWarning, match="without a CUDA graph, so more slowly: operation not permitted"):
+        check_against_the_plain_loop(small("reference"), True, 1.0)
+
+
+@needs_cuda
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "preset"])
+def test_on_a_gpu_tokens_are_the_plain_loops(recwarn, kind, read):
+    recordings, record = [], graphs.record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "record", lambda *args: recordings.append(1) or record(*args))
+        for temperature in (0, 1.0):
+            check_against_the_plain_loop(small(kind).cuda(), read, temperature, "cuda")
+    assert len(recordings) == 2 * (1 + read) and not any("CUDA graph" in str(w.message) for w in recwarn)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("precision", ["float64", "bfloat16", "autocast"])
+def test_recordings_are_right_in_every_precision(request, retro, precision, device):
+    if device == "cpu":
+        request.getfixturevalue("tapes")
+    model = RETRO(**retro.config).to(device).eval()
+    model.load_state_dict(retro.state_dict())
+    seq = prompt_of(N, b=3).to(device)
+    near = [fetch(seq[:, u * M : (u + 1) * M], u).to(device) for u in range(N // M)]
+    exact = model.double()(seq, torch.stack(near, dim=1)).detach()
+    model.to(torch.float32 if precision == "autocast" else getattr(torch, precision))
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "autocast"):
+        logits = one_by_one(model, seq, near)
+    error = (logits.double() - exact).abs().mean() / exact.std()
+    assert error < (1e-6 if precision == "float64" else 0.05)  # angles are float32
+
+
 # where a row ends
 
 
@@ -240,6 +393,23 @@ def test_the_length_of_the_result(retro, p, new):
     out = generate(retro, prompt, fetch, filter_fn=no_end, max_new_tokens=new)
     assert out.shape == (1, N if new is None else min(N, p + new))
     assert torch.equal(out[:, :p], prompt)
+
+
+@given(ends=st.lists(st.integers(3, 12), min_size=1, max_size=3), patience=st.sampled_from([2, 4]))
+@few
+def test_looking_rarely_for_the_end_changes_nothing(retro, ends, patience):
+    """On a GPU the rows' ends are noticed late: not in the text, nor in what is fetched."""
+    texts = []
+    for every in (1, patience):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "_patience", lambda *_, every=every: every)
+            calls = []
+            out = generate(
+                retro, prompt_of(3, b=len(ends)), lambda chunk, u: calls.append(u) or fetch(chunk, u),  # noqa: B023
+                filter_fn=end_at(dict(enumerate(ends)), p=3),
+            )  # fmt: skip
+        texts.append((out.tolist(), calls))
+    assert texts[0] == texts[1] and len(texts[0][0][0]) == max(ends) + 1
 
 
 # neighbours

@@ -9,7 +9,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,9 +22,11 @@ from retro_nb.manifest import array_key, cached, check_writable, file_record, re
 from retro_nb.storage import (
     ArrayWriter,
     ResumableRows,
+    launched,
     open_array,
     plain,
     replacing,
+    tell,
     write_json,
 )
 
@@ -177,12 +181,37 @@ def test_other_rows_start_afresh(tmp_path, other):
 
 
 def test_a_note_never_outlives_the_rows_that_it_is_about(tmp_path, monkeypatch):
-    """Killed between writing the first block of other rows and noting it: the old note must not vouch for it."""
+    """Killed between beginning other rows and noting which they are: the old note must not vouch for them."""
     compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {"which": "old"}), 5, blocks=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_json", lambda *_: None)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "writing", killed)
         compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {"which": "new"}), 5, blocks=1)
     assert ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {"which": "old"}).done == 0
+
+
+@per_example
+@given(count=st.integers(1, 30), block=st.integers(1, 7), seed=st.integers(0, 99), stop=st.integers(0, 9))
+def test_blocks_come_in_any_order(tmp_path, count, block, seed, stop):
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    about = (tmp_path / "a.npy", (count, 2), np.float32, {})
+    whole = np.random.default_rng(count).random((count, 2), np.float32)
+    blocks = list(ResumableRows(*about).blocks(block))
+    np.random.default_rng(seed).shuffle(blocks)
+    for part in blocks[:stop]:
+        ResumableRows(*about).write(part, whole[part])
+    rows = ResumableRows(*about)
+    left = list(rows.blocks(block))
+    assert left == sorted(blocks[stop:], key=lambda part: part.start)
+    assert rows.done == sum(part.stop - part.start for part in blocks[:stop])
+    for part in left:
+        rows.write(part, whole[part])
+    rows.finish()
+    assert np.array_equal(np.load(tmp_path / "a.npy"), whole)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 128 + 6 * 8 - 1])
@@ -192,11 +221,40 @@ def test_a_note_about_rows_that_are_not_there_is_not_believed(tmp_path, keep):
     assert ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {}).done == 0
 
 
-@pytest.mark.parametrize("note", ["", "{", "[]", "null", '{"rows": null}', '{"rows": "6"}', "{}"])
-def test_a_corrupt_note_is_not_believed(tmp_path, note):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda note: b"",
+        lambda note: b"{",
+        lambda note: b"null",
+        lambda note: note[1:],
+        lambda note: note[:-1],
+        lambda note: note + b"1",
+        lambda note: note.replace(b'{"', b'{"b": 1, "'),
+    ],
+)
+def test_a_corrupt_note_is_not_believed(tmp_path, damage):
     compute(ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {}), 3, blocks=2)
-    (tmp_path / "a.npy.progress.json").write_text(note)
+    note = tmp_path / "a.npy.progress"
+    note.write_bytes(damage(note.read_bytes()))
     assert ResumableRows(tmp_path / "a.npy", (10, 2), np.float32, {}).done == 0
+
+
+# processes launched together (with what they share, in test_embedding)
+
+
+def test_a_process_that_is_alone_joins_no_others(monkeypatch):
+    monkeypatch.setattr(accelerate, "PartialState", None)
+    assert launched() == (0, 1) and tell("value") == "value"
+
+
+def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch):
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert launched() == (1, 2)
+    with pytest.raises(RuntimeError, match="2 processes were launched, but PartialState knows 1: give it cpu=True"):
+        tell("value")
 
 
 # open_array
@@ -356,9 +414,9 @@ def test_a_damaged_array_is_mended_though_a_note_says_that_all_is_done(tmp_path)
             raise KeyboardInterrupt
         return {}
 
-    cached(path, about, lambda: build() | {"note": (tmp_path / "a.npy.progress.json").read_text()})
+    cached(path, about, lambda: build() | {"note": (tmp_path / "a.npy.progress").read_text()})
     whole, note = path.read_bytes(), read_manifest(tmp_path)["a.npy"]["stats"]["note"]
-    (tmp_path / "a.npy.progress.json").write_text(note)
+    (tmp_path / "a.npy.progress").write_text(note)
     flip(path, -1)
     with pytest.raises(KeyboardInterrupt):
         cached(path, about, lambda: build(blocks=2))
@@ -371,7 +429,7 @@ def test_reprocess_builds_all_from_the_beginning(tmp_path, monkeypatch):
     for force, variable in ((True, ""), (False, "1")):
         square(tmp_path)
         np.save(tmp_path / "square.npy.partial.npy", np.zeros(1))  # not ours: stays
-        for name in ("partial", "progress.json", "4711.tmp"):
+        for name in ("partial", "progress", "4711.tmp"):
             (tmp_path / f"square.npy.{name}").write_text("left by a killed build")
         monkeypatch.setenv("REPROCESS", variable)
         with pytest.warns(UserWarning, match="building square.npy again: asked for"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from retro_nb import tokens
 from retro_nb.tokens import (
     EOS_ID,
     PAD_ID,
@@ -80,3 +81,14 @@ def test_a_folder_without_tokenizer_and_one_that_is_no_bert_are_refused(tmp_path
     (tmp_path / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
     with pytest.raises(ValueError, match=r"numbers its special tokens .*'\[CLS\]': 102"):
         get_tokenizer(tmp_path)
+
+
+def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch):
+    def unreachable(name):
+        raise RuntimeError("a long story")
+
+    monkeypatch.setattr(tokens.Tokenizer, "from_pretrained", unreachable)
+    message = r"BERT 'somebody/no-bert' is not on this machine: pass a folder, or set HF_HUB_OFFLINE=0"
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        get_tokenizer("somebody/no-bert")
+    assert str(caught.value.__cause__) == "a long story"

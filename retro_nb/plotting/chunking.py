@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from retro_nb.plotting.style import COLOURS, blank, box
 
@@ -90,7 +91,8 @@ def chunks_by_year(
     axes.vlines(years, 0, chunks, color=COLOURS["chunk"], linewidth=1.4, alpha=0.75)
     for document, name in named.items():
         at = (years[document], chunks[document])
-        axes.annotate(f"{name}, {at[1]}", at, (0, 2), textcoords="offset points", ha="right", fontsize=8)
+        label = axes.annotate(f"{name}, {at[1]}", at, (0, 2), textcoords="offset points", ha="right", fontsize=8)
+        label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable across other lines
     axes.set(xlabel="year", ylabel="chunks", ylim=(0, 1.08 * max(chunks)), title="Letters are long, speeches are short")
     axes.grid(axis="x", visible=False)
     plt.close(figure)

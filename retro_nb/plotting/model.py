@@ -54,7 +54,7 @@ def training_example(
 ) -> HTML:
     """A chunk, its neighbours (title, N, F) and the attending chunk that reads them, as a table."""
     pale, esc, left = PALE, html.escape, "text-align:left;vertical-align:top"
-    row = f'<tr><td style="{left};white-space:nowrap"><b>{{0}}</b></td>{{1}}</tr>'
+    row = f'<tr><td style="{left};width:15%"><b>{{0}}</b></td>{{1}}</tr>'
     cell = f'<td colspan="{{0}}" style="{left};background:{{1}};color:#222">{{2}}</td>'
     rows = [row.format(f"chunk {u} retrieves", cell.format(2, pale["chunk"], f"<i>{esc(title)}:</i> {esc(chunk)}"))]
     for j, (origin, text, following) in enumerate(neighbours):
@@ -103,6 +103,7 @@ def rotary_distances(dim: int, farthest: int = 128) -> Figure:
     """What a rotary distance does: the cosine of every feature pair, and their mean."""
     cos = rotary(torch.arange(farthest + 1), dim)[0, :, : dim // 2]
     figure, (phase, decay) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1.25, 1))
+    figure.get_layout_engine().set(wspace=0.1)
     image = phase.imshow(cos.T.numpy(), aspect="auto", cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     phase.grid(False)
     distance = "distance p − p′, tokens"
@@ -248,7 +249,7 @@ def parameter_shares(models: Mapping[str, RETRO]) -> Figure:
     axes.invert_yaxis()
     axes.grid(False)
     axes.set(xlabel="share of the parameters, % (numbers: millions)", xlim=(0, 100))
-    axes.set_title("The larger the decoder, the cheaper is retrieval")
+    axes.set_title("The larger the decoder, the cheaper the retrieval")
     figure.legend(loc="outside lower center", ncols=len(parts), fontsize=9)
     plt.close(figure)
     return figure

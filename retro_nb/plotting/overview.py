@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from retro_nb.plotting.style import COLOURS, arrow, blank, box, use_style
 from retro_nb.storage import ROOT, replacing
@@ -85,12 +86,18 @@ def _wrap(text: str) -> list[str]:
 
 
 def _page(axes: plt.Axes, x: float, top: float, title: str, parts: Sequence[tuple[str, str]]) -> None:
-    """A titled column of text 3.7 inches wide: parts of (colour name, text), each on its own ground."""
+    """A titled column of text 3.7 inches wide: parts of (colour name, text), each on its own ground.
+
+    Over each part stands the name of its colour, if there are several.
+    """
     axes.text(x, top, title, va="center", weight="bold", color=COLOURS[parts[0][0]])
     y = top - 0.2
     for colour, text in parts:
         lines = _wrap(text)
         height = 0.19 * len(lines) + 0.14
+        if len(parts) > 1:
+            axes.text(x, y - 0.07, colour, va="center", fontsize=9, color=COLOURS["ink"])
+            y -= 0.17
         box(axes, x, y - height, 3.7, height, colour=COLOURS[colour], alpha=0.16)
         look = {"fontsize": 10, "family": "serif", "linespacing": 1.3, "va": "top", "color": COLOURS["ink"]}
         axes.text(x + 0.1, y - 0.08, "\n".join(lines), **look)
@@ -100,7 +107,7 @@ def _page(axes: plt.Axes, x: float, top: float, title: str, parts: Sequence[tupl
 def finding(title: str, passage: str, found_in: str, text: str, continuation: str) -> Figure:
     """A passage, and beside it the neighbour that was found for it with what follows there."""
     lines = [len(_wrap(words)) for words in (passage, text, continuation)]
-    tall = 0.19 * max(lines[0], lines[1] + lines[2]) + 0.75
+    tall = 0.19 * max(lines[0], lines[1] + lines[2]) + 1.1
     figure, axes = blank(8, tall)
     _page(axes, 0.05, tall - 0.15, title, [("chunk", passage)])
     _page(axes, 4.25, tall - 0.15, found_in, [("neighbour", text), ("continuation", continuation)])
@@ -117,5 +124,6 @@ def first_steps(losses: Sequence[float], vocabulary: int) -> Figure:
     axes.annotate(f"guessing: ln {vocabulary:,}", (len(losses), math.log(vocabulary)), (0, -12), ha="right",
                   textcoords="offset points", color=COLOURS["muted"])  # fmt: skip
     axes.set(xlabel="step", ylabel="loss, nats a token", title="It learns; a few steps do not teach it English")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plt.close(figure)
     return figure

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from retro_nb.plotting.style import COLOURS
 from retro_nb.retrieval import Passage
@@ -21,7 +22,7 @@ def page(passages: Sequence[Passage], words: int = 34) -> HTML:
         parts = text.split()
         return html.escape(" ".join(parts[:words])) + (" …" if len(parts) > words else "")
 
-    left = "text-align:left;vertical-align:top;color:#222"
+    left = "text-align:left;vertical-align:top;color:#222;border-top:2px solid white"
     rows = [f'<tr><th style="{left}">chunk</th><th style="{left}">found when it was complete</th></tr>']
     for u, passage in enumerate(passages):
         found = [
@@ -77,6 +78,9 @@ def token_times(seconds: Mapping[str, tuple[Sequence[int], Sequence[float]]], ch
     for end in range(chunk_size, last + 1, chunk_size):
         axes.axvline(end, color=COLOURS["neighbour"], linewidth=1, linestyle=":", zorder=0)
     axes.set(yscale="log", xlabel="position of the new token", ylabel="milliseconds, log scale")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("With kept keys and values, a token costs the same wherever it stands")
     axes.legend(loc="upper left", frameon=True, edgecolor="none", markerscale=2)
     plt.close(figure)
@@ -86,16 +90,17 @@ def token_times(seconds: Mapping[str, tuple[Sequence[int], Sequence[float]]], ch
 def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
     """How far the next-token distribution moves at every position when neighbours are exchanged, in nats."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
-    n = 0
+    n, peak = 0, 0.0
     for (name, values), colour in zip(kl.items(), ("control", "muted", "neighbour"), strict=False):
         values, n = np.asarray(values, dtype=float), len(values)
+        peak = max(peak, values.max())
         mean = values[chunk_size - 1 :].mean()
         axes.plot(values, color=COLOURS[colour], linewidth=1, label=f"{name}: mean {mean:.3f}")
     axes.axvspan(0, chunk_size - 1, color="#EDEDED", zorder=0)
     axes.text((chunk_size - 1) / 2, 0.5, "reads\nnothing", ha="center", va="center", fontsize=9,
               transform=axes.get_xaxis_transform(), color=COLOURS["ink"])  # fmt: skip
     axes.set_xticks(range(0, n + 1, chunk_size))
-    axes.set(xlabel="position, one tick a chunk", ylabel="KL divergence, nats", ylim=(0, None), xlim=(0, n))
+    axes.set(xlabel="position, one tick a chunk", ylabel="KL divergence, nats", ylim=(0, 1.3 * peak), xlim=(0, n))
     axes.set_title("Other neighbours move the next token a little, and only after the first chunk")
     axes.legend(loc="upper right")
     plt.close(figure)

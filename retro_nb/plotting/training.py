@@ -23,12 +23,13 @@ def losses(
     """
     figure, axes = plt.subplots(figsize=(8, 3.6))
     colours = [COLOURS["model"], COLOURS["baseline"], COLOURS["control"]]
-    for (name, history), colour in zip(histories.items(), colours, strict=False):
+    sizes = (9, 5, 3)  # what lies on top is smaller, so that equal losses hide none
+    for (name, history), colour, size in zip(histories.items(), colours, sizes, strict=False):
         steps, values = history.curve("loss")
         width = min(5, len(values))
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.2, label=f"{name}, training")
-        axes.plot(*history.curve("valid_loss"), "o", color=colour, label=f"{name}, held out")
+        axes.plot(*history.curve("valid_loss"), "o", color=colour, markersize=size, label=f"{name}, held out")
     middle = sum(axes.get_ylim()) / 2
     for name, value in lines.items():  # the curve falls from the upper left, so low lines are named there
         axes.axhline(value, color=COLOURS["muted"], linestyle="--", linewidth=1)
@@ -36,7 +37,7 @@ def losses(
         axes.annotate(f"{name}: {value:.2f}", (x, value), (0, -4), ha=side, va="top", fontsize=9,
                       xycoords=("axes fraction", "data"), textcoords="offset points", color=COLOURS["ink"])  # fmt: skip
     low, high = axes.get_ylim()
-    axes.set(xlabel="step", ylabel="loss, nats a word piece", title=title, ylim=(low - 0.3, top or high))
+    axes.set(xlabel="step", ylabel="loss, nats per word piece", title=title, ylim=(low - 0.3, top or high))
     axes.legend(loc="upper right" if top else "center right")
     plt.close(figure)
     return figure

@@ -1,0 +1,218 @@
+"""The commands `build` and `train`: a corpus to neighbours, neighbours to a trained model.
+
+Their settings are the arguments of the functions that do the work, by the same names: `TrainingWrapper` and the
+index functions (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
+and four of the corpora's. A YAML file holds them flat, `name: value`.
+
+Both commands run in one process, or in several that `accelerate launch` starts. Then all take part in embedding
+and training, and the first alone does the rest.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from inspect import Parameter
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from retro_nb.checkpoints import History
+from retro_nb.corpus import speeches
+from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
+from retro_nb.lesson import Run
+from retro_nb.model import RETRO
+from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
+from retro_nb.storage import ROOT, plain, replacing
+from retro_nb.tokens import get_tokenizer
+from retro_nb.towns import almanac
+from retro_nb.training import FREE_SETTINGS, fit
+from retro_nb.wrapper import TrainingWrapper
+
+Settings = dict[str, Any]
+
+# the settings, and what they are without a word
+
+
+def _own(name: str, kind: Any, default: Any) -> Parameters:
+    return {name: Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)}
+
+
+CORPORA: dict[str, tuple[Callable, Parameters]] = {
+    "speeches": (speeches, parameters(speeches, "max_documents", "max_chars")),
+    "almanac": (almanac, parameters(almanac, "towns")),
+}
+CORPUS = _own("corpus", str, "speeches") | CORPORA["speeches"][1] | CORPORA["almanac"][1]
+DATABASE = (
+    _own("knn", int, 2)
+    | _own("chunk_size", int, parameters(RETRO)["chunk_size"].default)
+    | parameters(TrainingWrapper, "glob", "max_chunks", "max_seqs", "work_dir", "bert")
+    | parameters(chunks_to_precalculated_knn_, "max_similarity")
+    | parameters(chunks_to_index_and_embed, "index", "max_index_memory_usage", "use_cls_repr")
+)
+MODEL = parameters(RETRO)
+FIT = parameters(TrainingWrapper.fit, "valid_share")
+FIT |= parameters(fit, without=("retro", "train", "valid", "progress"))
+BUILD = CORPUS | DATABASE | parameters(RETRO, "max_seq_len")
+TRAIN = CORPUS | DATABASE | MODEL | FIT
+MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir", "resume", "compile", "num_workers"}  # when a run goes on
+
+
+def choose_settings(command: str, file: Path | None = None, given: dict[str, Any] | None = None) -> Settings:
+    """All settings of a command: what is given wins over the file, and the file over the functions' defaults.
+
+    One file serves both commands: `build` leaves out what only `train` knows.
+
+    Raises:
+        ValueError: an unknown name, with the closest known one, or a value of another type.
+    """
+    known, given = {"build": BUILD, "train": TRAIN}[command], given or {}
+    values = {} if file is None else read_yaml(file)
+    refuse_unknown(values, TRAIN, str(file), "train")
+    refuse_unknown(given, known, "-p", command)
+    values = {name: value for name, value in (values | given).items() if name in known}
+    settings = {name: parameter.default for name, parameter in known.items()} | read_as_declared(values, known)
+    _check_corpus(settings)
+    if command == "train":
+        if (settings["steps"] is None) == (settings["epochs"] is None):
+            raise ValueError("how long? Pass either steps or epochs, e.g. -p steps 1000")
+        stem = "train" if file is None else file.stem
+        settings["out_dir"] = settings["out_dir"] or str(ROOT / "runs" / stem)
+    return plain(settings)  # as it comes back from settings.yaml
+
+
+def _check_corpus(settings: Settings) -> None:
+    name = settings["corpus"]
+    for owner, (_, limits) in CORPORA.items():
+        for limit, parameter in limits.items():
+            if name != owner and settings[limit] != parameter.default:
+                raise ValueError(f"{limit} is {settings[limit]}, but corpus {name} has none: only {owner} has")
+    if name not in CORPORA and not Path(name).is_dir() and not (Path(name).is_file() and name.endswith(".jsonl")):
+        close = difflib.get_close_matches(name, CORPORA, 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"corpus {name!r} is no folder, no .jsonl file, nor {' or '.join(CORPORA)}{meant}")
+
+
+def _of(settings: Settings, *groups: Parameters) -> Settings:
+    """The settings that belong to these functions."""
+    return {name: settings[name] for group in groups for name in group}
+
+
+# several processes
+
+
+@contextmanager
+def processes() -> Iterator[PartialState]:
+    """Join the processes that `accelerate launch` has started; alone if it has not.
+
+    They wait for one another as long as it takes: chunking a large corpus takes the first one hours.
+    """
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus > 0:
+        raise ValueError(f"{here} processes, but {gpus} GPU(s) on this machine: launch one process for each GPU")
+    state = PartialState(cpu=not gpus, timeout=timedelta(days=30))
+    yield state
+    state.destroy_process_group()
+
+
+# the commands
+
+
+def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
+    """Build whatever is missing for this model; every process calls it."""
+    name = settings["corpus"]
+    corpus, limits = CORPORA.get(name, (Path, {}))
+    return TrainingWrapper(
+        retro=retro,
+        documents_path=corpus(name) if corpus is Path else corpus(**_of(settings, limits)),
+        progress=progress,
+        **_of(settings, DATABASE),
+    )
+
+
+def describe(wrapper: TrainingWrapper) -> str:
+    """What was built, in one line."""
+    stats = wrapper.stats
+    counts = f"{stats['docs']} documents, {stats['chunks']} chunks, {stats['seqs']} sequences"
+    return f"{counts}, {stats['k']} neighbours a chunk (recall {stats['recall']:.3f}), in {wrapper.work_dir}"
+
+
+def build(settings: Settings) -> TrainingWrapper:
+    """Chunk, embed, index and search a corpus, as `train` with the same settings will want it.
+
+    Args:
+        settings: from `choose_settings("build", …)`.
+    """
+    with processes() as here:
+        with torch.device("meta"):  # sizes alone: a model without memory
+            vocabulary = get_tokenizer(settings["bert"]).get_vocab_size()
+            sizes = _of(settings, parameters(RETRO, "max_seq_len", "chunk_size"))
+            retro = RETRO(num_tokens=vocabulary, **sizes)
+        wrapper = _wrap(retro, settings, here.is_main_process)
+        if here.is_main_process:
+            print(describe(wrapper), flush=True)
+        return wrapper
+
+
+def train(settings: Settings) -> tuple[TrainingWrapper, History]:
+    """Train a model on a corpus, building first what is missing; the same call goes on after a stop.
+
+    It leaves in `out_dir`: settings.yaml, log.jsonl, checkpoints/, then metrics.json and the trained model, as
+    `RETRO.from_pretrained(out_dir)` reads it.
+
+    Args:
+        settings: from `choose_settings("train", …)`.
+
+    Returns:
+        The corpus with the trained model, and the log.
+
+    Raises:
+        ValueError: `out_dir` holds a run with other settings.
+    """
+    _check_same_run(settings)
+    with processes() as here:
+        main, out_dir = here.is_main_process, Path(settings["out_dir"])
+        run = Run(settings["seed"], here.device, out_dir, settings)
+        torch.manual_seed(settings["seed"])
+        wrapper = _wrap(RETRO(**_of(settings, MODEL)), settings, main)
+        if main:
+            print(describe(wrapper), flush=True)
+            _write_settings(settings)
+        history = wrapper.fit(progress=main, **_of(settings, FIT))
+        if main:
+            wrapper.retro.save_pretrained(out_dir)
+            metrics = run.save_metrics(_metrics(wrapper, history, here.num_processes))
+            losses = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "valid_loss") if name in metrics)
+            print(f"{metrics['steps']} steps, {losses}, in {out_dir}")
+        return wrapper, history
+
+
+def _check_same_run(settings: Settings) -> None:
+    """Meet other settings than those of the run in `out_dir` before hours are spent on building."""
+    file = Path(settings["out_dir"]) / "settings.yaml"
+    if not (settings["resume"] and file.exists()):
+        return
+    for name, before in read_yaml(file).items():
+        if name not in MAY_CHANGE and settings.get(name, before) != before:
+            raise ValueError(
+                f"{file} says {name} {before}, not {settings[name]}: say the same to go on with that run, "
+                f"-p resume false to start over, or -p out_dir with another folder"
+            )
+
+
+def _write_settings(settings: Settings) -> None:
+    out_dir = Path(settings["out_dir"])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with replacing(out_dir / "settings.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _metrics(wrapper: TrainingWrapper, history: History, processes: int) -> dict[str, Any]:
+    last = history[-1]
+    names = ("loss", "valid_loss", "tokens", "tokens_per_second")
+    counts = {"steps": last["step"], "parameters": wrapper.retro.num_parameters(), "processes": processes}
+    return counts | {name: last[name] for name in names if name in last} | {"training_seconds": last["seconds"]}

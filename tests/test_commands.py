@@ -1,0 +1,249 @@
+"""`python -m retro_nb build` and `train`: settings, what they leave, stopping and going on, several processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from retro_nb import RETRO, TrainingWrapper, evaluate_loss, split_by_document
+from retro_nb.__main__ import main
+from retro_nb.checkpoints import read_log
+from retro_nb.commands import BUILD, TRAIN, choose_settings
+from retro_nb.settings import cast
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = dict(
+    max_seq_len=128, chunk_size=64, enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=2, dec_cross_attn_layers=[2],
+    heads=2, dim_head=8,
+)  # fmt: skip
+RUN = dict(steps=12, batch_size=4, lr="1e-2", valid_share=0.3, eval_every=6, checkpoint_every=5, log_every=1)
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_bert) -> Path:
+    """A settings file for a tiny run on the sample documents, in a folder with a space."""
+    folder = tmp_path / "my recipes"
+    folder.mkdir()
+    database = {"corpus": str(ROOT / "data" / "sample"), "bert": str(tiny_bert), "work_dir": str(tmp_path / "work")}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(database | MODEL | RUN | {"out_dir": str(tmp_path / "out")}), encoding="utf-8")
+    return path
+
+
+def arguments(command: str, recipe: Path, **given: object) -> list[str]:
+    pairs = [part for name, value in given.items() for part in ("-p", name, str(value))]
+    return [command, "-f", str(recipe), *pairs]
+
+
+def lasting(path: Path) -> list[dict]:
+    """A run's records without what depends on the clock."""
+    return [{k: v for k, v in record.items() if "second" not in k} for record in read_log(path / "log.jsonl")]
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        ("1e-4", float | None, 1e-4),
+        ("null", int | None, None),
+        (None, float | None, None),
+        ("None", str | os.PathLike | None, None),
+        ("[6, 9]", TRAIN["dec_cross_attn_layers"].annotation, [6, 9]),
+        ("LayerNorm", TRAIN["norm_klass"].annotation, "LayerNorm"),
+        (".inf", float, math.inf),
+        ("off", bool, False),
+    ],
+)
+def test_cast(value, kind, expected):
+    got = cast(value, kind)
+    assert got == expected and type(got) is type(expected)
+
+
+def test_settings_are_the_functions_own_and_the_last_word_wins(recipe):
+    settings = choose_settings("train", recipe, {"lr": "1e-3", "retrieval": "off", "precision": "no"})
+    assert settings["lr"] == 1e-3 and settings["retrieval"] is False and settings["dec_cross_attn_layers"] == [2]
+    assert settings["heads"] == 2 and settings["wd"] == 0.1 and settings["knn"] == 2
+    assert set(settings) == set(TRAIN) and settings == json.loads(json.dumps(settings))
+    built = choose_settings("build", recipe)
+    assert set(built) == set(BUILD) < set(TRAIN) and built.items() <= settings.items()
+
+
+def test_without_a_word_it_is_the_speeches_and_the_file_names_the_folder(recipe, tmp_path):
+    settings = choose_settings("train", given={"steps": "3"})
+    assert settings["corpus"] == "speeches" and Path(settings["out_dir"]).parts[-2:] == ("runs", "train")
+    recipe.write_text("epochs: 1", encoding="utf-8")
+    assert Path(choose_settings("train", recipe)["out_dir"]).parts[-2:] == ("runs", "tiny")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("train_*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_known_and_make_a_model(path):
+    settings = choose_settings("train", path)
+    with torch.device("meta"):
+        assert RETRO(**{name: settings[name] for name in RETRO(max_seq_len=64).config}).num_parameters() > 10**6
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "message"),
+    [
+        ("train", {"step": 3}, "-p: unknown parameter 'step' (did you mean steps?); train knows absolute_positions,"),
+        ("build", {"steps": 3}, "-p: unknown parameter 'steps'; build knows bert, chunk_size, corpus,"),
+        ("train", {"lr": "fast"}, "parameter lr: cannot read 'fast' as declared: lr: float = 0.0003"),
+        ("train", {"dec_cross_attn_layers": 3}, "parameter dec_cross_attn_layers: cannot read '3' as declared"),
+        ("train", {"epochs": 1}, "Pass either steps or epochs"),
+        ("train", {"steps": "null"}, "Pass either steps or epochs"),
+        ("train", {"corpus": "speech"}, "corpus 'speech' is no folder, no .jsonl file, nor speeches or almanac (did"),
+        ("build", {"corpus": "almanac", "max_chars": 9}, "max_chars is 9, but corpus almanac has none: only speeches"),
+        ("build", {"glob": "*.md"}, "matches glob '*.md'"),
+        ("build", {"max_seq_len": 100}, "seq_len 100 is not a multiple of chunk_size 64"),
+        ("train", {"dec_cross_attn_layers": "[3]"}, "names layer 3, but the layers are 1 … 2"),
+        ("train", {"batch_size": 0}, "batch_size is 0"),
+        ("train", {"bert": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_named_and_no_traceback_shown(recipe, tmp_path, command, given, message, capsys):
+    assert main(arguments(command, recipe, **given)) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_file_with_an_unknown_name_is_refused_by_both(recipe, capsys):
+    recipe.write_text("stepz: 3\n", encoding="utf-8")
+    for command in ("build", "train"):
+        assert main(arguments(command, recipe)) == 2
+        assert "tiny.yaml: unknown parameter 'stepz' (did you mean steps?); train knows" in capsys.readouterr().err
+
+
+# building and training
+
+
+def test_build_makes_what_train_uses(recipe, tmp_path, capsys):
+    assert main(arguments("build", recipe)) == 0
+    said, work = capsys.readouterr().out, tmp_path / "work"
+    assert said.startswith("7 documents, 28 chunks,") and "2 neighbours a chunk (recall 1.000)" in said
+    before = {path: path.stat().st_mtime_ns for path in work.iterdir() if path.suffix != ".lock"}
+    assert {"chunks.npy", "chunks.embedded.npy", "knn.index", "chunks.knn.npy"} <= {path.name for path in before}
+    assert main(arguments("train", recipe, steps=1)) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_bert) -> tuple[dict, Path]:
+    """The settings and the folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("finished")
+    database = {"corpus": str(ROOT / "data" / "sample"), "bert": str(tiny_bert), "work_dir": str(folder / "work")}
+    settings = database | MODEL | RUN | {"out_dir": str(folder / "out")}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert main(arguments("train", folder / "tiny.yaml")) == 0
+    return choose_settings("train", folder / "tiny.yaml"), folder / "out"
+
+
+def test_train_leaves_what_the_wrapper_gives(finished, tmp_path):
+    settings, out = finished
+    torch.manual_seed(0)
+    wrapper = TrainingWrapper(
+        retro=RETRO(**MODEL), chunk_size=64, knn=2, documents_path=settings["corpus"], bert=settings["bert"],
+        work_dir=tmp_path, progress=False,
+    )  # fmt: skip
+    history = wrapper.fit(**(RUN | {"lr": 1e-2}), progress=False)
+    assert read_log(out / "log.jsonl").losses == history.losses and len(history) == 12
+    loaded = RETRO.from_pretrained(out)
+    for name, weight in wrapper.retro.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+    record = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    _, valid = split_by_document(wrapper.ds, 0.3, 0)
+    assert record["metrics"]["valid_loss"] == pytest.approx(evaluate_loss(loaded, valid), rel=1e-5)
+    assert record["metrics"]["steps"] == 12 and record["metrics"]["processes"] == 1 and record["seed"] == 0
+    assert record["config"] == settings == yaml.safe_load((out / "settings.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_settings_it_leaves_are_a_recipe_that_goes_on_where_it_is(finished):
+    _, out = finished
+    before = lasting(out)
+    assert main(["train", "-f", str(out / "settings.yaml"), "-p", "checkpoint_every", "4"]) == 0
+    assert lasting(out) == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("knn", "3"), ("lr", "1e-3"), ("dec_depth", "3"), ("use_cls_repr", "on")])
+def test_other_settings_are_met_before_anything_is_built(finished, tmp_path, name, value, capsys):
+    settings, out = finished
+    before = lasting(out)
+    given = {name: value, "work_dir": tmp_path / "elsewhere"}
+    assert main(arguments("train", out / "settings.yaml", **given)) == 2
+    assert f"says {name} {settings[name]}, not " in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists() and lasting(out) == before
+
+
+def test_starting_over_with_other_settings(recipe, tmp_path):
+    assert main(arguments("train", recipe, steps=2, retrieval="off")) == 0
+    assert main(arguments("train", recipe, steps=3, resume="false")) == 0
+    assert read_log(tmp_path / "out" / "log.jsonl").steps == [1, 2, 3]
+    assert yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text(encoding="utf-8"))["retrieval"] is True
+
+
+# several processes
+
+
+def launch(processes: int, command: list[str]) -> str:
+    """Run `python -m retro_nb` in so many processes; what they printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, "-m", "retro_nb", *command]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_stopped_alone_and_finished_by_two_processes(recipe, tmp_path, finished, monkeypatch, capsys):
+    """Two processes build the same database from nothing, and go on from where Ctrl-C stopped one."""
+    forward, passes = RETRO.forward, iter(range(1, 10**6))
+
+    def interrupted(self, *args, **kwargs):
+        if next(passes) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RETRO, "forward", interrupted)
+        assert main(arguments("train", recipe)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; what was finished is kept"
+    alone = read_log(tmp_path / "out" / "log.jsonl")
+    assert 5 <= len(alone) < 12 and not (tmp_path / "out" / "metrics.json").exists()
+
+    printed = launch(2, arguments("train", recipe, work_dir=tmp_path / "again"))
+    assert printed.count("7 documents") == printed.count("12 steps, loss") == 1
+    shared, whole = read_log(tmp_path / "out" / "log.jsonl"), read_log(finished[1] / "log.jsonl")
+    assert shared[: len(alone)] == alone
+    for name in ("loss", "grad_norm", "valid_loss", "tokens"):
+        assert shared.curve(name)[1] == pytest.approx(whole.curve(name)[1], rel=1e-4), name
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["processes"] == 2 and metrics["loss"] == shared.losses[-1]
+    for array in ("chunks.npy", "seqs.npy", "chunks.knn.npy"):
+        assert np.array_equal(np.load(tmp_path / "work" / array), np.load(tmp_path / "again" / array)), array
+    vectors = [np.load(tmp_path / folder / "chunks.embedded.npy") for folder in ("work", "again")]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+
+
+def test_more_processes_than_gpus(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert main(arguments("build", recipe)) == 2
+    assert "4 processes, but 2 GPU(s)" in capsys.readouterr().err
+
+
+def test_training_needs_no_notebook_tools(recipe):
+    """A machine that only trains has no Jupyter: neither papermill nor nbformat is imported."""
+    block = "import sys; sys.modules.update(papermill=None, nbformat=None, matplotlib=None)"
+    code = f"{block}\nfrom retro_nb.__main__ import main\nsys.exit(main({arguments('train', recipe, steps=1)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
