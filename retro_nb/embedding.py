@@ -7,6 +7,7 @@ frames them differently, so that a chunk lies at a distance from itself and may 
 
 import hashlib
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -124,7 +125,7 @@ def bert_embed(
         eps: keeps the mean of a row without tokens at 0.
         pad_id: marks what is not attended and not averaged.
         bert: which BERT (see `tokens.bert_folder`).
-        device: where to run it; the first GPU if there is one, else the CPU.
+        device: where to run it; this process's GPU if there is one, else the CPU.
 
     Raises:
         ValueError: the rows are longer than the BERT's positions, or an id is outside its vocabulary.
@@ -235,40 +236,38 @@ def flops_per_chunk(config: Any, tokens: int) -> int:
 # to disk
 
 
-def _batches(lengths: Int[np.ndarray, " b"], longest: int, size: int) -> Iterator[slice]:
+def _batches(lengths: list[int], longest: int, size: int) -> Iterator[slice]:
     """Cut rows of ascending lengths into batches; the longest are kept apart, since they need no mask."""
-    shorter = int(np.searchsorted(lengths, longest))
+    shorter = bisect_left(lengths, longest)
     for first, last in ((0, shorter), (shorter, len(lengths))):
         for start in range(first, last, size):
             yield slice(start, min(start + size, last))
 
 
-def _send(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device; a GPU fetches it when it comes to it."""
-    tensor = torch.from_numpy(array)
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; a GPU fetches it when it comes to it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.inference_mode()
 def _begin_block(
-    model: "BertModel", chunks: Int[np.ndarray, "b m"], batch_size: int, cls: bool, tell_batch: Callable[[int], Any]
+    model: "BertModel", chunks: Int[np.ndarray, "b m"], batch_size: int, cls: bool, on_batch: Callable[[int], Any]
 ) -> Callable[[], np.ndarray]:
     """Embed chunks. What is returned gives their vectors, and waits for a GPU if need be.
 
-    Chunks of like length go through BERT together, so that hardly any padding does. `tell_batch` hears of each
-    batch how many they were.
+    Chunks of like length go through BERT together, so that hardly any padding does. `on_batch` is told how many
+    are in each batch.
     """
-    most = chunks.shape[1] + 2  # with [CLS] and [SEP]
-    _check_ids(model.config, most, int(chunks.min()), int(chunks.max()))
-    lengths = (~np.isin(chunks, (PAD_ID, SOS_ID, EOS_ID))).sum(axis=1) + 2
-    order = np.argsort(lengths, kind="stable")
-    framed, lengths, vectors = frame_chunks(_send(chunks[order], model.device)), lengths[order], []
-    for batch in _batches(lengths, most, batch_size):
-        shortest, longest = lengths[batch][[0, -1]].tolist()
+    _check_ids(model.config, chunks.shape[1] + 2, int(chunks.min()), int(chunks.max()))
+    framed, vectors = frame_chunks(torch.from_numpy(np.array(chunks))), []
+    lengths, order = (framed != PAD_ID).sum(dim=1).sort(stable=True)
+    framed, lengths = _send(framed[order], model.device), lengths.tolist()
+    for batch in _batches(lengths, framed.shape[1], batch_size):
+        shortest, longest = lengths[batch.start], lengths[batch.stop - 1]
         ids = framed[batch, :longest]
         vectors.append(_vectors(model, ids, None if shortest == longest else ids != PAD_ID, cls))
-        tell_batch(len(ids))
-    vectors = torch.cat(vectors)[_send(np.argsort(order), model.device)]
+        on_batch(len(ids))
+    vectors = torch.cat(vectors)[_send(order.argsort(), model.device)]
     if vectors.device.type != "cuda":
         return vectors.numpy
     fetched = vectors.to("cpu", non_blocking=True)
@@ -333,9 +332,6 @@ def chunks_to_embeddings_(
         "bert": bert_fingerprint(bert),
         "pooling": "cls" if use_cls_repr else "mean",
     }
-
-    sizes = ON_GPU if device.type == "cuda" else ON_CPU
-
     sizes = ON_GPU if device.type == "cuda" else ON_CPU
 
     def build() -> dict:

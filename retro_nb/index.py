@@ -8,7 +8,7 @@ themselves in fewer bytes.
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import faiss
@@ -35,6 +35,7 @@ SELECTIVE = (faiss.IndexFlat, faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexScalar
 Distances = Float[np.ndarray, "b k"]
 Neighbours = Int[np.ndarray, "b k"]
 Ranges = Sequence[tuple[int, int]]
+Run = tuple[slice, tuple[int, int]]  # queries of one document: their rows, and its range of ids
 Vectors = Float[np.ndarray, "c d"]
 
 
@@ -237,8 +238,8 @@ def search(
     return distances, ids
 
 
-def _runs(own: Int[np.ndarray, "b 2"]) -> list[tuple[slice, tuple[int, int]]]:
-    """Successive queries of the same document: their rows, and its range."""
+def _runs(own: Int[np.ndarray, "b 2"]) -> list[Run]:
+    """Where successive queries have the same own range."""
     edges = [0, *(np.flatnonzero(np.any(own[1:] != own[:-1], axis=1)) + 1), len(own)]
     return [(slice(int(start), int(stop)), tuple(own[start].tolist())) for start, stop in pairwise(edges)]
 
@@ -301,13 +302,21 @@ def _comparisons(
     if own is None or not queries:
         yield slice(0, queries), _outside(count, exclude)
         return
-    groups = max(1, queries // GROUP)
-    for _, runs in groupby(_runs(own), key=lambda run: run[0].start * groups // queries):
-        parts, documents = zip(*runs, strict=True)
-        first, stop = min(document[0] for document in documents), max(document[1] for document in documents)
-        yield slice(parts[0].start, parts[-1].stop), _outside(count, [*exclude, (first, stop)])
-        for rows, document in zip(parts, documents, strict=True):
+    for runs in _groups(own):
+        first, stop = min(document[0] for _, document in runs), max(document[1] for _, document in runs)
+        yield slice(runs[0][0].start, runs[-1][0].stop), _outside(count, [*exclude, (first, stop)])
+        for rows, document in runs:
             yield rows, _outside(count, [*exclude, document, (0, first), (stop, count)])
+
+
+def _groups(own: Int[np.ndarray, "b 2"]) -> Iterator[list[Run]]:
+    """Successive documents, as many as together have GROUP queries or more."""
+    group, begun = [], 0
+    for rows, document in _runs(own):
+        group.append((rows, document))
+        if rows.stop == len(own) or min(rows.stop - begun, len(own) - rows.stop) >= GROUP:  # what is left is enough
+            yield group
+            group, begun = [], rows.stop
 
 
 def _outside(count: int, ranges: Ranges) -> list[tuple[int, int]]:

@@ -167,7 +167,7 @@ class TrainingWrapper(nn.Module):
         if chunk_size != retro.chunk_size:
             raise ValueError(f"chunk_size {chunk_size}, but the model was made for {retro.chunk_size}: make them equal")
         if knn < 1:
-            raise ValueError(f"knn is {knn}: it must be at least 1; a model without neighbours needs no wrapper")
+            raise ValueError(f"knn is {knn}: it must be at least 1")
         vocabulary = get_tokenizer(bert).get_vocab_size()
         if retro.token_emb.num_embeddings < vocabulary:
             raise ValueError(

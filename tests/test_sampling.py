@@ -395,9 +395,12 @@ def test_the_length_of_the_result(retro, p, new):
     assert torch.equal(out[:, :p], prompt)
 
 
-@given(ends=st.lists(st.integers(3, 12), min_size=1, max_size=3), patience=st.sampled_from([2, 4]))
+@given(
+    ends=st.lists(st.integers(3, 12), min_size=1, max_size=3), spare=st.integers(0, 9),
+    patience=st.sampled_from([2, 4]),
+)  # fmt: skip
 @few
-def test_looking_rarely_for_the_end_changes_nothing(retro, ends, patience):
+def test_looking_rarely_for_the_end_changes_nothing(retro, ends, spare, patience):
     """On a GPU the rows' ends are noticed late: not in the text, nor in what is fetched."""
     texts = []
     for every in (1, patience):
@@ -406,7 +409,7 @@ def test_looking_rarely_for_the_end_changes_nothing(retro, ends, patience):
             calls = []
             out = generate(
                 retro, prompt_of(3, b=len(ends)), lambda chunk, u: calls.append(u) or fetch(chunk, u),  # noqa: B023
-                filter_fn=end_at(dict(enumerate(ends)), p=3),
+                filter_fn=end_at(dict(enumerate(ends)), p=3), max_new_tokens=max(ends) - 2 + spare,
             )  # fmt: skip
         texts.append((out.tolist(), calls))
     assert texts[0] == texts[1] and len(texts[0][0][0]) == max(ends) + 1
