@@ -10,6 +10,7 @@ import os
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,10 +35,10 @@ class Sizes(NamedTuple):
 
     batch: int  # chunks in a forward pass: enough to be busy, few enough for a CPU's cache
     block: int  # chunks written together: what a killed build has to do again
-    ahead: int  # blocks that it is given before the last one is fetched, so that a GPU never waits for the disk
+    ahead: int  # blocks begun while an earlier one is still to be written: so that a GPU never waits for the disk
 
 
-ON_CPU, ON_GPU = Sizes(32, 1024, ahead=0), Sizes(2048, 8192, ahead=1)
+ON_CPU, ON_GPU = Sizes(32, 1024, ahead=0), Sizes(2048, 8192, ahead=2)
 
 
 def best_device() -> torch.device:
@@ -336,17 +337,18 @@ def chunks_to_embeddings_(
 
     def build() -> dict:
         rows = ResumableRows(embeddings_memmap_path, (num_chunks, dim), np.float32, settings, shared=True)
-        blocks, begun = list(rows.blocks(sizes.block)), deque()
+        blocks, writes = list(rows.blocks(sizes.block)), deque()
         total, hidden = sum(block.stop - block.start for block in blocks), not progress or launched()[0] > 0
-        with tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden) as bar:
+        bar = tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden)
+        with bar, ThreadPoolExecutor(1) as writer:
             for block in blocks:
                 model, batch = get_bert(bert, device), batch_size or sizes.batch
-                begun.append((block, _begin_block(model, chunks[block, :-1], batch, use_cls_repr, bar.update)))
-                if len(begun) > sizes.ahead:
-                    earlier, vectors = begun.popleft()
-                    rows.write(earlier, vectors())
-            for last, vectors in begun:
-                rows.write(last, vectors())
+                vectors = _begin_block(model, chunks[block, :-1], batch, use_cls_repr, bar.update)
+                writes.append(writer.submit(lambda rows_, get: rows.write(rows_, get()), block, vectors))
+                while len(writes) > sizes.ahead:
+                    writes.popleft().result()
+            for write in writes:
+                write.result()
         rows.finish()
         return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
 

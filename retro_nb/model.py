@@ -4,8 +4,7 @@ Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k ne
 per neighbour, d width, v vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,29 +12,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retro_nb.layers import Attention, FeedForward, Past, PostNorm, PreNorm, RMSNorm, rotary
+from retro_nb.layers import Past, PostNorm, PreNorm, rotary
 from retro_nb.loss import linear_cross_entropy
+from retro_nb.presets import AS_IN_THE_PAPER, PRESETS
 from retro_nb.pretrained import load, plain_config, renamed, save
-from retro_nb.transformer import Decoder, DecodingState, Encoder
+from retro_nb.transformer import Decoder, DecodingState, Encoder, deepnet_init, norm_of
 
-NORMS = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
-
-# Tables 2 and 10 of the paper. The encoder is the same for all: width 896, 16 heads of 64, 2 layers.
-EVERY_THIRD = (9, 12, 15, 18, 21, 24)
-PRESETS = {
-    "172M": dict(dec_dim=896, heads=16, dim_head=64, dec_depth=12, dec_cross_attn_layers=(6, 9, 12)),
-    "425M": dict(dec_dim=1536, heads=12, dim_head=128, dec_depth=12, dec_cross_attn_layers=(6, 9, 12)),
-    "1.5B": dict(dec_dim=2048, heads=16, dim_head=128, dec_depth=24, dec_cross_attn_layers=EVERY_THIRD),
-    "7.5B": dict(
-        dec_dim=4096, heads=32, dim_head=128, dec_depth=32, dec_cross_attn_layers=(*EVERY_THIRD, 27, 30, 32)
-    ),
-}
-AS_IN_THE_PAPER = dict(
-    enc_dim=896, enc_depth=2, enc_heads=16, enc_dim_head=64, enc_cross_attn_layers=(1,), chunk_size=64,
-    separate_embeddings=True, absolute_positions=False, tied_output=True, project_encoded=False,
-)  # fmt: skip
-
 
 class RETRO(nn.Module):
     """A causal language model that reads, after every chunk, the neighbours retrieved for it.
@@ -127,7 +110,7 @@ class RETRO(nn.Module):
 
         # encoder and decoder
 
-        norm = _norm(norm_klass, gated_rmsnorm, use_deepnet)
+        norm = norm_of(norm_klass, gated_rmsnorm, use_deepnet)
 
         def residual(dim: int, scale: float) -> dict:
             if use_deepnet:
@@ -151,8 +134,8 @@ class RETRO(nn.Module):
             **residual(dec_dim, dec_scale),
         )  # fmt: skip
         if use_deepnet:
-            _deepnet_init(self.encoder, gain=0.87 * (enc_depth**4 * dec_depth) ** (-1 / 16))
-            _deepnet_init(self.decoder, gain=(12 * dec_depth) ** (-1 / 4))
+            deepnet_init(self.encoder, gain=0.87 * (enc_depth**4 * dec_depth) ** (-1 / 16))
+            deepnet_init(self.decoder, gain=(12 * dec_depth) ** (-1 / 4))
 
         # output
 
@@ -215,7 +198,8 @@ class RETRO(nn.Module):
 
         Args:
             batch: number of sequences.
-            capacity: most tokens that will be fed, max_seq_len when left out.
+            capacity: most tokens that will be fed, max_seq_len when left out. On a GPU every token looks at
+                so many places, filled or not.
             retrieval: False for RETRO[OFF], the model of forward(retrieved=None).
         """
         capacity = self.seq_len if capacity is None else capacity
@@ -246,6 +230,9 @@ class RETRO(nn.Module):
         All tokens of a call lie in one attending chunk, the last token of a chunk and the first m−1 of the
         next, because they read the same neighbours (`pieces` cuts a longer text). A piece that begins with
         a chunk's last token brings the neighbours of that chunk.
+
+        On a GPU, without gradients, single tokens replay a recording of the layers (graphs.py). So let the
+        weights stay where they are while a state is in use; hooks on the layers do not run.
 
         Args:
             seq: (b, n) the next tokens.
@@ -405,30 +392,3 @@ def _layers(name: str, layers: Sequence[int] | None, depth: int) -> tuple[int, .
     if outside := [i for i in layers if not 1 <= i <= depth]:
         raise ValueError(f"{name} names layer {outside[0]}, but the layers are 1 … {depth}: leave it out")
     return layers
-
-
-def _norm(norm_klass: type[nn.Module] | str | None, gated: bool, deepnet: bool) -> Callable[[int], nn.Module]:
-    if gated:
-        return partial(RMSNorm, gated=True)
-    if deepnet:
-        return nn.LayerNorm
-    name = norm_klass.__name__ if isinstance(norm_klass, type) else norm_klass or "RMSNorm"
-    if name not in NORMS:
-        raise ValueError(f"norm_klass {name} is unknown: choose one of {', '.join(NORMS)}")
-    return NORMS[name]
-
-
-@torch.no_grad()
-def _deepnet_init(module: nn.Module, gain: float) -> None:
-    """Xavier's normal initialisation, scaled by `gain` in values, attention outputs and feed-forward."""
-    scaled = set()
-    for part in module.modules():
-        if isinstance(part, Attention):
-            scaled |= {part.to_v, part.to_out}
-        elif isinstance(part, FeedForward):
-            scaled |= {part.net[0], part.net[-1]}
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            nn.init.xavier_normal_(linear.weight, gain=gain if linear in scaled else 1.0)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)

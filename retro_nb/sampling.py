@@ -104,7 +104,7 @@ def generate(
         filter_fn, filter_thres: top_k or top_p and the share that it filters out.
         temperature: 0 is greedy.
         generator: noise for all rows is drawn at every step, so a row's text does not depend on when the
-            others end.
+            others end. On a GPU up to 15 steps more are drawn than were needed.
         on_token: called with every new position and its (b,) tokens, as they come.
 
     Returns:

@@ -17,10 +17,12 @@ from retro_nb.layers import (
     OpenMemory,
     Past,
     Place,
+    RMSNorm,
     hiding,
     rotary,
 )
 
+NORMS = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
 Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside its residual
 
 
@@ -221,3 +223,31 @@ class Decoder(nn.Module):
                     place.copy_(value)
             elif new is not old:
                 state.memories[i], state.recording = new, Recording()
+
+
+def norm_of(norm_klass: type[nn.Module] | str | None, gated: bool, deepnet: bool) -> Callable[[int], nn.Module]:
+    """What makes the norms of both stacks, from their width."""
+    if gated:
+        return partial(RMSNorm, gated=True)
+    if deepnet:
+        return nn.LayerNorm
+    name = norm_klass.__name__ if isinstance(norm_klass, type) else norm_klass or "RMSNorm"
+    if name not in NORMS:
+        raise ValueError(f"norm_klass {name} is unknown: choose one of {', '.join(NORMS)}")
+    return NORMS[name]
+
+
+@torch.no_grad()
+def deepnet_init(module: nn.Module, gain: float) -> None:
+    """Xavier's normal initialisation, scaled by `gain` in values, attention outputs and feed-forward."""
+    scaled = set()
+    for part in module.modules():
+        if isinstance(part, Attention):
+            scaled |= {part.to_v, part.to_out}
+        elif isinstance(part, FeedForward):
+            scaled |= {part.net[0], part.net[-1]}
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.xavier_normal_(linear.weight, gain=gain if linear in scaled else 1.0)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)

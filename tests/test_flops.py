@@ -6,7 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_nb.flops import flops_per_token
-from retro_nb.model import PRESETS, RETRO
+from retro_nb.model import RETRO
+from retro_nb.presets import PRESETS
 
 TINY = dict(
     num_tokens=50, max_seq_len=32, enc_dim=6, enc_depth=2, dec_dim=10, dec_depth=3, dec_cross_attn_layers=(2, 3),

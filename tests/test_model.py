@@ -16,7 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from retro_nb.layers import RMSNorm
-from retro_nb.model import PRESETS, RETRO
+from retro_nb.model import RETRO
+from retro_nb.presets import PRESETS
 
 SMALL = dict(
     num_tokens=40, max_seq_len=24, enc_dim=12, enc_depth=2, dec_dim=16, dec_depth=3,
