@@ -10,6 +10,7 @@ processor's measured and of its datasheet's matrix rate that is reached, and whe
 
 import contextlib
 import io
+import os
 import statistics
 import tempfile
 import warnings
@@ -172,30 +173,49 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(8))
 
 
+def disk_rate(folder: Path) -> float:
+    """Bytes a second that reach the disk, in blocks as large as MiniLM's."""
+    block = np.random.default_rng(0).bytes(embedding.ON_GPU.block * 384 * 4)
+
+    def write() -> None:
+        with open(folder / "disk", "wb") as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return len(block) / statistics.median(timed(write) for _ in range(9))
+
+
 @torch.inference_mode()
-def forward_rates(bert: Path, chunks: np.ndarray) -> dict[str, float]:
-    """Chunks a second on the GPU alone, by chunks in a pass; and with torch.compile, which embedding does without."""
-    model, rates = get_bert(bert, "cuda"), {}
-    whole = chunks[(chunks[:, :64] > 102).all(1), :64]
-    models = {str(batch): (model, batch) for batch in (512, 1024, 2048, 4096, 8192)}
-    if can_compile("cuda"):
+def forward_rates(bert: Path, chunks: np.ndarray, device: str) -> dict[str, float]:
+    """Chunks a second through BERT alone, by chunks in a pass; and with torch.compile, which embedding does without."""
+    model, rates = get_bert(bert, device), {}
+    sizes = (512, 1024, 2048, 4096, 8192) if device == "cuda" else (16, 32, 64, 128, 256)
+    models = {str(batch): (model, batch) for batch in sizes}
+    if device == "cuda" and can_compile("cuda"):
         models["2048, compiled"] = torch.compile(model, dynamic=False), 2048
     for name, (forward, batch) in models.items():
-        ids = frame_chunks(torch.from_numpy(np.resize(whole, (batch, 64)))).cuda()
-        passes = max(1, 16384 // batch)
+        ids, passes = whole_chunks(chunks, batch).to(device), max(1, 2 * sizes[-1] // batch)
 
         def run(forward=forward, ids=ids, passes=passes) -> None:
             for _ in range(passes):
                 embedding._vectors(forward, ids, None, False)
 
         try:
-            seconds = [timed(run) for _ in range(7)][2:]
+            seconds = [timed(run) for _ in range(5)][2:]
         except Exception as error:  # a compiler's
             print(f"  forward, {name} a pass: {type(error).__name__}: {str(error)[:200]}", flush=True)
             continue
         rates[name] = passes * batch / statistics.median(seconds)
-        print(f"  forward, {name} a pass: {rates[name]:,.0f} chunks/s", flush=True)
+        speed = rates[name] * flops_per_chunk(model.config, 66) / 1e12
+        print(f"  forward, {name} a pass: {rates[name]:,.0f} chunks/s, {speed:.2f} TFLOP/s", flush=True)
     return rates
+
+
+def whole_chunks(chunks: np.ndarray, count: int) -> Tensor:
+    """So many framed chunks without padding."""
+    whole = chunks[(chunks[:, :64] > 102).all(1), :64]
+    return frame_chunks(torch.from_numpy(np.resize(whole, (count, 64))))
 
 
 @torch.inference_mode()
@@ -204,9 +224,7 @@ def time_by_kernel(bert: Path, chunks: np.ndarray, device: str) -> dict[str, flo
     from torch.profiler import ProfilerActivity, profile
 
     model, (batch, *_) = get_bert(bert, device), embedding.ON_GPU if device == "cuda" else embedding.ON_CPU
-    whole = chunks[(chunks[:, :64] > 102).all(1), :64]
-    ids = frame_chunks(torch.from_numpy(np.resize(whole, (batch, 64)))).to(device)
-    run = partial(embedding._vectors, model, ids, None, False)
+    run = partial(embedding._vectors, model, whole_chunks(chunks, batch).to(device), None, False)
     run()
     with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as trace:
         timed(run)
@@ -239,9 +257,10 @@ def measure(name: str, bert: Path, trained: bool, chunks: np.ndarray, folder: Pa
         target=TARGETS[device],
         equal=equal,
     )
-    more = explain(row, config, dtype, device)
-    if device == "cuda":
-        more["forward_chunks_per_second"] = forward_rates(bert, chunks)
+    more = explain(row, config, dtype, device) | {"disk_bytes_per_second": disk_rate(folder)}
+    print(f"  the disk takes {more['disk_bytes_per_second'] / 1e6:,.0f} MB/s", flush=True)
+    if dtype == torch.bfloat16:
+        more["forward_chunks_per_second"] = forward_rates(bert, chunks, device)
     return row, more | {"time_by_kernel": time_by_kernel(bert, chunks, device)}
 
 

@@ -44,6 +44,7 @@ from retro_nb.storage import WORK, open_array
 K, EXTRA = 2, 100
 CHECKED = 1000  # chunks whose neighbours are compared with brute force in double precision
 REPEATS = 3  # not 5: with autofaiss's tuning one run of the reference takes a minute and more
+AUTOFAISS = importlib.util.find_spec("autofaiss") is not None
 BUILT = ("knn.index", "chunks.knn.npy")
 
 
@@ -92,7 +93,7 @@ def prepare_reference(folder: Path, vectors: np.ndarray, doc_ids: np.ndarray) ->
     retrieval.chunks_to_embeddings_ = lambda **_: None
     # It does not hand the width on to its own function, which takes all vectors for 768 wide.
     retrieval.chunks_to_index_and_embed = partial(retrieval.chunks_to_index_and_embed, embed_dim=vectors.shape[1])
-    if importlib.util.find_spec("autofaiss"):
+    if AUTOFAISS:
         from autofaiss.external import optimize
 
         # Its report of the tuning has a float32 in it, which JSON does not know.
@@ -142,7 +143,8 @@ def rows_left_unfilled(index: faiss.Index, vectors: np.ndarray, doc_ids: np.ndar
 def brute_force(vectors: np.ndarray, doc_ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Squared distances of these chunks to all, in double precision; infinite within a document."""
     exact = vectors.astype(np.float64)
-    distances = np.stack([((exact - exact[row]) ** 2).sum(axis=1) for row in rows])
+    squares = (exact**2).sum(axis=1)
+    distances = squares[rows][:, None] + squares - 2 * exact[rows] @ exact.T
     return np.where(doc_ids[rows][:, None] == doc_ids, np.inf, distances)
 
 
@@ -191,7 +193,7 @@ def main() -> None:
             repeats=REPEATS,
         )
         os.chdir(home)
-    peer_index = "autofaiss 2.17.0" if importlib.util.find_spec("autofaiss") else "HNSW32 in place of autofaiss"
+    peer_index = "autofaiss 2.17.0" if AUTOFAISS else "HNSW32 in place of autofaiss"
     settings = {"chunks": count, "width": vectors.shape[1], "k": K, "extra": EXTRA, "reference's index": peer_index}
     write_results("neighbours", [row], settings, quality=quality)
 

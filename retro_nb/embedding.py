@@ -299,8 +299,8 @@ def chunks_to_embeddings_(
     """Embed every chunk of a chunk array to disk (float32, num_chunks × embed_dim).
 
     A build that was interrupted goes on where it stopped; one that is finished, with the same chunks, BERT
-    and pooling, is not repeated. Processes that were launched together (`accelerate launch`, torchrun) share
-    the work, and each has to call this.
+    and pooling, is not repeated. Processes that were launched together on a host (`accelerate launch`, torchrun)
+    share the work, and each has to call this.
 
     Args:
         num_chunks, chunk_size: shape of the chunk array, without the extra token.
@@ -344,8 +344,8 @@ def chunks_to_embeddings_(
             for block in blocks:
                 model, batch = get_bert(bert, device), batch_size or sizes.batch
                 vectors = _begin_block(model, chunks[block, :-1], batch, use_cls_repr, bar.update)
-                writes.append(writer.submit(lambda rows_, get: rows.write(rows_, get()), block, vectors))
-                while len(writes) > sizes.ahead:
+                writes.append(writer.submit(lambda block, vectors: rows.write(block, vectors()), block, vectors))
+                if len(writes) > sizes.ahead:
                     writes.popleft().result()
             for write in writes:
                 write.result()
