@@ -243,7 +243,7 @@ class ResumableRows:
 
     def write(self, rows: slice, values: np.ndarray) -> None:
         """Store one block, in any order, and mark its rows."""
-        if self._marks() is None:
+        if self.processes == 1 and self._marks() is None:  # what is shared was begun before it was divided
             self._begin()
         with naming(self.partial), open(self.partial, "r+b") as file:
             file.seek(self._offset(rows.start))
