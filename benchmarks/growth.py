@@ -8,10 +8,14 @@ index of each size is the one that `choose_index` picks; it has to find 95 of 10
 The vectors are those of the speeches, as far as they reach (37,207). A larger corpus is made of *editions* of
 them: a vector of an edition is a random combination Σ cᵢvᵢ, Σ cᵢ = 1, of a real vector and its AROUND nearest
 ones of other documents. So it keeps the real clusters, the real documents and the real local directions. The
-share of the vector itself is LIKENESS; Σ cᵢ² of the others is SPREAD. These two were chosen so that four editions
-of a quarter of the speeches are to all the speeches as like as can be: in the distances to the 1st, 10th and
-100th neighbour, and in the recall that an inverted file reaches with so many of its lists. Every run measures
-this again; it is `likeness` in the results.
+share of the vector itself is LIKENESS, the squares of the others' random parts add up to SPREAD. These two were
+chosen so that four editions of a quarter of the speeches resemble all the speeches: in the distances to the 1st,
+10th and 100th neighbour, and in the recall that an inverted file reaches with so many of its lists (a little
+lower, so that nothing is made easier). Every run measures this again; it is `likeness` in the results.
+
+`peak_MB` is the process with its libraries (`peak_MB_before`), the index (while it grows up to a third more than
+its file), and the training sample or one block of vectors, whichever is there at the time. Pages of the mapped
+vectors are counted apart: the system takes them back when it needs them.
 """
 
 import argparse
@@ -99,10 +103,9 @@ def likeness(vectors: np.ndarray, doc_ids: np.ndarray) -> dict[str, dict]:
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """The most memory held meanwhile, in MB: `resident`, and of it what is not pages of mapped files.
+    """The most memory held meanwhile, in MB: `resident`, and of it what is no page of a mapped file.
 
-    The system takes the pages of a file that is only read back when it needs them; they count as resident as
-    long as nobody needs their place. Only Linux tells them apart.
+    Only Linux tells the two apart.
     """
     peak, done = {"anonymous_MB": 0.0}, threading.Event()
 

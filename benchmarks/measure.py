@@ -22,6 +22,7 @@ import torch
 from retro_nb.storage import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 operations a second, by datasheet
 PACKAGES = ("torch", "numpy", "faiss-cpu", "transformers", "retro-pytorch")
 
 
@@ -115,6 +116,11 @@ def where() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def bf16_peak() -> float | None:
+    """The datasheet's bfloat16 operations a second of this GPU, where it is known."""
+    return next((rate for card, rate in BF16_PEAK.items() if card in torch.cuda.get_device_name()), None)
 
 
 def cpu_name() -> str:

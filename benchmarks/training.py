@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from measure import Comparison, compare, timed, write_results
+from measure import Comparison, bf16_peak, compare, timed, write_results
 from peer import import_reference
 from torch import Tensor
 
@@ -34,7 +34,6 @@ LARGE = dict(
     num_tokens=V, max_seq_len=2048, enc_dim=896, enc_depth=2, dec_dim=896, dec_depth=12,
     dec_cross_attn_layers=(6, 9, 12), heads=8, dim_head=64,
 )  # fmt: skip
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 operations a second, by datasheet
 BATCHES = (4, 8, 12, 16, 32, 40)
 COMPILED_BATCHES = (4, 24, 32, 40)  # each is compiled for a minute
 
@@ -184,7 +183,7 @@ def on_gpu() -> None:
 
     best, their_best = (max(found, key=lambda b: found[b]["tokens_per_second"]) for found in (mine, theirs))
     flops = flops_per_token(RETRO(**LARGE), n=LARGE["max_seq_len"], k=K)
-    peak = next((rate for name, rate in BF16_PEAK.items() if name in torch.cuda.get_device_name()), None)
+    peak = bf16_peak()
     per_sequence = mine[best]["gigabytes"] / best, theirs[their_best]["gigabytes"] / their_best
     rate = mine[best]["tokens_per_second"]
     row = Comparison(

@@ -83,6 +83,9 @@ def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
 def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = False) -> faiss.Index:
     """Train and fill a FAISS index with squared L2 distance.
 
+    Beside the index, memory holds the vectors to train on (64 for each list of an inverted file, 65,536 at
+    least), and then one block of 65,536 at a time.
+
     Args:
         vectors: one row per chunk; row i gets id i. May be a memory map: it is read in blocks.
         spec: an index-factory string ("Flat", "HNSW32", "IVF256,Flat", "IVF256,PQ48", …), or None for the
@@ -273,7 +276,8 @@ def exact_search(
 ) -> tuple[Distances, Neighbours]:
     """As `search`, by comparing every query with every vector that it may find: the measure of every index.
 
-    Of equally near vectors the one with the lowest id comes first.
+    A distance is |q|² + |v|² − 2q·v in float32: exact to about a millionth of |q|² + |v|². Of equally near
+    vectors the one with the lower id comes first.
     """
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     distances = np.full((len(queries), k), np.inf, dtype=np.float32)

@@ -145,7 +145,7 @@ def chunks_to_index_and_embed(
     chunk_memmap_path: PathLike,
     use_cls_repr: bool = False,
     max_rows_per_file: int = 1024,
-    chunks_to_embeddings_batch_size: int = 64,
+    chunks_to_embeddings_batch_size: int | None = None,
     embed_dim: int | None = None,
     index_file: str = "knn.index",
     index: str | None = None,
