@@ -230,15 +230,20 @@ def search(
     if queries.shape[1] != index.d:
         raise ValueError(f"queries of width {queries.shape[1]} for an index of width {index.d}: another BERT?")
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    whole = faiss.downcast_index(index)
-    if isinstance(whole, faiss.IndexFlat) and whole.metric_type == faiss.METRIC_L2:
-        stored = faiss.rev_swig_ptr(whole.get_xb(), whole.ntotal * whole.d).reshape(-1, whole.d)
-        return exact_search(stored, queries, k, exclude=exclude, own=own)
+    if is_exact(index):
+        stored = faiss.rev_swig_ptr(faiss.downcast_index(index).get_xb(), index.ntotal * index.d)
+        return exact_search(stored.reshape(-1, index.d), queries, k, exclude=exclude, own=own)
     if own is None or not len(own):
         return _search_outside(index, queries, k, exclude)
     found = [_search_outside(index, queries[rows], k, [*exclude, document]) for rows, document in _runs(own)]
     distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return distances, ids
+
+
+def is_exact(index: faiss.Index) -> bool:
+    """Whether to search the index is to compare with the vectors themselves, all of them."""
+    whole = faiss.downcast_index(index)
+    return isinstance(whole, faiss.IndexFlat) and whole.metric_type == faiss.METRIC_L2
 
 
 def _runs(own: Int[np.ndarray, "b 2"]) -> list[Run]:

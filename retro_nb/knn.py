@@ -27,6 +27,7 @@ from retro_nb.index import (
     choose_index,
     exact_search,
     innermost,
+    is_exact,
     parse_bytes,
     read_index,
     recall,
@@ -223,7 +224,7 @@ def chunks_to_precalculated_knn_(
     """Embed, index and search: the k nearest chunks of other documents for every chunk, to disk.
 
     The neighbours are int32, num_chunks × k, ascending by distance, −1 where there is none. How good they
-    are is measured, and kept in the folder's manifest (`knn_stats`).
+    are is measured if the index is not exact, and kept in the folder's manifest (`knn_stats`).
 
     Args:
         num_nearest_neighbors: k.
@@ -272,7 +273,7 @@ def chunks_to_precalculated_knn_(
         found = open_array(path)
         return {
             "k": k,
-            "recall": measure_recall(vectors, doc_ids, found, max_similarity),
+            "recall": 1.0 if is_exact(index) else measure_recall(vectors, doc_ids, found, max_similarity),
             "missing": int((found < 0).sum()),
             "seconds": time.perf_counter() - started,
         }

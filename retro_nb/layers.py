@@ -85,31 +85,6 @@ def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "2 n d"]) -> Float
     return torch.addcmul(x * cos, torch.cat((second, first, still), dim=-1), sin).type_as(x)
 
 
-class KeyValueCache:
-    """The keys and values of the tokens seen so far, so that decoding computes each of them once.
-
-    Room for `capacity` tokens is taken at the first use: appending then copies only what is new.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity, self.length = capacity, 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def extend(
-        self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
-    ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
-        """Append the new tokens' keys and values; return those of all tokens."""
-        if self.keys is None:
-            b, h, _, d = keys.shape
-            self.keys, self.values = (keys.new_empty(b, h, self.capacity, d) for _ in range(2))
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 class Place(NamedTuple):
     """Where the tokens stand that are decoded now, in the forms in which the layers ask for it.
 
@@ -162,7 +137,7 @@ class Attention(nn.Module):
     Args:
         dim: width d of the queries' side and of the result.
         context_dim: width of the attended side, `dim` when left out.
-        causal: token i sees tokens 0 … i only. With fewer queries than keys the last ones line up.
+        causal: token i sees tokens 0 … i only.
         dropout: share of the attention weights dropped in training.
         null_kv: adds one learned key and value, so that a query may attend to nothing at all.
     """
@@ -196,12 +171,9 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "b _"] | None = None,
         q_rotary: Float[Tensor, "2 n _"] | None = None,
         k_rotary: Float[Tensor, "2 _ _"] | None = None,
-        cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Attend from x to `context` (to x itself when left out); `mask` is True where a key may be seen."""
         keys, values = self.keys_values(x if context is None else context, k_rotary)
-        if cache is not None:
-            keys, values = cache.extend(keys, values)
         return self.attend(self.queries(x, q_rotary), keys, values, mask)
 
     def queries(
@@ -340,22 +312,20 @@ class ChunkedCrossAttention(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         memory: Memory | None,
-        start: int = 0,
         kept: Int[Tensor, " c"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """What the tokens read, zero where there is nothing to read yet.
 
         Args:
-            x: tokens at positions start … start+n−1: a whole sequence, or a piece of one attending chunk.
-            memory: of the l chunks whose attending chunks x covers; None where no chunk has neighbours.
+            x: whole sequences.
+            memory: of their l chunks; None where no chunk has neighbours.
             kept: the memory holds only these c of the b·l chunks; the others have no neighbours, so that all
                 they can read is the null value.
         """
         if memory is None:
             return torch.zeros_like(x)
         m, l = self.chunk_size, memory.chunks if kept is None else x.shape[1] // self.chunk_size
-        before = max(m - 1 - start, 0)  # tokens ahead of the first attending chunk
-        first = (start + before + 1) % m  # where in its attending chunk the first reader stands
+        before = m - 1  # tokens ahead of the first attending chunk
         n = x.shape[1] - before
         width = m if l > 1 else n
         attending = F.pad(x[:, before:], (0, 0, 0, l * width - n))
@@ -363,7 +333,7 @@ class ChunkedCrossAttention(nn.Module):
         if kept is not None:
             attending = attending[kept]
 
-        positions = m - 1 + first + torch.arange(width, device=x.device)
+        positions = m - 1 + torch.arange(width, device=x.device)
         q = self.attn.queries(attending, rotary(positions, self.attn.dim_head))
         out = self.attn.attend(q, memory.keys, memory.values, memory.mask)
         if kept is not None:

@@ -12,10 +12,12 @@ from retro_nb.layers import (
     Attention,
     ChunkedCrossAttention,
     FeedForward,
-    KeyValueCache,
+    Past,
+    Place,
     PostNorm,
     PreNorm,
     RMSNorm,
+    hiding,
     rotary,
     rotate,
 )
@@ -141,12 +143,13 @@ def test_cached_pieces_equal_the_whole(cuts):
     n = sum(cuts)
     layer, x, turn = Attention(8, heads=2, dim_head=6, causal=True), torch.randn(2, n, 8), angles(range(n), 6)
     whole = layer(x, q_rotary=turn, k_rotary=turn)
-    cache, pieces, start = KeyValueCache(capacity=n), [], 0
+    past, pieces, start = Past(capacity=n + 2), [], 0
     for size in cuts:
-        part = turn[:, start : start + size]
-        pieces.append(layer(x[:, start : start + size], q_rotary=part, k_rotary=part, cache=cache))
+        positions = torch.arange(start, start + size)
+        bias = hiding(torch.arange(n + 2) > positions[:, None], x.dtype)  # as a recording sees it: the whole past
+        place = Place(positions, turn[:, positions], turn[:, positions], bias)
+        pieces.append(layer.extend(x[:, positions], past, place))
         start += size
-    assert cache.length == n
     assert_close(torch.cat(pieces, dim=1), whole, atol=1e-6, rtol=1e-5)
 
 
@@ -234,8 +237,10 @@ def test_pieces_of_an_attending_chunk_equal_the_whole(m, u, data):
     whole = layer(x, layer.remember(encoded, mask))
     start = data.draw(st.integers(u * m - 1, u * m + m - 2))
     stop = data.draw(st.integers(start + 1, u * m + m - 1))
-    memory = layer.remember(encoded[:, u - 1 : u], mask[:, u - 1 : u])
-    assert_close(layer(x[:, start:stop], memory, start), whole[:, start:stop])
+    memory = layer.open(encoded[:, u - 1 : u], mask[:, u - 1 : u])
+    reader = angles(range(start - (u - 1) * m, stop - (u - 1) * m), 6)  # m−1 is where an attending chunk begins
+    place = Place(torch.arange(start, stop), reader, reader, torch.zeros(stop - start, stop))
+    assert_close(layer.read(x[:, start:stop], memory, place), whole[:, start:stop])
 
 
 def test_no_memory_reads_nothing():
