@@ -1,6 +1,6 @@
 """What becomes of the neighbours when the corpus grows: time, bytes, memory and recall of the kinds of index.
 
-    python benchmarks/growth.py 10_000 100_000 1_000_000        writes benchmarks/results/growth.json, row by row
+    python benchmarks/growth.py 10_000 100_000 1_000_000        writes benchmarks/results/growth-….json, row by row
 
 Every index is built and searched in a process of its own, so that the peak of its memory is its own. The first
 index of each size is the one that `choose_index` picks; it has to find 95 of 100 true neighbours.
@@ -13,9 +13,9 @@ chosen so that four editions of a quarter of the speeches resemble all the speec
 10th and 100th neighbour, and in the recall that an inverted file reaches with so many of its lists (a little
 lower, so that nothing is made easier). Every run measures this again; it is `likeness` in the results.
 
-`peak_MB` is the process with its libraries (`peak_MB_before`), the index (while it grows up to a third more than
+`peak_MB` is the process with its libraries (`MB_before`), the index (while it grows up to a third more than
 its file), and the training sample or one block of vectors, whichever is there at the time. Pages of the mapped
-vectors are counted apart: the system takes them back when it needs them.
+vectors come on top in `peak_MB_with_files`; the system takes them back when it needs them.
 """
 
 import argparse
@@ -101,39 +101,44 @@ def likeness(vectors: np.ndarray, doc_ids: np.ndarray) -> dict[str, dict]:
 # one index, in a process of its own
 
 
-@contextmanager
-def peak_memory() -> Iterator[dict[str, float]]:
-    """The most memory held meanwhile, in MB: `resident`, and of it what is no page of a mapped file.
+def megabytes(field: str) -> float:
+    """Memory of this process: `VmHWM`, the most that was resident, or `RssAnon`, what is no page of a file now.
 
-    Only Linux tells the two apart.
+    Only Linux tells the two apart. (There getrusage would count the parent's memory before the start as well.)
     """
-    peak, done = {"anonymous_MB": 0.0}, threading.Event()
+    if sys.platform == "linux":
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields[field].split()[0]) * 1024 / 1e6
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """MB of memory that is no page of a file, looked up 50 times a second."""
+    seen, done = [megabytes("RssAnon")], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
-            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            peak["anonymous_MB"] = max(peak["anonymous_MB"], int(fields["RssAnon"].split()[0]) * 1024 / 1e6)
+            seen.append(megabytes("RssAnon"))
 
-    thread = threading.Thread(target=watch if sys.platform == "linux" else done.wait)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield peak
+        yield seen
     finally:
         done.set()
         thread.join()
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak["resident_MB"] = most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+        seen.append(megabytes("RssAnon"))
 
 
 def measure(spec: str, folder: Path) -> dict:
     """Build, write and search one index; how long, how large, how good."""
     vectors, doc_ids, truth = (open_array(folder / f"{name}.npy") for name in ("vectors", "doc_ids", "truth"))
-    with peak_memory() as before:
-        rows_of(vectors, slice(0, 1))
     start = time.perf_counter()
     with peak_memory() as memory:
         index = build_index(vectors, spec)
-    build_seconds = time.perf_counter() - start
+    build_seconds, resident = time.perf_counter() - start, megabytes("VmHWM")
     write_index(index, folder / "index")
     size = (folder / "index").stat().st_size
     (folder / "index").unlink()
@@ -150,9 +155,9 @@ def measure(spec: str, folder: Path) -> dict:
         "index_MB": size / 1e6,
         "search_seconds_per_1000": statistics.median(seconds) * 1000 / TIMED,
         f"recall@{K}": recall(vectors, rows_of(vectors, asked), found, truth),
-        "peak_MB": memory["anonymous_MB"] or memory["resident_MB"],
-        "peak_MB_with_mapped_files": memory["resident_MB"],
-        "peak_MB_before": before["anonymous_MB"] or before["resident_MB"],
+        "peak_MB": max(memory),
+        "MB_before": memory[0],
+        "peak_MB_with_files": resident,
         "effort": getattr(index, "nprobe", None) or getattr(getattr(index, "hnsw", None), "efSearch", None),
     }
 

@@ -78,7 +78,7 @@ def rotary(positions: Int[Tensor, " n"], dim_head: int) -> Float[Tensor, "2 n {d
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def rotate(x: Float[Tensor, "b h n d"], rotary: Float[Tensor, "2 n d"]) -> Float[Tensor, "b h n d"]:
+def rotate(x: Float[Tensor, "*b n d"], rotary: Float[Tensor, "2 n d"]) -> Float[Tensor, "*b n d"]:
     """Turn the leading features of every head by `rotary`; feature i is paired with feature i + dim/2."""
     (cos, sin), half = rotary, min(x.shape[-1], ROTARY_DIM) // 2
     first, second, still = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
@@ -228,9 +228,10 @@ class Attention(nn.Module):
 
     def extend(self, x: Float[Tensor, "b n d"], past: Past, place: Place) -> Float[Tensor, "b n d"]:
         """Self-attention for the next tokens: they look at the past and at themselves, and enter the past."""
-        k, v = self.keys_values(x)
-        q, k = rotate(torch.cat((self.queries(x), k), dim=1), place.turn).chunk(2, dim=1)
-        return self.look(q, *past.extend(k, v, place), place.bias)
+        parts = torch.stack((self.to_q(x), self.to_k(x), self.to_v(x)))
+        parts = rearrange(parts, "three b n (h d) -> three b h n d", h=self.heads)
+        q, k = rotate(parts[:2], place.turn)
+        return self.look(q, *past.extend(k, parts[2], place), place.bias)
 
     def look(
         self,

@@ -69,7 +69,7 @@ def gumbel_sample(
     if temperature == 0:
         return t.argmax(dim=dim)
     uniform = torch.rand(t.shape, generator=generator, device=t.device).clamp_(min=1e-30)  # log 0 is never drawn
-    return (t.float() / temperature - (-uniform.log()).log()).argmax(dim=dim)
+    return (t.float() / temperature).sub_(uniform.log_().neg_().log_()).argmax(dim=dim)
 
 
 def generate(

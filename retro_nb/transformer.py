@@ -97,6 +97,7 @@ class DecodingState:
     pasts: list[Past]  # self-attention keys and values, one past a layer
     chunk: Tensor  # b m d: the current chunk after self-attention at layer min(P), to condition the encoder
     angles: Tensor  # 2 _ _: rotary of all positions that can occur
+    words: Tensor  # v d: the output weights
     memories: dict[int, OpenMemory | None] = field(default_factory=dict)  # what each layer reads of E_u
     recording: Recording = field(default_factory=Recording)  # of the step of one token, on a GPU
     length: int = 0  # tokens fed so far
@@ -194,7 +195,7 @@ class Decoder(nn.Module):
         Nothing but the tensors x and positions changes from token to token, and doing it twice does no harm.
         """
         m = self.chunk_size
-        turn, reader = state.angles[:, positions], state.angles[:, m - 1 + (positions + 1) % m]
+        turn, reader = (state.angles.index_select(1, each) for each in (positions, m - 1 + (positions + 1) % m))
         later = torch.arange(seen, device=x.device) > rearrange(positions, "n -> n 1")
         place = Place(positions, turn, reader, hiding(later, x.dtype))
         for i, (layer, past) in enumerate(zip(self.layers, state.pasts, strict=True), start=1):

@@ -277,11 +277,11 @@ class TrainingWrapper(nn.Module):
 
         def stream(position: int, tokens: Tensor) -> None:
             written.append(int(tokens[0]))
-            if on_text is not None:
-                on_text(decode(written, bert=self.bert))
+            on_text(decode(written, bert=self.bert))
 
         def note(u: int, distances: Distances, ids: Neighbours) -> None:
             found[u] = distances[0], ids[0]
 
-        row = self.generate(start, exclude=exclude, on_token=stream, on_retrieved=note, **options)[0].cpu()
+        on_token = None if on_text is None else stream  # to look at a token makes a GPU wait
+        row = self.generate(start, exclude=exclude, on_token=on_token, on_retrieved=note, **options)[0].cpu()
         return Generation(decode(row, bert=self.bert), tuple(row.tolist()), self.retriever.annotate(row, found))
