@@ -1,38 +1,25 @@
-"""Training examples a second beside the reference's, and whether a step waits for them: `python benchmarks/dataset.py`.
+"""Training examples a second beside the reference's: `python benchmarks/dataset.py`.
 
 Both read the same invented corpus from the disk: sequences of n = 2048 tokens, l = 32 chunks of m = 64, with k = 2
 neighbours of r = 128. Checked first: the examples are the same, where the reference is right, which is where a
-sequence fills its document. Then steps of training are timed twice by turns: each with a batch of its own from a
-DataLoader, and all with one batch that lies on the device.
+sequence fills its document. How long a step of training waits for its batch is in every run's log
+(`History`, waiting_seconds); scaling.py reports it.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from measure import Comparison, compare, write_results
+from measure import compare, write_results
 from peer import import_reference
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from retro_nb import RETRO, RETRODataset, get_optimizer
-from retro_nb.compiled import can_compile
+from retro_nb import RETRODataset
 
 N, M, K, VOCABULARY = 2048, 64, 2, 30522
-DOCUMENTS, CHECKED, ITEMS, BATCH = 64, 200, 320, 8
-TARGET, ON_TIME = 5, 0.98  # items against the reference's; steps against those of a batch that lies ready
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS, STEP_BATCH = (20, 8) if DEVICE == "cuda" else (2, 1)
-MODEL = dict(
-    num_tokens=VOCABULARY, max_seq_len=N, enc_dim=896, enc_depth=2, dec_dim=896, dec_depth=12,
-    dec_cross_attn_layers=(6, 9, 12), heads=8, dim_head=64,
-)  # fmt: skip
-if DEVICE == "cpu":
-    MODEL |= dict(enc_dim=64, enc_depth=1, dec_dim=64, dec_depth=2, dec_cross_attn_layers=(2,), heads=2)
+DOCUMENTS, CHECKED, ITEMS, BATCH, TARGET = 64, 200, 320, 8, 5
 
 
 # the corpus
@@ -77,45 +64,6 @@ def check_equal(ours: RETRODataset, theirs: Dataset, whole: list[int]) -> str:
     return f"all tokens of {len(some)} examples and of their neighbours"
 
 
-# does a step wait?
-
-
-def training_steps() -> Callable[[Iterator], None]:
-    """A function that trains on one batch after another."""
-    torch.manual_seed(0)
-    retro = RETRO(**MODEL).to(DEVICE)
-    optimizer = get_optimizer(retro.parameters())
-    if DEVICE == "cuda" and can_compile("cuda"):
-        retro.decoder.compile()
-
-    def steps(batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        for batch in batches:
-            seq, retrieved = (ids.to(DEVICE, non_blocking=True) for ids in batch)
-            with torch.autocast("cuda", torch.bfloat16) if DEVICE == "cuda" else nullcontext():
-                loss = retro(seq, retrieved, return_loss=True)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return steps
-
-
-def compare_steps(ours: RETRODataset) -> Comparison:
-    """Steps a second with a DataLoader in the same process, against one batch for all."""
-    steps = training_steps()
-    loader = DataLoader(ours, STEP_BATCH, shuffle=True, drop_last=True, pin_memory=DEVICE == "cuda")
-    ready = [ids.to(DEVICE) for ids in next(iter(loader))]
-    return compare(
-        f"training steps with a DataLoader, {DEVICE.upper()}, against one batch reused",
-        "steps/s",
-        lambda: steps(islice(loader, STEPS)),
-        lambda: steps(ready for _ in range(STEPS)),
-        amount=STEPS,
-        target=ON_TIME,
-        equal="the same work: shapes and model",
-    )
-
-
 def main() -> None:
     import_reference()
     with tempfile.TemporaryDirectory() as temporary:
@@ -134,10 +82,9 @@ def main() -> None:
         rows = [
             compare(f"dataset, DataLoader, batches of {BATCH}", "items/s", load(ours), load(theirs), **about),
             compare("dataset, one by one", "items/s", read(ours), read(theirs), **about),
-            compare_steps(ours),
         ]
     settings = {"n": N, "m": M, "k": K, "r": 2 * M, "chunks": ours.num_chunks, "items": ITEMS, "batch": BATCH}
-    write_results("dataset", rows, settings | {"step_model": MODEL, "step_batch": STEP_BATCH})
+    write_results("dataset", rows, settings)
 
 
 if __name__ == "__main__":

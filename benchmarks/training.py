@@ -22,7 +22,7 @@ from peer import import_reference
 from torch import Tensor
 
 from retro_nb import RETRO, get_optimizer
-from retro_nb.compiled import can_compile
+from retro_nb.devices import can_compile
 from retro_nb.flops import flops_per_token
 
 V, M, K = 30522, 64, 2

@@ -30,7 +30,8 @@ from retro_nb.storage import PathLike, replacing, write_json
 
 class History(list[dict[str, Any]]):
     """One record a step: step, loss (nats per token), lr, grad_norm (before clipping), tokens (seen so far),
-    tokens_per_second, seconds (spent training so far), and valid_loss where it was measured."""
+    tokens_per_second, seconds (spent training so far), waiting_seconds (those of them in which there was no
+    batch yet), and valid_loss where it was measured."""
 
     def curve(self, name: str) -> tuple[list[int], list]:
         """Steps and values of a quantity where it was recorded: `plt.plot(*history.curve("valid_loss"))`."""
@@ -66,7 +67,7 @@ class Log:
         self, accelerator: Accelerator, out_dir: PathLike | None, done: int, steps: int, progress: bool
     ) -> None:
         path = Path(out_dir) / "log.jsonl" if out_dir else None
-        self.accelerator, self.history, self.pending = accelerator, History(), []
+        self.accelerator, self.history, self.pending, self.waited = accelerator, History(), [], 0.0
         if path and path.exists():  # records beyond the checkpoint are of steps that will be done again
             self.history.extend(record for record in read_log(path) if record["step"] <= done)
         accelerator.wait_for_everyone()
@@ -78,9 +79,14 @@ class Log:
         hidden = not (progress and accelerator.is_main_process)
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=hidden)
 
-    def begin_step(self) -> None:
+    def begin_step(self, stream: Iterator[Any]) -> Any:
+        """The next of the stream; the wait for it is measured."""
+        begun = time.perf_counter()
         if not self.pending:
-            self.clock = time.perf_counter()
+            self.clock, self.waited = begun, 0.0
+        item = next(stream)
+        self.waited += time.perf_counter() - begun
+        return item
 
     def end_step(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, tokens: Tensor) -> None:
         self.pending.append((step, lr, loss, grad_norm, tokens))
@@ -92,8 +98,10 @@ class Log:
         losses = self.accelerator.reduce(torch.stack(losses)).tolist()
         norms, tokens = torch.stack(norms).tolist(), torch.stack(tokens).tolist()
         spent = time.perf_counter() - self.clock
-        last = self.history[-1] if self.history else {"tokens": 0, "seconds": 0.0}
-        seen, seconds, speed = last["tokens"], last["seconds"] + spent, sum(tokens) / spent
+        last = self.history[-1] if self.history else {}
+        seen, seconds, waited = (last.get(name, 0) for name in ("tokens", "seconds", "waiting_seconds"))
+        speed = sum(tokens) / spent
+        pace = {"tokens_per_second": speed, "seconds": seconds + spent, "waiting_seconds": waited + self.waited}
         self.pending.clear()
         for step, lr, loss, norm, count in zip(steps, rates, losses, norms, tokens, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -104,7 +112,7 @@ class Log:
                 )
             seen += count
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": seen}
-            self.history.append(record | {"tokens_per_second": speed, "seconds": seconds})
+            self.history.append(record | pace)
         self.bar.set_postfix({"loss": f"{losses[-1]:.3f}", "tokens/s": f"{speed:,.0f}"})
         return self.history[-1]
 

@@ -112,13 +112,18 @@ class Past:
         self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"], place: Place
     ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
         """Put the new tokens' keys and values in their places; return those of all tokens in `place.bias`."""
-        if self.keys is None:  # zeros: what is not seen is still multiplied, by 0
-            b, h, _, d = keys.shape
-            self.keys, self.values = (keys.new_zeros(b, h, self.capacity, d) for _ in range(2))
-        self.keys.index_copy_(2, place.positions, keys)
-        self.values.index_copy_(2, place.positions, values)
+        b, h, _, d = keys.shape
+        all_keys, all_values = self.room(b, h, d, keys)
+        all_keys.index_copy_(2, place.positions, keys)
+        all_values.index_copy_(2, place.positions, values)
         seen = place.bias.shape[1]
-        return self.keys[:, :, :seen], self.values[:, :, :seen]
+        return all_keys[:, :, :seen], all_values[:, :, :seen]
+
+    def room(self, b: int, h: int, d: int, like: Tensor) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
+        """Where the keys and values of all `capacity` tokens lie."""
+        if self.keys is None:  # zeros: what is not seen is still multiplied, by 0
+            self.keys, self.values = (like.new_zeros(b, h, self.capacity, d) for _ in range(2))
+        return self.keys, self.values
 
 
 def hiding(hidden: Bool[Tensor, "*b r"], dtype: torch.dtype) -> Float[Tensor, "*b r"]:

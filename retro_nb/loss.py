@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from retro_nb.compiled import can_compile
+from retro_nb.devices import can_compile
 
 # Logits held at once: on a CPU what its cache nearly holds, on a GPU enough to keep it busy (0.5 GB in float32).
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}

@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro_nb.devices import send
 from retro_nb.layers import Past, PostNorm, PreNorm, rotary
 from retro_nb.loss import linear_cross_entropy
 from retro_nb.presets import AS_IN_THE_PAPER, PRESETS
@@ -303,11 +304,7 @@ class RETRO(nn.Module):
         return x, retrieved != self.pad_id
 
     def _here(self, ids: Int[Tensor, "..."] | None) -> Int[Tensor, "..."] | None:
-        """The ids on the model's device, without waiting for what it is computing."""
-        device = self.to_logits.weight.device
-        if ids is None or ids.device == device:
-            return ids
-        return (ids.pin_memory() if device.type == "cuda" else ids).to(device, non_blocking=True)
+        return None if ids is None else send(ids, self.to_logits.weight.device)
 
     def _check_tokens(self, ids: Int[Tensor, "..."], name: str) -> None:
         if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():

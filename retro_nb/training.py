@@ -25,7 +25,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.checkpoints import Checkpoints, History, Log, interrupt_between_steps, read_log  # noqa: F401
-from retro_nb.compiled import can_compile
+from retro_nb.devices import can_compile, send
 from retro_nb.storage import PathLike
 
 PAPER_WARMUP_STEPS = 750  # appendix C.1
@@ -192,7 +192,7 @@ class _Trainer:
         undoes the mean that several processes take over their gradients.
         """
         accelerator, device, run = self.accelerator, self.accelerator.device, self.run
-        counts = torch.stack([_count_targets(self.retro, batch[0]) for batch in batches]).to(device)
+        counts = send(torch.stack([_count_targets(self.retro, batch[0]) for batch in batches]), device)
         tokens = accelerator.reduce(counts.sum())
         step_loss = torch.zeros((), device=device)
         for left, batch, count in zip(reversed(range(len(batches))), batches, counts, strict=True):
@@ -324,8 +324,8 @@ def fit(
         checkpoints.load()
         stream = trainer.stream(train, done, num_workers)
         for step in range(done + 1, steps + 1):
-            log.begin_step()
-            log.end_step(step, *trainer.step(step, next(stream)))
+            batches = log.begin_step(stream)
+            log.end_step(step, *trainer.step(step, batches))
             last, stop = step == steps, interrupted.is_set()
             evaluate = valid is not None and (last or step % eval_every == 0)
             save = out_dir is not None and (last or stop or step % checkpoint_every == 0)

@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro_nb import kernels
 from retro_nb.graphs import Recording, can_record
 from retro_nb.layers import (
     Attention,
@@ -101,6 +102,22 @@ class DecodingState:
     memories: dict[int, OpenMemory | None] = field(default_factory=dict)  # what each layer reads of E_u
     recording: Recording = field(default_factory=Recording)  # of the step of one token, on a GPU
     length: int = 0  # tokens fed so far
+
+
+class WithModules:
+    """What a decoded token goes through, block by block; `kernels` does the same in fewer kernels."""
+
+    @staticmethod
+    def extend(block: nn.Module, x: Tensor, past: Past, place: Place) -> Tensor:
+        return block.around(block.fn.extend, x, past, place)
+
+    @staticmethod
+    def read(block: nn.Module, x: Tensor, memory: OpenMemory | None, place: Place) -> Tensor:
+        return block.around(block.fn.read, x, memory, place)
+
+    @staticmethod
+    def feed(block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
 
 
 class Decoder(nn.Module):
@@ -198,13 +215,14 @@ class Decoder(nn.Module):
         turn, reader = (state.angles.index_select(1, each) for each in (positions, m - 1 + (positions + 1) % m))
         later = torch.arange(seen, device=x.device) > rearrange(positions, "n -> n 1")
         place = Place(positions, turn, reader, hiding(later, x.dtype))
+        does = kernels if kernels.fits(self.layers, x) else WithModules
         for i, (layer, past) in enumerate(zip(self.layers, state.pasts, strict=True), start=1):
-            x = layer.attn.around(layer.attn.fn.extend, x, past, place)
+            x = does.extend(layer.attn, x, past, place)
             if layer.cross_attn is not None and state.retrieval:
                 if i == self.first:
                     state.chunk.index_copy_(1, positions % m, x.type_as(state.chunk))
-                x = layer.cross_attn.around(layer.cross_attn.fn.read, x, state.memories.get(i), place)
-            x = layer.ff(x)
+                x = does.read(layer.cross_attn, x, state.memories.get(i), place)
+            x = does.feed(layer.ff, x)
         return self.norm_out(x)
 
     def _remember(

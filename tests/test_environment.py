@@ -28,7 +28,7 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 # Data flows one way: a module imports only from those before it.
-ORDER = """storage manifest corpus towns tokens chunking embedding index knn dataset graphs layers compiled loss
+ORDER = """storage manifest corpus towns tokens chunking embedding index knn dataset graphs layers kernels devices loss
 transformer presets pretrained model flops retrieval sampling checkpoints training wrapper plotting lesson settings
 commands experiments sweep refresh __main__""".split()
 
@@ -78,7 +78,7 @@ def test_constraints_are_exact_and_within_the_ranges():
 def test_every_import_is_a_declared_dependency():
     called = {"faiss": "faiss-cpu", "yaml": "pyyaml", "PIL": "pillow"}
     comes_with = {"psutil": "jupyterlab", "IPython": "jupyterlab", "nbformat": "papermill"}
-    comes_with |= {"tokenizers": "transformers"}
+    comes_with |= {"tokenizers": "transformers", "triton": "torch"}  # Triton with torch for CUDA only
     called |= comes_with
     for path in PACKAGE.rglob("*.py"):
         for module in imported(path):
