@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +115,12 @@ def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chun
         yield Chunks(row[None], np.array([[own[0, 0], own[-1, 1]]], np.int64))
 
 
+def _bytes_between(text: str, edges: list[int]) -> Int64[np.ndarray, " c"]:
+    """Bytes of the text from each edge to the next, in UTF-8."""
+    sizes = [len(text[start:stop].encode("utf-8", "replace")) for start, stop in pairwise(edges)]
+    return np.array(sizes, dtype=np.int64)
+
+
 # a corpus
 
 
@@ -136,20 +142,22 @@ def _check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None, max_seqs
 
 
 class _ChunkFiles:
-    """The five files of a chunked corpus, written a document at a time."""
+    """The six files of a chunked corpus, written a document at a time."""
 
     def __init__(self, chunks_path: Path, seqs_path: Path, doc_ids_path: Path, chunk_size: int, seq_len: int):
         self.chunk_size, self.chunks_per_seq = chunk_size, seq_len // chunk_size
         self.chunks = ArrayWriter(chunks_path, np.int32, (chunk_size + 1,))
         self.spans = ArrayWriter(companion(chunks_path, "spans.npy"), np.int64, (2,))
+        self.bytes = ArrayWriter(companion(chunks_path, "bytes.npy"), np.int32)
         self.doc_ids = ArrayWriter(doc_ids_path, np.int32)
         self.seqs = ArrayWriter(seqs_path, np.int32)
+        self._writers = (self.chunks, self.spans, self.bytes, self.doc_ids, self.seqs)
         self.documents_path = companion(chunks_path, "documents.jsonl")
         self.documents = 0
 
     def __enter__(self) -> "_ChunkFiles":
         with ExitStack() as stack:
-            for writer in (self.chunks, self.spans, self.doc_ids, self.seqs):
+            for writer in self._writers:
                 stack.enter_context(writer)
             # A file name that is not UTF-8 is a title with halves of characters: \\udcxx, which JSON reads back.
             titles = writing(self.documents_path, "w", encoding="utf-8", errors="backslashreplace")
@@ -161,7 +169,7 @@ class _ChunkFiles:
         if error[0] is not None:
             return self._stack.__exit__(*error)
         with self._stack:  # all are written out before the first is moved: a full disk changes none
-            for writer in (self.chunks, self.spans, self.doc_ids, self.seqs):
+            for writer in self._writers:
                 writer.flush()
             with naming(self.documents_path):
                 self._titles.flush()
@@ -169,7 +177,7 @@ class _ChunkFiles:
 
     def write(self, document: Document, chunks: Iterable[Chunks], limit: int | float) -> int | None:
         """Write one document's chunks; return its number of tokens, or None if `limit` chunks are too few."""
-        first, tokens = self.chunks.rows, 0
+        first, tokens, starts = self.chunks.rows, 0, []
         for rows, spans in chunks:
             if self.chunks.rows + len(rows) > limit:
                 self.chunks.truncate(first)
@@ -177,11 +185,13 @@ class _ChunkFiles:
                 return None
             self.chunks.append(rows)
             self.spans.append(spans)
+            starts += spans[:, 0].tolist()
             tokens += int(np.count_nonzero(rows[:, :-1] != PAD_ID))
         count = self.chunks.rows - first
         if not count:
             return 0
         tokens += int(rows[-1, -1] != PAD_ID)  # the last token of all, where it is only a label
+        self.bytes.append(_bytes_between(document.text, [0, *starts[1:], len(document.text)]))
         self.doc_ids.append(np.full(count, self.documents))
         self.seqs.append(np.arange(first, first + count, self.chunks_per_seq))
         about = {
@@ -215,7 +225,8 @@ def documents_to_chunks_(
 
     Written are the chunks (int32, one row of m + 1 ids each), the index of the first chunk of each sequence
     (int32), the document of each chunk (int32) and, beside the chunks, for provenance, `*.spans.npy` (the
-    characters of each chunk in its document, int64 pairs) and `*.documents.jsonl` (title, source, chunks).
+    characters of each chunk in its document, int64 pairs), `*.bytes.npy` (bytes of the text from each chunk to
+    the next, int32: those of a document add up to its text's) and `*.documents.jsonl` (title, source, chunks).
     A sequence is l = n/m consecutive chunks of one document. Nothing is done if the files are there already,
     made with the same settings.
 
@@ -261,7 +272,7 @@ def documents_to_chunks_(
         paths[0],
         settings,
         build,
-        files=(*paths[1:], companion(paths[0], "spans.npy"), companion(paths[0], "documents.jsonl")),
+        files=(*paths[1:], *(companion(paths[0], kind) for kind in ("spans.npy", "bytes.npy", "documents.jsonl"))),
         # A bare iterable cannot say whether it is still the same corpus.
         force_reprocess=force_reprocess or fingerprint is None,
     )

@@ -6,6 +6,7 @@ document, and so does F. What is missing is padding: the sequence after the docu
 document's last chunk, a neighbour that was not found.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,18 +126,40 @@ class RETRODataset(Dataset):
         }
         if doc_ids_memmap_path is not None:
             self._paths["doc_ids"] = (Path(doc_ids_memmap_path), (num_chunks,))
+        self.given: np.ndarray | None = None  # neighbours that take the place of those on the disk
         self._arrays: dict[str, np.ndarray] = {}
         self._open()  # so that a missing or wrong array is met here
         self.close()
 
     def _open(self) -> dict[str, np.ndarray]:
         if not self._arrays:
-            opened = {name: open_array(path, shape=shape) for name, (path, shape) in self._paths.items()}
+            paths = {name: about for name, about in self._paths.items() if name != "knns" or self.given is None}
+            opened = {name: open_array(path, shape=shape) for name, (path, shape) in paths.items()}
             self._arrays = {name: np.asarray(array) for name, array in opened.items()}  # a plain array is faster
+            if self.given is not None:
+                self._arrays["knns"] = self.given
             if "doc_ids" not in self._arrays:
                 ends = (self._arrays["chunks"] == self.eos_id).any(axis=1)
                 self._arrays["doc_ids"] = np.concatenate([[0], np.cumsum(ends)[:-1]]).astype(np.int32)
         return self._arrays
+
+    def with_neighbours(self, knns: Int[np.ndarray, "c k"]) -> "RETRODataset":
+        """The same sequences with other neighbours: fewer, shuffled, or of another database.
+
+        Raises:
+            ValueError: not one row for each chunk.
+        """
+        if len(knns) != self.num_chunks:
+            raise ValueError(f"neighbours of {len(knns)} chunks for a corpus of {self.num_chunks}: one row for each")
+        other = copy.copy(self)
+        other.given, other.num_neighbors = knns, knns.shape[1]
+        other.close()
+        return other
+
+    @property
+    def knns(self) -> Int[np.ndarray, "c k"]:
+        """The neighbours of every chunk, read-only."""
+        return self._open()["knns"]
 
     def close(self) -> None:
         """Let go of the files; the next example opens them again."""

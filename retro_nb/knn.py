@@ -7,7 +7,7 @@ k others come back if there are k others.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from retro_nb.index import (
     NO_NEIGHBOUR,
     Distances,
     Neighbours,
+    Ranges,
     Vectors,
     build_index,
     choose_index,
@@ -55,6 +56,23 @@ def own_ranges(doc_ids: Int[np.ndarray, " c"], rows: np.ndarray | range) -> Int[
         where = int(np.argmax(np.diff(doc_ids) < 0)) + 1
         raise ValueError(f"chunk {where} goes back to document {doc_ids[where]}: a document's chunks lie together")
     return np.stack([np.searchsorted(doc_ids, doc_ids[rows], side) for side in ("left", "right")], axis=1)
+
+
+def document_ranges(doc_ids: Int[np.ndarray, " c"], documents: Sequence[int]) -> list[tuple[int, int]]:
+    """The chunk ids [first, stop) of these documents, neighbouring ones joined.
+
+    Raises:
+        ValueError: there is no such document.
+    """
+    ranges: list[tuple[int, int]] = []
+    for document in sorted(set(documents)):
+        first, stop = (int(np.searchsorted(doc_ids, document, side)) for side in ("left", "right"))
+        if first == stop:
+            raise ValueError(f"document {document} has no chunk: the documents are 0 … {doc_ids[-1]}")
+        if ranges and ranges[-1][1] == first:
+            first = ranges.pop()[0]
+        ranges.append((first, stop))
+    return ranges
 
 
 Find = Callable[..., tuple[Distances, Neighbours]]  # search(index, …) or exact_search(vectors, …)
@@ -98,8 +116,9 @@ def neighbours(
     doc_ids: Int[np.ndarray, " c"],
     k: int,
     *,
+    exclude: Ranges = (),
     max_similarity: float | int | None = None,
-    rows: range | None = None,
+    rows: range | np.ndarray | None = None,
 ) -> Neighbours:
     """The k nearest chunks of other documents, for every chunk or for some.
 
@@ -110,28 +129,34 @@ def neighbours(
         vectors: one row per chunk.
         doc_ids: the document of each chunk, ascending.
         k: neighbours per chunk.
+        exclude: ranges [first, stop) of chunks that nobody is to find: the rest is the database.
         max_similarity: leave out chunks whose cosine with the query is above this (near-duplicates).
-        rows: which chunks to answer for; all if left out.
+        rows: which chunks to answer for, ascending; all if left out.
 
     Returns:
         Chunk ids by ascending distance; −1 only where no candidate is left.
     """
-    picked = np.arange(len(vectors))[slice(None) if rows is None else slice(rows.start, rows.stop)]
+    picked = np.arange(len(vectors)) if rows is None else np.asarray(rows, dtype=np.int64)
     own = own_ranges(doc_ids, picked)
-    out = _find_others(partial(search, index), vectors, picked, own, k, max_similarity)
+    out = _find_others(partial(search, index, exclude=exclude), vectors, picked, own, k, max_similarity)
     missing = np.flatnonzero((out < 0).any(axis=1))
     if len(missing) and not isinstance(innermost(index), faiss.IndexFlat):
-        find = partial(exact_search, vectors)
+        find = partial(exact_search, vectors, exclude=exclude)
         out[missing] = _find_others(find, vectors, picked[missing], own[missing], k, max_similarity)
     return out
 
 
 def measure_recall(
-    vectors: Vectors, doc_ids: Int[np.ndarray, " c"], found: Neighbours, max_similarity: float | int | None = None
+    vectors: Vectors,
+    doc_ids: Int[np.ndarray, " c"],
+    found: Neighbours,
+    *,
+    exclude: Ranges = (),
+    max_similarity: float | int | None = None,
 ) -> float:
     """Recall@k of stored neighbours against exact search with the same exclusions, on up to 2000 chunks."""
     sample = np.linspace(0, len(vectors) - 1, min(RECALL_QUERIES, len(vectors))).astype(np.int64)
-    find, own = partial(exact_search, vectors), own_ranges(doc_ids, sample)
+    find, own = partial(exact_search, vectors, exclude=exclude), own_ranges(doc_ids, sample)
     truth = _find_others(find, vectors, sample, own, found.shape[1], max_similarity)
     return recall(vectors, rows_of(vectors, sample), found[sample], truth)
 
@@ -215,6 +240,7 @@ def chunks_to_precalculated_knn_(
     doc_ids_memmap_path: PathLike,
     max_rows_per_file: int = 1024,
     num_extra_neighbors: int = 0,
+    keep_out: Sequence[int] = (),
     max_similarity: float | int | None = None,
     force_reprocess: bool = False,
     index_file: str = "knn.index",
@@ -232,6 +258,7 @@ def chunks_to_precalculated_knn_(
         max_rows_per_file: chunks searched and saved at a time.
         num_extra_neighbors: the reference fetches as many more and drops its own document's; here the
             exclusion is exact, and nothing extra is needed.
+        keep_out: numbers of documents that are not in the database: they have neighbours and are nobody's.
         max_similarity: leave out near-duplicates: chunks with a cosine above this.
         force_reprocess: build again in any case.
         index_file, **index_kwargs: see `chunks_to_index_and_embed`.
@@ -244,6 +271,7 @@ def chunks_to_precalculated_knn_(
     if max_similarity is not None and not -1 < max_similarity <= 1:
         raise ValueError(f"max_similarity {max_similarity} is a cosine: give something above −1 and up to 1, e.g. 0.95")
     doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
+    exclude = document_ranges(doc_ids, keep_out)
     index, vectors = chunks_to_index_and_embed(
         num_chunks=num_chunks,
         chunk_size=chunk_size,
@@ -254,12 +282,15 @@ def chunks_to_precalculated_knn_(
         **index_kwargs,
     )
     path, k = knn_path(chunk_memmap_path), num_nearest_neighbors
+    without = {"exclude": exclude, "max_similarity": max_similarity}
     settings = {
         "index": array_key(path.parent / index_file),
         "doc_ids": file_record(doc_ids_memmap_path),
         "k": k,
         "max_similarity": max_similarity,
     }
+    if exclude:  # a setting of the files that have it
+        settings["exclude"] = exclude
 
     def build() -> dict:
         started = time.perf_counter()
@@ -267,13 +298,13 @@ def chunks_to_precalculated_knn_(
         with tqdm(total=num_chunks, initial=rows.done, desc="searching", unit=" chunks", disable=not progress) as bar:
             for block in rows.blocks(max_rows_per_file):
                 part = range(block.start, block.stop)
-                rows.write(block, neighbours(index, vectors, doc_ids, k, max_similarity=max_similarity, rows=part))
+                rows.write(block, neighbours(index, vectors, doc_ids, k, rows=part, **without))
                 bar.update(len(part))
         rows.finish()
         found = open_array(path)
         return {
             "k": k,
-            "recall": 1.0 if is_exact(index) else measure_recall(vectors, doc_ids, found, max_similarity),
+            "recall": 1.0 if is_exact(index) else measure_recall(vectors, doc_ids, found, **without),
             "missing": int((found < 0).sum()),
             "seconds": time.perf_counter() - started,
         }

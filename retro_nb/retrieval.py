@@ -20,6 +20,7 @@ from retro_nb.chunking import read_documents
 from retro_nb.dataset import knn_to_retrieved_chunks
 from retro_nb.embedding import embed_chunks
 from retro_nb.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
+from retro_nb.knn import document_ranges
 from retro_nb.storage import PathLike, open_array
 from retro_nb.tokens import decode
 
@@ -118,6 +119,7 @@ class Retriever:
         knn: k.
         num_chunks, chunk_size, chunks_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
         use_cls_repr, bert: how the index was embedded.
+        keep_out: numbers of documents that are never retrieved.
     """
 
     def __init__(
@@ -131,12 +133,13 @@ class Retriever:
         doc_ids_memmap_path: PathLike,
         use_cls_repr: bool = False,
         bert: PathLike | None = None,
+        keep_out: Sequence[int] = (),
     ) -> None:
         self.index, self.knn, self.chunk_size = faiss_index, knn, chunk_size
         self.use_cls_repr, self.bert = use_cls_repr, bert
         self.chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
         self.doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
-        self.documents = read_documents(chunks_memmap_path)
+        self.documents, self.keep_out = read_documents(chunks_memmap_path), list(keep_out)
 
     def nearest(
         self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[DocumentName] = ()
@@ -156,10 +159,11 @@ class Retriever:
         return torch.from_numpy(knn_to_retrieved_chunks(ids, self.chunks, doc_ids=self.doc_ids))
 
     def excluded(self, documents: Sequence[DocumentName]) -> list[tuple[int, int]]:
-        """The chunk ids [first, stop) of all these documents."""
+        """The chunk ids [first, stop) of all these documents, and of those that are always kept out."""
         if isinstance(documents, str):
             raise TypeError(f"exclude is the string {documents!r}: pass a list of documents, [{documents!r}]")
-        return [chunks for document in documents for chunks in self.document_ranges(document)]
+        named = [chunks for document in documents for chunks in self.document_ranges(document)]
+        return document_ranges(self.doc_ids, self.keep_out) + named
 
     def document_ranges(self, document: DocumentName) -> list[tuple[int, int]]:
         """Chunk ids [first, stop) of a document by its number, or of all documents with a title.

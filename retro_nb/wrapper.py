@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_f
 from retro_nb.sampling import generate, top_k
 from retro_nb.storage import WORK, PathLike, write_json
 from retro_nb.tokens import SOS_ID, decode, get_tokenizer, tokenize
-from retro_nb.training import fit, get_optimizer, split_by_document
+from retro_nb.training import fit, get_optimizer, hold_out, of_documents, split_by_document, without_documents
 
 
 def _default_work_dir(documents: Any, described: Any) -> Path:
@@ -44,6 +45,13 @@ def _as_corpus(documents_path: Any, glob: str) -> tuple[Any, Path | None]:
     path = Path(documents_path)
     corpus = jsonl(path) if path.suffix == ".jsonl" else text_folder(path, glob)
     return corpus, _default_work_dir(corpus, [str(path.resolve()), glob])
+
+
+def _numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
+    """The documents that `keep_out` means, of so many."""
+    if isinstance(keep_out, Sequence):
+        return sorted(set(keep_out))
+    return hold_out(np.arange(documents), keep_out).tolist() if keep_out else []
 
 
 class TrainingWrapper(nn.Module):
@@ -63,6 +71,8 @@ class TrainingWrapper(nn.Module):
         chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, vectors, index and
             neighbours beside the first; left out, they lie in `work_dir`.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
+        keep_out: documents that the database leaves out, so that nothing retrieves them: their numbers, or a share
+            of all, drawn by `training.hold_out`. They are what `fit` validates on and `evaluation` measures on.
         knn_extra_neighbors: the reference's margin for same-document exclusion, which is exact here: unused.
         processed_stats_json_path: where to write `.stats`, if anywhere.
         faiss_index_filename: name of the index, beside the chunks.
@@ -91,6 +101,7 @@ class TrainingWrapper(nn.Module):
         doc_ids_memmap_path: PathLike | None = None,
         max_chunks: int | None = None,
         max_seqs: int | None = None,
+        keep_out: float | int | Sequence[int] = (),
         knn_extra_neighbors: int = 0,
         processed_stats_json_path: PathLike | None = None,
         faiss_index_filename: str = "knn.index",
@@ -121,6 +132,7 @@ class TrainingWrapper(nn.Module):
             bert=bert,
             progress=progress,
         )
+        self.kept_out = _numbers(keep_out, chunk_stats["docs"])
         chunks_path, doc_ids_path = paths["chunks_memmap_path"], paths["doc_ids_memmap_path"]
         knn_path, index = chunks_to_precalculated_knn_(
             num_nearest_neighbors=knn,
@@ -129,6 +141,7 @@ class TrainingWrapper(nn.Module):
             chunk_memmap_path=chunks_path,
             doc_ids_memmap_path=doc_ids_path,
             index_file=faiss_index_filename,
+            keep_out=self.kept_out,
             bert=bert,
             progress=progress,
             **index_kwargs,
@@ -157,8 +170,9 @@ class TrainingWrapper(nn.Module):
             "use_cls_repr": index_kwargs.get("use_cls_repr", False),
             "bert": bert,
         }
-        self.retriever = Retriever(**database)
-        self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database)
+        self.retriever = Retriever(**database, keep_out=self.kept_out)
+        exclude = self.retriever.excluded(())
+        self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database, exclude=exclude)
 
     @staticmethod
     def _check(retro: RETRO, chunk_size: int, knn: int, bert: PathLike | None) -> None:
@@ -189,20 +203,23 @@ class TrainingWrapper(nn.Module):
         """AdamW over the model's parameters; keyword arguments are those of `training.get_optimizer`."""
         return get_optimizer(self.retro.parameters(), **kwargs)
 
-    def fit(self, *, valid_share: float | int = 0.1, **kwargs: Any) -> History:
+    def fit(self, *, valid_share: float | int | None = None, **kwargs: Any) -> History:
         """Train the model on this corpus.
 
         Args:
             valid_share: the share of documents held out of training and used for the validation loss; 0 for
-                none. They stay in the database, where only other documents retrieve them.
+                none. Left out, it is the documents that the database keeps out, or else a tenth of all, which
+                stay in the database, where only other documents retrieve them.
             **kwargs: `steps` or `epochs`, and the rest of `training.fit`.
 
         Returns:
             The log: one record for each logged step.
         """
         train, valid = self.ds, None
-        if valid_share:
-            train, valid = split_by_document(self.ds, valid_share, kwargs.get("seed", 0))
+        if valid_share is None and self.kept_out:
+            train, valid = without_documents(self.ds, self.kept_out), of_documents(self.ds, self.kept_out)
+        elif valid_share != 0:
+            train, valid = split_by_document(self.ds, valid_share or 0.1, kwargs.get("seed", 0))
         return fit(self.retro, train, valid, **kwargs)
 
     # sampling

@@ -148,7 +148,7 @@ def test_near_duplicates_are_left_out_however_many():
     vectors = np.ones((90, 8), np.float32)  # all the same
     assert (neighbours(build_index(vectors), vectors, np.arange(90), 2, max_similarity=0.99) == -1).all()
     assert (neighbours(build_index(vectors), vectors, np.arange(90), 2, max_similarity=1.0) >= 0).all()
-    assert measure_recall(vectors, np.arange(90), np.full((90, 2), -1), 0.99) == 1
+    assert measure_recall(vectors, np.arange(90), np.full((90, 2), -1), max_similarity=0.99) == 1
 
 
 def test_one_document_and_three_chunks():
