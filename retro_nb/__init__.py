@@ -10,6 +10,7 @@ from retro_nb.dataset import RETRODataset, knn_to_retrieved_chunks
 from retro_nb.embedding import bert_embed, chunks_to_embeddings_, embed_chunks
 from retro_nb.index import build_index, exact_search, search
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_, neighbours
+from retro_nb.libraries import docstrings
 from retro_nb.model import RETRO
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, gumbel_sample, top_k, top_p
@@ -35,6 +36,7 @@ __all__ = [
     "chunks_to_index_and_embed",
     "chunks_to_precalculated_knn_",
     "decode",
+    "docstrings",
     "documents_to_chunks_",
     "embed_chunks",
     "evaluate_loss",

@@ -1,6 +1,7 @@
-"""The command line: `python -m retro_nb build`, `train`, `run`, `sweep`, `refresh`."""
+"""The command line: `python -m retro_nb build`, `train`, `evaluate`, `run`, `sweep`, `refresh`."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_nb import commands
+from retro_nb.evaluation import MODES
 from retro_nb.storage import launched
 
 BUILD = """Chunk a corpus, embed the chunks, index them and find every chunk's neighbours; once, on disk.
@@ -28,6 +30,14 @@ TRAIN = """Train a model on a corpus, whose database is built first if need be.
 
 Settings, weights, log.jsonl, metrics.json and checkpoints lie in out_dir, runs/<name of the file> if not said.
 The same command goes on after a stop, with any number of processes: batch_size counts over all of them."""
+
+EVALUATE = """Measure bits per byte of a trained model on the documents that it has not seen; prints JSON.
+
+  python -m retro_nb evaluate runs/train_speeches
+  python -m retro_nb evaluate runs/train_speeches --baseline runs/baseline --modes on off shuffled "N only" "F only"
+  python -m retro_nb evaluate runs/train_speeches -p knn 8
+
+With the neighbours on, off, and shuffled, the control: a model that ignores what it retrieves scores the same."""
 
 RUN = """Execute notebooks with papermill into a new folder in runs/, each in a process of its own.
 
@@ -74,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add_values(add("build", "chunk, embed and index a corpus", BUILD, commands.BUILD))
     add_values(add("train", "train a model on a corpus", TRAIN, commands.TRAIN))
+    command = add("evaluate", "measure a trained model on unseen documents", EVALUATE)
+    command.add_argument("run", type=Path, metavar="RUN", help="the out_dir of `train`")
+    command.add_argument("--baseline", type=Path, metavar="RUN", help="a run without retrieval, to compare with")
+    command.add_argument("--modes", nargs="+", default=["on", "off", "shuffled"], choices=MODES)
+    add_values(command)
     command = add("run", "execute notebooks with other parameters", RUN)
     command.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help=NAMES)
     add_values(command)
@@ -131,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands.build(commands.choose_settings("build", said.file, dict(said.given)))
         elif said.command == "train":
             commands.train(commands.choose_settings("train", said.file, dict(said.given)))
+        elif said.command == "evaluate":
+            found = commands.evaluate_run(said.run, said.baseline, said.modes, dict(said.given))
+            print(json.dumps(found, indent=2))
         else:
             return _use_notebooks(said)
         return 0

@@ -1,8 +1,8 @@
-"""The commands `build` and `train`: a corpus to neighbours, neighbours to a trained model.
+"""The commands `build`, `train`, `evaluate`: a corpus to neighbours, these to a model, both to bits per byte.
 
 Their settings are the arguments of the functions that do the work, by the same names: `TrainingWrapper` and the
 index functions (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
-and four of the corpora's. A YAML file holds them flat, `name: value`.
+and some of the corpora's. A YAML file holds them flat, `name: value`.
 
 Both commands run in one process, or in several that `accelerate launch` starts. Then all take part in embedding
 and training, and the first alone does the rest.
@@ -10,27 +10,31 @@ and training, and the first alone does the rest.
 
 import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
 
 from retro_nb.checkpoints import History
 from retro_nb.corpus import speeches
+from retro_nb.embedding import best_device
+from retro_nb.evaluation import bytes_of_chunks, evaluate
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.lesson import Run
+from retro_nb.libraries import docstrings
 from retro_nb.model import RETRO
 from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
 from retro_nb.storage import ROOT, plain, replacing
 from retro_nb.tokens import get_tokenizer
 from retro_nb.towns import almanac
-from retro_nb.training import FREE_SETTINGS, fit
+from retro_nb.training import FREE_SETTINGS, fit, hold_out
 from retro_nb.wrapper import TrainingWrapper
 
 Settings = dict[str, Any]
@@ -45,18 +49,21 @@ def _own(name: str, kind: Any, default: Any) -> Parameters:
 CORPORA: dict[str, tuple[Callable, Parameters]] = {
     "speeches": (speeches, parameters(speeches, "max_documents", "max_chars")),
     "almanac": (almanac, parameters(almanac, "towns")),
+    "docstrings": (docstrings, parameters(docstrings, "packages", "min_chars")),
 }
-CORPUS = _own("corpus", str, "speeches") | CORPORA["speeches"][1] | CORPORA["almanac"][1]
+CORPUS = _own("corpus", str, "speeches")
+for _, limits in CORPORA.values():
+    CORPUS |= limits
 DATABASE = (
     _own("knn", int, 2)
     | _own("chunk_size", int, parameters(RETRO)["chunk_size"].default)
-    | parameters(TrainingWrapper, "glob", "max_chunks", "max_seqs", "work_dir", "bert")
+    | parameters(TrainingWrapper, "keep_out", "glob", "max_chunks", "max_seqs", "work_dir", "bert")
     | parameters(chunks_to_precalculated_knn_, "max_similarity")
     | parameters(chunks_to_index_and_embed, "index", "max_index_memory_usage", "use_cls_repr")
 )
 MODEL = parameters(RETRO)
 FIT = parameters(TrainingWrapper.fit, "valid_share")
-FIT |= parameters(fit, without=("retro", "train", "valid", "progress"))
+FIT |= parameters(fit, without=("retro", "train", "valid", "measure", "progress"))
 BUILD = CORPUS | DATABASE | parameters(RETRO, "max_seq_len")
 TRAIN = CORPUS | DATABASE | MODEL | FIT
 MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir", "resume", "compile", "num_workers"}  # when a run goes on
@@ -189,6 +196,39 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
             losses = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "valid_loss") if name in metrics)
             print(f"{metrics['steps']} steps, {losses}, in {out_dir}")
         return wrapper, history
+
+
+def evaluate_run(
+    folder: Path,
+    baseline: Path | None = None,
+    modes: Sequence[str] = ("on", "off", "shuffled"),
+    given: Settings | None = None,
+) -> dict[str, Any]:
+    """Measure what a run of `train` has learnt on the documents that it held out (see `evaluation.evaluate`).
+
+    Args:
+        folder: the run's out_dir: its model, and in settings.yaml its corpus.
+        baseline: the out_dir of a model trained without retrieval on the same documents.
+        modes: the first is what the others are compared with.
+        given: settings that differ from the run's, such as knn.
+
+    Raises:
+        ValueError: the run held out no document, or a setting is unknown.
+    """
+    settings = choose_settings("train", folder / "settings.yaml", given)
+    device = best_device()
+    models = {mode: (RETRO.from_pretrained(folder, device), mode) for mode in modes}
+    if baseline is not None:
+        models["baseline"] = (RETRO.from_pretrained(baseline, device), "off")
+    wrapper = _wrap(models[modes[0]][0], settings, progress=True)
+    documents, share = wrapper.kept_out, settings["valid_share"]
+    if share == 0:
+        raise ValueError(f"{folder} was trained on all documents (valid_share 0): there is nothing to measure it on")
+    if share is not None or not documents:
+        documents = hold_out(np.arange(wrapper.stats["docs"]), share or 0.1, settings["seed"]).tolist()
+    sizes = bytes_of_chunks(wrapper.work_dir / "chunks.npy")
+    found = evaluate(models, wrapper.ds, documents, sizes, batch_size=settings["batch_size"])
+    return {"run": str(folder), "corpus": settings["corpus"], "knn": settings["knn"], **found}
 
 
 def _check_same_run(settings: Settings) -> None:

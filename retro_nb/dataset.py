@@ -172,6 +172,11 @@ class RETRODataset(Dataset):
         return self.num_sequences
 
     @property
+    def doc_ids(self) -> Int[np.ndarray, " c"]:
+        """The document of every chunk, read-only."""
+        return self._open()["doc_ids"]
+
+    @property
     def sequence_documents(self) -> Int[np.ndarray, " sequences"]:
         """The document of each sequence."""
         arrays = self._open()
@@ -185,7 +190,7 @@ class RETRODataset(Dataset):
         self, inds: Sequence[int | np.integer]
     ) -> list[tuple[Int64[Tensor, " n_plus_1"], Int64[Tensor, "l k r"]]]:
         """Several examples, read together: so a DataLoader asks for a batch, at a fifth of the time."""
-        arrays, firsts = self._open(), self._first_chunks(inds)
+        arrays, firsts = self._open(), self.first_chunks(inds)
         rows = firsts[:, None] + np.arange(self.seq_num_chunks)
         inside = np.minimum(rows, self.num_chunks - 1)
         document = arrays["doc_ids"][inside]
@@ -204,7 +209,7 @@ class RETRODataset(Dataset):
         )
         return list(zip(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(retrieved), strict=True))
 
-    def _first_chunks(self, inds: Sequence[int | np.integer]) -> Int64[np.ndarray, " b"]:
+    def first_chunks(self, inds: Sequence[int | np.integer]) -> Int64[np.ndarray, " b"]:
         """Where sequences begin."""
         for ind in inds:
             if not -len(self) <= ind < len(self):

@@ -39,6 +39,18 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(x, weight, bias, targets, torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def token_cross_entropy(
+    x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
+) -> Float[Tensor, " t"]:
+    """cross_entropy(x @ weight.T + bias, targets) of each token, in nats, a block at a time."""
+    block = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**23) // len(weight))
+    pairs = zip(x.split(block), targets.split(block), strict=True)
+    return torch.cat(
+        [F.cross_entropy(F.linear(some, weight, bias), target, reduction="none") for some, target in pairs]
+    )
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """∂loss/∂logits = softmax − one-hot is known with the loss, so the forward pass computes the derivatives."""
 

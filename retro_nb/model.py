@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from retro_nb.devices import send
 from retro_nb.layers import Past, PostNorm, PreNorm, rotary
-from retro_nb.loss import linear_cross_entropy
+from retro_nb.loss import linear_cross_entropy, token_cross_entropy
 from retro_nb.presets import AS_IN_THE_PAPER, PRESETS
 from retro_nb.pretrained import load, plain_config, renamed, save
 from retro_nb.transformer import Decoder, DecodingState, Encoder, deepnet_init, norm_of
 
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
+
 
 class RETRO(nn.Module):
     """A causal language model that reads, after every chunk, the neighbours retrieved for it.
@@ -171,31 +172,40 @@ class RETRO(nn.Module):
                 chunks or shorter than a chunk, a token outside the vocabulary (looked for on the CPU only;
                 on a GPU the check would hold up every step).
         """
-        if return_loss:
-            seq, labels = seq[:, :-1], seq[:, 1:]
-        n = seq.shape[1]
-        if not 1 <= n <= self.seq_len:
-            raise ValueError(
-                f"the sequence holds {n} tokens{' before its last label' * return_loss}; this model takes "
-                f"1 to {self.seq_len}: shorten it or build RETRO with a larger max_seq_len"
-            )
-        retrieved = self._check_retrieved(retrieved, chunks=n // self.chunk_size)
-        retrieved, kept = self._with_neighbours(retrieved)
-        x = self.decoder(self._embed(seq), self.encoder, *self._embed_retrieved(retrieved), self._here(kept))
         if not return_loss:
-            return self.to_logits(x)
-
-        labels = rearrange(labels, "b n -> (b n)")
+            return self.to_logits(self._hidden(seq, retrieved))
+        labels = rearrange(seq[:, 1:], "b n -> (b n)")
         asked = (labels != self.pad_id).nonzero()[:, 0]
-        x = rearrange(x, "b n d -> (b n) d")[self._here(asked)]
+        x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")[self._here(asked)]
         total = linear_cross_entropy(x, self.to_logits.weight, self.to_logits.bias, self._here(labels[asked].long()))
         return total / max(1, len(asked))
 
+    @torch.no_grad()
+    def token_losses(self, seq: Int[Tensor, "b _"], retrieved: Retrieved | None = None) -> Float[Tensor, "b n"]:
+        """The loss of every label of its own, in nats, NaN where that is padding; without gradients.
+
+        Args and errors as `forward`'s with return_loss: seq is (b, n+1).
+        """
+        labels = self._here(seq[:, 1:].long())
+        x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")
+        losses = token_cross_entropy(x, self.to_logits.weight, self.to_logits.bias, rearrange(labels, "b n -> (b n)"))
+        return losses.reshape(labels.shape).masked_fill(labels == self.pad_id, float("nan"))
+
+    def _hidden(self, seq: Int[Tensor, "b n"], retrieved: Retrieved | None) -> Float[Tensor, "b n _"]:
+        """What the output layer reads."""
+        n = seq.shape[1]
+        if not 1 <= n <= self.seq_len:
+            raise ValueError(
+                f"the model was given {n} tokens (labels not counted) and takes 1 to {self.seq_len}: pass another "
+                f"length or build RETRO with a larger max_seq_len"
+            )
+        retrieved = self._check_retrieved(retrieved, chunks=n // self.chunk_size)
+        retrieved, kept = self._with_neighbours(retrieved)
+        return self.decoder(self._embed(seq), self.encoder, *self._embed_retrieved(retrieved), self._here(kept))
+
     # piece by piece
 
-    def start_decoding(
-        self, batch: int, capacity: int | None = None, retrieval: bool = True
-    ) -> DecodingState:
+    def start_decoding(self, batch: int, capacity: int | None = None, retrieval: bool = True) -> DecodingState:
         """An empty state for `decode`.
 
         Args:

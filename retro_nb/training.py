@@ -10,7 +10,7 @@ processes, bfloat16, a log, checkpoints and an exact resume. It is built on two 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from itertools import islice
 from typing import Any
@@ -296,6 +296,7 @@ def fit(
     log_every: int = 10,
     eval_every: int = 100,
     checkpoint_every: int = 100,
+    measure: Callable[[], dict[str, float]] | None = None,
     progress: bool = True,
     num_workers: int = 0,
 ) -> History:
@@ -318,6 +319,7 @@ def fit(
             checkpoint is there goes on, with the same losses as if never stopped; resume=False removes it.
         log_every, eval_every, checkpoint_every: steps between reading the losses off the device, evaluating
             `valid`, and saving; each also happens at the last step.
+        measure: called after each evaluation of `valid`; what it returns joins the step's record.
 
     Ctrl-C ends the step under way, saves a checkpoint and raises KeyboardInterrupt (a single process only;
     several leave the newest regular checkpoint).
@@ -354,6 +356,7 @@ def fit(
                 record = log.collect()
                 if evaluate:
                     record["valid_loss"] = trainer.valid_loss(valid)
+                    record |= measure() if measure is not None else {}
                 log.write()
             if save:
                 checkpoints.save(step)

@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 
-from retro_nb import RETRO, TrainingWrapper, evaluate_loss, split_by_document
+from retro_nb import RETRO, TrainingWrapper, docstrings, evaluate_loss, split_by_document
 from retro_nb.__main__ import main
 from retro_nb.checkpoints import read_log
 from retro_nb.commands import BUILD, TRAIN, choose_settings
+from retro_nb.evaluation import evaluate
 from retro_nb.settings import cast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,8 +102,11 @@ def test_the_recipes_are_known_and_make_a_model(path):
         ("train", {"dec_cross_attn_layers": 3}, "parameter dec_cross_attn_layers: cannot read '3' as declared"),
         ("train", {"epochs": 1}, "Pass either steps or epochs"),
         ("train", {"steps": "null"}, "Pass either steps or epochs"),
-        ("train", {"corpus": "speech"}, "corpus 'speech' is no folder, no .jsonl file, nor speeches or almanac (did"),
+        ("train", {"corpus": "speech"}, "no folder, no .jsonl file, nor speeches or almanac or docstrings (did you"),
         ("build", {"corpus": "almanac", "max_chars": 9}, "max_chars is 9, but corpus almanac has none: only speeches"),
+        ("train", {"corpus": "almanac", "min_chars": 9}, "min_chars is 9, but corpus almanac has none: only docst"),
+        ("build", {"corpus": "docstrings", "packages": "numpy"}, "parameter packages: cannot read 'numpy' as declared"),
+        ("build", {"corpus": "docstrings", "packages": "[nowhere]"}, "nowhere: no Python files here, try: pip install"),
         ("build", {"glob": "*.md"}, "matches glob '*.md'"),
         ("build", {"max_seq_len": 100}, "seq_len 100 is not a multiple of chunk_size 64"),
         ("train", {"dec_cross_attn_layers": "[3]"}, "names layer 3, but the layers are 1 … 2"),
@@ -137,6 +141,12 @@ def test_build_makes_what_train_uses(recipe, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_build_takes_the_packages_of_the_docstrings(recipe, capsys):
+    given = {"corpus": "docstrings", "packages": "[einops]", "min_chars": 3000}
+    assert main(arguments("build", recipe, **given)) == 0
+    assert capsys.readouterr().out.startswith(f"{len(list(docstrings(['einops'], 3000)))} documents, ")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_bert) -> tuple[dict, Path]:
     """The settings and the folder of a run that was never stopped."""
@@ -165,6 +175,33 @@ def test_train_leaves_what_the_wrapper_gives(finished, tmp_path):
     assert record["metrics"]["valid_loss"] == pytest.approx(evaluate_loss(loaded, valid), rel=1e-5)
     assert record["metrics"]["steps"] == 12 and record["metrics"]["processes"] == 1 and record["seed"] == 0
     assert record["config"] == settings == yaml.safe_load((out / "settings.yaml").read_text(encoding="utf-8"))
+
+
+def test_evaluate_measures_the_held_out_documents(finished, capsys):
+    settings, out = finished
+    command = ["evaluate", str(out), "--baseline", str(out), "--modes", "off", "N only", "-p", "knn", "1"]
+    assert main([*command, "-p", "work_dir", settings["work_dir"]]) == 0
+    printed = capsys.readouterr().out
+    made = json.loads(printed[printed.index("{") :])
+    retro = RETRO.from_pretrained(out)
+    wrapper = TrainingWrapper(
+        retro=retro, chunk_size=64, knn=1, documents_path=settings["corpus"], bert=settings["bert"],
+        work_dir=settings["work_dir"], progress=False,
+    )  # fmt: skip
+    _, valid = split_by_document(wrapper.ds, 0.3, 0)
+    documents = sorted(set(wrapper.ds.sequence_documents[valid.indices].tolist()))
+    sizes = np.load(wrapper.work_dir / "chunks.bytes.npy")
+    expected = evaluate({"off": (retro, "off"), "N only": (retro, "N only")}, wrapper.ds, documents, sizes)
+    assert made["off"]["bits_per_byte"] == pytest.approx(expected["off"]["bits_per_byte"], rel=1e-5)
+    assert made["N only"]["bits_per_byte"] == pytest.approx(expected["N only"]["bits_per_byte"], rel=1e-5)
+    assert made["baseline"]["more_than_off"]["bits_per_byte"] == pytest.approx(0, abs=1e-9)
+    assert made["documents"] == len(documents) and made["knn"] == 1
+
+
+def test_nothing_was_held_out(finished, capsys):
+    _, out = finished
+    assert main(["evaluate", str(out), "-p", "valid_share", "0"]) == 2
+    assert "valid_share 0" in capsys.readouterr().err
 
 
 def test_the_settings_it_leaves_are_a_recipe_that_goes_on_where_it_is(finished):

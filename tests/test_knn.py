@@ -18,6 +18,7 @@ from retro_nb.index import build_index
 from retro_nb.knn import (
     chunks_to_index_and_embed,
     chunks_to_precalculated_knn_,
+    document_ranges,
     knn_path,
     knn_stats,
     measure_recall,
@@ -136,6 +137,28 @@ def test_neighbours_are_what_brute_force_finds(lengths, k, max_similarity, spec,
         assert set(ids[:count]) <= set(distances)
         if spec == "Flat":
             assert [distances[i] for i in ids[:count]] == [distance for distance, _ in others[:k]]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_documents_kept_out_have_neighbours_and_are_nobodys(corpus, spec):
+    vectors, doc_ids, distances = corpus
+    documents = np.unique(doc_ids)
+    out = documents[: len(documents) // 2]
+    ranges = document_ranges(doc_ids, out.tolist())
+    assert ranges == [(0, np.isin(doc_ids, out).sum())]  # documents that follow one another are one range
+    rows = np.arange(0, len(doc_ids), 3)
+    found = neighbours(build_index(vectors, spec), vectors, doc_ids, K, exclude=ranges, rows=rows)
+    assert found.min() >= 0 and not np.isin(doc_ids[found], out).any()
+    assert not np.any(doc_ids[found] == doc_ids[rows][:, None])
+    if spec == "Flat":
+        allowed = np.where(np.isin(doc_ids, out), np.inf, distances)[rows]
+        near, nearest = np.take_along_axis(allowed, found, axis=1), np.sort(allowed, axis=1)[:, :K]
+        np.testing.assert_allclose(near, nearest, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_document_cannot_be_kept_out(corpus):
+    with pytest.raises(ValueError, match="document 12345 has no chunk"):
+        document_ranges(corpus[1], [12345])
 
 
 def test_near_duplicates_are_left_out_however_many():

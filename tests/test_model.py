@@ -297,9 +297,9 @@ def test_impossible_input_is_refused():
     model = make()
     seq, retrieved = batch(12)
     for n in (0, 25):
-        with pytest.raises(ValueError, match=f"{n} tokens; this model takes 1 to 24"):
+        with pytest.raises(ValueError, match=rf"given {n} tokens .* takes 1 to 24"):
             model(torch.ones(1, n, dtype=torch.long))
-    with pytest.raises(ValueError, match="0 tokens before its last label"):
+    with pytest.raises(ValueError, match="given 0 tokens"):
         model(seq[:, :1], return_loss=True)
     with pytest.raises(ValueError, match=r"2 chunks, but the sequence has 3 complete chunks of 4"):
         model(seq, retrieved[:, :2])

@@ -13,6 +13,7 @@ from retro_nb import RETRO, almanac, embedding, top_k, top_p, wrapper
 from retro_nb.corpus import Document
 from retro_nb.storage import open_array
 from retro_nb.tokens import decode, tokenize
+from retro_nb.training import split_by_document
 from retro_nb.wrapper import TrainingWrapper
 
 faiss.omp_set_num_threads(1)
@@ -249,6 +250,33 @@ def test_fit_holds_out_whole_documents(wrap, folder, monkeypatch):
     made.fit(valid_share=0.4, seed=3, steps=1)
     train, valid = ({int(made.ds.sequence_documents[i]) for i in part.indices} for part in seen)
     assert len(valid) == 2 and not train & valid and train | valid == set(range(5))
+
+
+def test_kept_out_documents_are_validated_on_and_never_read(wrap, folder, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(wrapper, "fit", lambda retro, train, valid, **_: seen.update(train=train, valid=valid))
+    whole, made = wrap(folder), wrap(folder, keep_out=[0, 3])
+    assert whole.kept_out == [] and made.kept_out == [0, 3]
+    doc_ids, knns = made.ds.doc_ids, np.array(made.ds.knns)
+    assert knns.shape == np.array(whole.ds.knns).shape and not np.isin(doc_ids[knns[knns >= 0]], [0, 3]).any()
+    assert np.isin(whole.ds.doc_ids[np.array(whole.ds.knns)], [0, 3]).any()
+    made.fit(steps=1)
+    documents = made.ds.sequence_documents
+    assert set(documents[seen["valid"].indices]) == {0, 3} and not {0, 3} & set(documents[seen["train"].indices])
+    chunk = torch.from_numpy(np.array(open_array(made.work_dir / "chunks.npy")[doc_ids == 0][:1, :-1], np.int64))
+    _, ids = made.retriever.nearest(chunk, exclude=[1])
+    assert not np.isin(doc_ids[ids], [0, 1, 3]).any()
+    fetched = made.fetch_knn_chunks_fn(chunk)
+    assert torch.equal(fetched, made.retriever.tokens(made.retriever.nearest(chunk)[1]))
+    made.fit(steps=1, valid_share=0)
+    assert seen["valid"] is None and len(seen["train"]) == len(made.ds)
+
+
+def test_a_share_is_kept_out(wrap, folder):
+    share = wrap(folder, keep_out=0.4)
+    assert len(share.kept_out) == 2 and share.kept_out == wrap(folder, keep_out=0.4).kept_out
+    _, valid = split_by_document(share.ds, 0.4)
+    assert set(share.ds.sequence_documents[valid.indices]) == set(share.kept_out)
 
 
 def test_one_document_cannot_be_split(wrap, tmp_path):

@@ -1,0 +1,244 @@
+"""Does retrieval help? Bits per byte of text that the model has not seen, under several conditions (notebook 07).
+
+    on         every chunk's own neighbours
+    off        no neighbours, RETRO[OFF]
+    shuffled   the neighbours of a chunk of another document: what a model gains by reading anything at all
+    N only     the retrieved chunks without their continuations
+    F only     the continuations alone
+
+A model that ignores what it retrieves scores the same on and shuffled. [CLS] is given and [SEP] is no text:
+neither is counted, so that the bits are those of the text, and its bytes are those of the original.
+
+Shapes: c chunks of the corpus, m tokens in each; e documents that are evaluated.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Float64, Int, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from retro_nb.chunking import companion, document_tokens
+from retro_nb.corpus import Document
+from retro_nb.dataset import RETRODataset
+from retro_nb.model import RETRO
+from retro_nb.storage import PathLike, open_array
+from retro_nb.tokens import EOS_ID
+from retro_nb.training import of_documents
+
+MODES = ("on", "off", "shuffled", "N only", "F only")
+RESAMPLES = 10_000
+
+# token by token
+
+
+def token_losses(
+    retro: RETRO,
+    dataset: RETRODataset,
+    documents: Sequence[int],
+    mode: str = "on",
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Float32[np.ndarray, "c m"]:
+    """Nats of every token of these documents, at its place in the chunk array; NaN everywhere else.
+
+    Args:
+        retro: the model; it is evaluated where it lies, and left in the mode that it is in.
+        dataset: sequences and neighbours. `dataset.with_neighbours(…)` evaluates other ones.
+        documents: their numbers.
+        mode: one of `MODES`.
+        seed: of "shuffled".
+
+    Raises:
+        ValueError: an unknown mode, a document without a sequence, or a single document to shuffle.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    dataset.close()
+    if mode == "shuffled":
+        dataset = dataset.with_neighbours(shuffled(dataset.knns, dataset.doc_ids, documents, seed))
+    sequences = of_documents(dataset, documents)
+    if missing := set(documents) - set(dataset.sequence_documents.tolist()):
+        raise ValueError(f"document {min(missing)} is not in this corpus: pass numbers of its documents")
+    losses, was_training = np.full((dataset.num_chunks, dataset.chunk_size), np.nan, np.float32), retro.training
+    batches = DataLoader(sequences, batch_size, generator=torch.Generator())
+    firsts = iter(dataset.first_chunks(sequences.indices).tolist())
+    retro.eval()
+    try:
+        for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
+            for nats, row in zip(retro.token_losses(seq, _read(retrieved, mode)).cpu().float(), seq, strict=True):
+                _put(losses, nats, row, next(firsts))
+    finally:
+        retro.train(was_training)
+    return losses
+
+
+def _read(retrieved: Int[Tensor, "b l k r"], mode: str) -> Int[Tensor, "b l k r"] | None:
+    """What the model gets to read of the neighbours; padding where it does not."""
+    if mode == "off":
+        return None
+    m = retrieved.shape[-1] // 2
+    if mode == "N only":
+        retrieved[..., m:] = 0
+    elif mode == "F only":
+        retrieved[..., :m] = 0
+    return retrieved
+
+
+def _put(losses: np.ndarray, nats: Float32[Tensor, " n"], seq: Int[Tensor, " n_plus_1"], first: int) -> None:
+    """Nats of the labels of a sequence that begins with chunk `first`: the label i belongs to token i + 1."""
+    text = (seq[1:] != EOS_ID) & ~nats.isnan()
+    places = first * losses.shape[1] + 1 + text.nonzero()[:, 0]
+    losses.reshape(-1)[places.numpy()] = nats[text].numpy()
+
+
+def shuffled(
+    knns: Int[np.ndarray, "c k"], doc_ids: Int[np.ndarray, " c"], documents: Sequence[int], seed: int = 0
+) -> Int[np.ndarray, "c k"]:
+    """Each chunk of these documents gets the neighbours of a random chunk of another one of them.
+
+    Raises:
+        ValueError: there is only one document.
+    """
+    if len(set(documents)) < 2:
+        raise ValueError(f"documents {list(documents)}: shuffling needs two, to take neighbours of another one")
+    rows = np.flatnonzero(np.isin(doc_ids, list(documents)))
+    own = doc_ids[rows]
+    first, stop = (np.searchsorted(own, own, side) for side in ("left", "right"))
+    draw = (np.random.default_rng(seed).random(len(rows)) * (len(rows) - (stop - first))).astype(np.int64)
+    mixed = np.array(knns)
+    mixed[rows] = knns[rows[np.where(draw < first, draw, draw + stop - first)]]
+    return mixed
+
+
+# document by document
+
+
+@dataclass(frozen=True)
+class Score:
+    """What documents cost one model in one mode."""
+
+    nats: Float64[np.ndarray, " e"]
+    tokens: Int64[np.ndarray, " e"]
+    bytes: Int64[np.ndarray, " e"]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / math.log(2) / self.bytes.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Per token, so only models with the same tokenizer compare."""
+        return float(np.exp(self.nats.sum() / self.tokens.sum()))
+
+
+def score(
+    losses: Float32[np.ndarray, "c m"],
+    documents: Sequence[int],
+    doc_ids: Int[np.ndarray, " c"],
+    chunk_bytes: Int[np.ndarray, " c"],
+) -> Score:
+    """Sum token losses over each document."""
+    sides = (np.searchsorted(doc_ids, list(documents), side) for side in ("left", "right"))
+    edges = [slice(first, stop) for first, stop in zip(*sides, strict=True)]
+    parts = [(losses[rows].astype(np.float64), chunk_bytes[rows]) for rows in edges]
+    return Score(
+        np.array([np.nansum(nats) for nats, _ in parts]),
+        np.array([np.count_nonzero(~np.isnan(nats)) for nats, _ in parts]),
+        np.array([sizes.sum(dtype=np.int64) for _, sizes in parts]),
+    )
+
+
+def bytes_of_chunks(chunks_memmap_path: PathLike) -> Int[np.ndarray, " c"]:
+    """Bytes of the text from each chunk to the next."""
+    return open_array(companion(Path(chunks_memmap_path), "bytes.npy"))
+
+
+def interval(first: Score, second: Score | None = None, *, share: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Where bits per byte lie with this confidence; with a second score, where first − second lies.
+
+    Bootstrap over documents: they are drawn with replacement `RESAMPLES` times, the same ones for both scores.
+    """
+    rng, count = np.random.default_rng(seed), len(first.nats)
+    picks = rng.integers(count, size=(RESAMPLES, count))
+    nats = first.nats if second is None else first.nats - second.nats
+    values = nats[picks].sum(axis=1) / math.log(2) / first.bytes[picks].sum(axis=1)
+    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+# the almanac
+
+
+def fact_tokens(corpus: Iterable[Document], doc_ids: Int[np.ndarray, " c"], m: int) -> Bool[np.ndarray, "c m"]:
+    """Which tokens of the chunk array tell a fact of the almanac (its documents know where they stand)."""
+    told = np.zeros((len(doc_ids), m), dtype=bool)
+    for number, document in enumerate(corpus):
+        spans = np.concatenate([tokens.spans for tokens in document_tokens(document.text)])
+        starts = {start for start, _ in document.facts}
+        places = np.flatnonzero([start in starts and stop > start for start, stop in spans.tolist()])
+        first = np.searchsorted(doc_ids, number)
+        told[first + places // m, places % m] = True
+    return told
+
+
+def found_twins(knns: Int[np.ndarray, "c k"], doc_ids: Int[np.ndarray, " c"]) -> Bool[np.ndarray, " c"]:
+    """Whether a chunk of the almanac has a neighbour about its own town, which the documents 2t and 2t + 1 tell of."""
+    return ((doc_ids[knns] // 2 == doc_ids[:, None] // 2) & (knns >= 0)).any(axis=1)
+
+
+# all of it
+
+
+def evaluate(
+    models: Mapping[str, tuple[RETRO, str]],
+    dataset: RETRODataset,
+    documents: Sequence[int],
+    chunk_bytes: Int[np.ndarray, " c"],
+    **options: Any,
+) -> dict[str, Any]:
+    """Score models and modes on the same documents.
+
+    Args:
+        models: by name, a model and one of `MODES`: {"on": (retro, "on"), "baseline": (other, "off")}.
+        dataset, documents: the corpus, and which of it the models have not seen.
+        chunk_bytes: see `bytes_of_chunks`.
+        **options: `seed`, `batch_size`, `progress` of `token_losses`.
+
+    Returns:
+        A summary for JSON: counts, and under each name bits_per_byte, perplexity and the interval; for all but
+        the first also `more_than_<first>`, the difference of the bits per byte and its interval.
+    """
+    scores = {
+        name: score(token_losses(retro, dataset, documents, mode, **options), documents, dataset.doc_ids, chunk_bytes)
+        for name, (retro, mode) in models.items()
+    }
+    return summary(scores)
+
+
+def summary(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """See `evaluate`."""
+    reference, *others = scores
+    first = scores[reference]
+    made = {"documents": len(first.nats), "tokens": int(first.tokens.sum()), "bytes": int(first.bytes.sum())}
+    for name, each in scores.items():
+        made[name] = {
+            "bits_per_byte": each.bits_per_byte,
+            "perplexity": each.perplexity,
+            "interval": interval(each),
+        }
+    for name in others:
+        made[name][f"more_than_{reference}"] = {
+            "bits_per_byte": scores[name].bits_per_byte - first.bits_per_byte,
+            "interval": interval(scores[name], first),
+        }
+    return made

@@ -1,0 +1,193 @@
+"""Bits per byte against a plain loop over documents; the conditions; the bootstrap against what is known of it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_nb import RETRO, RETRODataset, evaluation
+from retro_nb.chunking import documents_to_chunks_
+from retro_nb.corpus import Document
+from retro_nb.evaluation import MODES, Score, bytes_of_chunks, evaluate, interval, score, shuffled, token_losses
+from retro_nb.storage import open_array
+from retro_nb.tokens import tokenize
+
+M, N, K = 4, 12, 2
+TEXTS = [
+    "The treaty of peace — signed in Zürich — was kept.",
+    "Naïve people pay taxes. " * 5,
+    "war",
+    "Gold, silver and copper; army and navy. " * 3,
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, tiny_bert):
+    """A dataset of TEXTS with random neighbours, none of them of the document itself."""
+    folder = tmp_path_factory.mktemp("corpus")
+    paths = {f"{name}_memmap_path": folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
+    documents = [Document(text, str(number), "here") for number, text in enumerate(TEXTS)]
+    stats = documents_to_chunks_(documents, **paths, chunk_size=M, seq_len=N, bert=tiny_bert, progress=False)
+    doc_ids, rng = np.load(folder / "doc_ids.npy"), np.random.default_rng(0)
+    knns = [rng.choice(np.flatnonzero(doc_ids != document), K) for document in doc_ids]
+    np.save(folder / "knns.npy", np.array(knns, np.int32))
+    dataset = RETRODataset(
+        num_chunks=stats["chunks"],
+        chunk_size=M,
+        seq_len=N,
+        num_sequences=stats["seqs"],
+        num_neighbors=K,
+        chunk_memmap_path=folder / "chunks.npy",
+        chunk_nn_memmap_path=folder / "knns.npy",
+        seq_memmap_path=folder / "seqs.npy",
+        doc_ids_memmap_path=folder / "doc_ids.npy",
+    )
+    return dataset, bytes_of_chunks(folder / "chunks.npy")
+
+
+@pytest.fixture
+def retro():
+    torch.manual_seed(0)
+    sizes = dict(enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=8)
+    model = RETRO(num_tokens=30522, max_seq_len=N, chunk_size=M, dec_attn_dropout=0.5, **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that neighbours matter
+    return model
+
+
+def plain_nats(retro, dataset, text, number, bert, mode) -> tuple[float, int]:
+    """Nats and tokens of one document: its own tokens, cut into sequences, neighbours fetched one by one."""
+    tokens, first = tokenize(text, bert=bert)[0], int(np.searchsorted(dataset.doc_ids, number))
+    chunks, total, count = open_array(dataset._paths["chunks"][0]), 0.0, 0
+    for start in range(0, len(tokens) - 1, N):
+        seq = tokens[start : start + N]
+        near = torch.zeros(1, len(seq) // M, K, 2 * M, dtype=torch.long)
+        for u in range(len(seq) // M):
+            for j, i in enumerate(dataset.knns[first + start // M + u].tolist()):
+                follows = i + 1 < len(chunks) and dataset.doc_ids[i + 1] == dataset.doc_ids[i]
+                near[0, u, j, :M] = torch.from_numpy(chunks[i, :M].astype(np.int64)) * (mode != "F only")
+                if follows and mode != "N only":
+                    near[0, u, j, M:] = torch.from_numpy(chunks[i + 1, :M].astype(np.int64))
+        with torch.no_grad():
+            logits = retro.double()(seq[None], None if mode == "off" else near)[0]
+        for position, label in enumerate(tokens[start + 1 : start + 1 + len(seq)]):
+            if label != 102:
+                total, count = total + F.cross_entropy(logits[position], label).item(), count + 1
+    return total, count
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "shuffled"])
+def test_scores_are_those_of_a_plain_loop(corpus, retro, tiny_bert, mode):
+    dataset, sizes = corpus
+    documents = [0, 1, 3]
+    losses = token_losses(retro, dataset, documents, mode, batch_size=2, progress=False)
+    assert retro.training
+    made = score(losses, documents, dataset.doc_ids, sizes)
+    retro.eval()
+    expected = [plain_nats(retro, dataset, TEXTS[number], number, tiny_bert, mode) for number in documents]
+    assert made.nats == pytest.approx([nats for nats, _ in expected], rel=1e-4)
+    assert made.tokens.tolist() == [count for _, count in expected]
+    assert made.bytes.tolist() == [len(TEXTS[number].encode()) for number in documents]
+    nats, count = (sum(each) for each in zip(*expected, strict=True))
+    assert made.bits_per_byte == pytest.approx(nats / math.log(2) / made.bytes.sum(), rel=1e-4)
+    assert made.perplexity == pytest.approx(math.exp(nats / count), rel=1e-3)
+
+
+def test_a_loss_lies_at_its_token(corpus, retro):
+    """Everything of the documents has a loss but [CLS] and [SEP], and nothing else has."""
+    dataset, _ = corpus
+    tokens = open_array(dataset._paths["chunks"][0])[:, :M]
+    losses = token_losses(retro, dataset, [1, 2], "off", progress=False)
+    asked = np.isin(dataset.doc_ids, [1, 2])[:, None] & ~np.isin(tokens, [0, 101, 102])
+    assert (np.isnan(losses) == ~asked).all()
+
+
+def test_other_neighbours(corpus, retro):
+    """None at all is the model without retrieval up to its null key; k = 1 reads the first ones only."""
+    dataset, _ = corpus
+    one = dataset.with_neighbours(dataset.knns[:, :1])
+    again = dataset.with_neighbours(np.where(np.arange(K) < 1, dataset.knns, -1))
+    few, same, all_of_them = (token_losses(retro, each, [1, 3], progress=False) for each in (one, again, dataset))
+    np.testing.assert_allclose(few, same, rtol=1e-4)
+    assert not np.allclose(few, all_of_them, equal_nan=True)
+    assert one[0][1].shape == (N // M, 1, 2 * M) and dataset[0][1].shape == (N // M, K, 2 * M)
+    with pytest.raises(ValueError, match=f"neighbours of 3 chunks for a corpus of {dataset.num_chunks}"):
+        dataset.with_neighbours(dataset.knns[:3])
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=8), st.integers(0, 5))
+@settings(deadline=None)
+def test_shuffled_neighbours_are_those_of_another_evaluated_document(counts, seed):
+    doc_ids = np.repeat(np.arange(len(counts)), counts)
+    documents = list(range(0, len(counts), 2)) if len(counts) > 2 else [0, 1]
+    knns = np.arange(len(doc_ids))[:, None]  # who finds a neighbour is told by its number
+    mixed = shuffled(knns, doc_ids, documents, seed)
+    for row, document in enumerate(doc_ids):
+        if document in documents:
+            taken_from = doc_ids[mixed[row, 0]]
+            assert taken_from != document and taken_from in documents
+        else:
+            assert mixed[row, 0] == row
+
+
+def test_every_other_chunk_can_be_drawn():
+    doc_ids = np.array([0, 0, 1, 2, 2])
+    seen = {int(shuffled(np.arange(5)[:, None], doc_ids, [0, 1, 2], seed)[3, 0]) for seed in range(60)}
+    assert seen == {0, 1, 2}
+
+
+def test_the_interval_of_a_mean():
+    """Of many documents of equal size it is the mean ± 1.96 standard errors."""
+    rng, count = np.random.default_rng(0), 2000
+    bits = rng.normal(1.3, 0.2, count)
+    made = Score(bits * math.log(2) * 1000, np.full(count, 200), np.full(count, 1000))
+    error = 1.96 * bits.std() / count**0.5
+    assert interval(made) == pytest.approx((bits.mean() - error, bits.mean() + error), abs=error / 10)
+
+
+def test_a_paired_difference_is_narrower_than_its_parts():
+    rng, sizes = np.random.default_rng(0), np.full(30, 1000)
+    hard = rng.normal(1000, 300, 30)
+    first, second = Score(hard, sizes, sizes), Score(hard + rng.normal(10, 2, 30), sizes, sizes)
+    low, high = interval(second, first)
+    assert 0 < low < (second.nats - first.nats).sum() / math.log(2) / sizes.sum() < high < 0.02
+    assert interval(first)[1] - interval(first)[0] > 10 * (high - low)
+
+
+def test_a_document_counts_by_its_bytes():
+    """Three times the same document, told in pieces or as one, is as many bits per byte."""
+    whole = Score(np.array([300.0]), np.array([60]), np.array([240]))
+    parts = Score(np.full(3, 100.0), np.full(3, 20), np.full(3, 80))
+    assert whole.bits_per_byte == pytest.approx(parts.bits_per_byte)
+    assert interval(whole) == pytest.approx((whole.bits_per_byte,) * 2)
+
+
+def test_evaluate(corpus, retro):
+    dataset, sizes = corpus
+    models = {"on": (retro, "on"), "off": (retro, "off"), "shuffled": (retro, "shuffled")}
+    made = evaluate(models, dataset, [0, 1, 3], sizes, progress=False)
+    assert json.loads(json.dumps(made)).keys() == {"documents", "tokens", "bytes", *models}
+    assert made["documents"] == 3 and made["bytes"] == sum(len(TEXTS[number].encode()) for number in (0, 1, 3))
+    difference = made["off"]["more_than_on"]
+    assert difference["bits_per_byte"] == pytest.approx(made["off"]["bits_per_byte"] - made["on"]["bits_per_byte"])
+    assert difference["interval"][0] <= difference["bits_per_byte"] <= difference["interval"][1]
+
+
+def test_bad_input_is_refused(corpus, retro):
+    dataset, _ = corpus
+    with pytest.raises(ValueError, match="mode 'of' is unknown: choose one of on, off"):
+        token_losses(retro, dataset, [0], "of")
+    with pytest.raises(ValueError, match="document 9 is not in this corpus"):
+        token_losses(retro, dataset, [0, 9], progress=False)
+    with pytest.raises(ValueError, match="shuffling needs two"):
+        token_losses(retro, dataset, [1], "shuffled", progress=False)
+
+
+def test_modes_are_documented():
+    assert all(mode in evaluation.__doc__ for mode in MODES)

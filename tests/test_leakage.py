@@ -1,0 +1,419 @@
+"""Shared runs against all substrings, their cost in steps, and bits per byte against loops of floats."""
+
+import difflib
+import inspect
+import json
+import math
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_nb import leakage
+from retro_nb.leakage import State, SuffixAutomaton, leakage_curve, overlaps, shared_runs
+
+CLS, SEP, PAD = 101, 102, 0
+often = settings(deadline=None, max_examples=150)
+sometimes = settings(deadline=None, max_examples=50)
+
+
+def runs_of(chunk, texts, **options) -> list[int]:
+    return shared_runs(np.array(chunk, np.int64), [np.array(text, np.int64) for text in texts], **options).tolist()
+
+
+def all_runs(tokens) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(len(tokens)) for j in range(i + 1, len(tokens) + 1)]
+
+
+def brute_force(chunk, texts, no_text=(PAD, CLS, SEP)) -> list[int]:
+    """From the definition: every run of the chunk that is a run of a text, painted onto its tokens."""
+    shared = {tuple(text[i:j]) for text in texts for i, j in all_runs(text)}
+    longest = [0] * len(chunk)
+    for i, j in all_runs(chunk):
+        if tuple(chunk[i:j]) in shared and not set(chunk[i:j]) & set(no_text):
+            for token in range(i, j):
+                longest[token] = max(longest[token], j - i)
+    return longest
+
+
+words = st.sampled_from([7, 8, 9])
+tokens = st.one_of(words, words, st.sampled_from([PAD, CLS, SEP, 10]))  # 10 is a word, too, but a rare one
+sequences = st.lists(tokens, max_size=16)
+corpora = st.lists(sequences, max_size=4)
+
+
+# shared runs
+
+
+@often
+@given(chunk=sequences, texts=corpora)
+def test_every_token_has_the_longest_run_around_it(chunk, texts):
+    assert runs_of(chunk, texts) == brute_force(chunk, texts)
+
+
+@often
+@given(chunk=st.lists(st.sampled_from([7, 8]), max_size=24), text=st.lists(st.sampled_from([7, 8]), max_size=24))
+def test_two_words_only(chunk, text):
+    """Where runs overlap most."""
+    assert runs_of(chunk, [text]) == brute_force(chunk, [text])
+
+
+@often
+@given(chunk=sequences, texts=corpora)
+def test_no_run_crosses_from_one_text_to_the_next(chunk, texts):
+    each = [runs_of(chunk, [text]) for text in texts]
+    assert runs_of(chunk, texts) == np.max([[0] * len(chunk), *each], axis=0).tolist()
+
+
+def test_a_run_cut_by_a_texts_end_or_by_what_is_no_text():
+    chunk = [7, 8, 9, 10]
+    assert runs_of(chunk, [[7, 8, 9, 10]]) == [4, 4, 4, 4]
+    assert runs_of(chunk, [[7, 8], [9, 10]]) == [2, 2, 2, 2]
+    for cut in (PAD, CLS, SEP):
+        assert runs_of(chunk, [[7, 8, 9, cut, 10]]) == [3, 3, 3, 1]
+        assert runs_of([7, 8, cut, 9], [[7, 8, cut, 9]]) == [2, 2, 0, 1]
+
+
+@often
+@given(chunk=sequences, texts=corpora, random=st.randoms())
+def test_the_order_of_texts_does_not_matter(chunk, texts, random):
+    shuffled = random.sample(texts, len(texts))
+    assert runs_of(chunk, shuffled) == runs_of(chunk, texts)
+
+
+@often
+@given(chunk=sequences, texts=corpora)
+def test_read_backwards_the_runs_are_the_same(chunk, texts):
+    assert runs_of(chunk[::-1], [text[::-1] for text in texts]) == runs_of(chunk, texts)[::-1]
+
+
+@often
+@given(chunk=st.lists(words, min_size=1, max_size=20), before=sequences, after=sequences, others=corpora)
+def test_a_chunk_within_a_text_is_shared_whole(chunk, before, after, others):
+    assert runs_of(chunk, [*others, before + chunk + after]) == [len(chunk)] * len(chunk)
+
+
+@often
+@given(chunk=sequences, texts=st.lists(st.lists(st.sampled_from([PAD, CLS, SEP, 20, 21, 22]), max_size=16), max_size=3))
+def test_other_words_share_nothing(chunk, texts):
+    assert runs_of(chunk, texts) == [0] * len(chunk)
+
+
+@often
+@given(chunk=sequences, texts=corpora)
+def test_another_padding_id(chunk, texts):
+    assert runs_of(chunk, texts, pad_id=9) == brute_force(chunk, texts, no_text=(9, CLS, SEP))
+
+
+@pytest.mark.parametrize("vocabulary", [2, 5, 30, 300])
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_a_chunk_and_its_neighbours_at_full_size(vocabulary, kind):
+    """The longest run as difflib finds it, in an array of k neighbours and in a list of them."""
+    rng = np.random.default_rng(vocabulary)
+    chunk, texts = (rng.integers(1000, 1000 + vocabulary, shape).astype(kind) for shape in (64, (10, 128)))
+    texts[3, 50:90] = chunk[20:60]
+    texts[7, 100:] = PAD
+    matchers = [difflib.SequenceMatcher(None, chunk.tolist(), text[text > 0].tolist(), False) for text in texts]
+    found = shared_runs(chunk, texts)
+    assert found.max() == max(matcher.find_longest_match().size for matcher in matchers) >= 40
+    assert found.dtype == np.int64 and (found == shared_runs(chunk, list(texts))).all()
+
+
+# linear time, counted in steps
+
+
+def fibonacci(length) -> list[int]:
+    """7 8 7 7 8 …: the text with the most repetitions of different lengths."""
+    text, longer = [7], [7, 8]
+    while len(text) < length:
+        text, longer = longer, longer + text
+    return text[:length]
+
+
+HARD = {
+    "one word": lambda n: [7] * n,
+    "two in turn": lambda n: [7, 8] * (n // 2),
+    "two halves": lambda n: [7] * (n // 2) + [8] * (n // 2),
+    "most states": lambda n: [7] + [8] * (n - 1),  # 2n − 1 of them with a third word at the end
+    "most transitions": lambda n: [7] + [8] * (n - 2) + [9],
+    "Fibonacci": fibonacci,
+    "random": lambda n: np.random.default_rng(0).integers(7, 10, n).tolist(),
+    "no word twice": lambda n: list(range(200, 200 + n)),
+}
+
+
+def states_of(automaton) -> list:
+    seen, to_visit = {automaton.root}, [automaton.root]
+    while to_visit:
+        for state in to_visit.pop().next.values():
+            if state not in seen:
+                seen.add(state)
+                to_visit.append(state)
+    return list(seen)
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("texts", [1, 3])
+def test_states_and_transitions_grow_with_the_tokens(monkeypatch, name, texts):
+    made = []
+
+    class Noted(State):
+        def __init__(self, *values):
+            super().__init__(*values)
+            made.append(self)
+
+    monkeypatch.setattr(leakage, "State", Noted)
+    automaton, n = SuffixAutomaton(), 120
+    for i in range(texts):
+        automaton.add(HARD[name](n - 10 * i)[i:])  # neither equal nor unlike
+    total = sum(n - 11 * i for i in range(texts))
+    states = states_of(automaton)
+    assert total // texts <= len(states) <= 2 * total
+    assert len(made) == len(states)  # none is made in vain
+    assert sum(len(state.next) for state in states) <= 3 * total
+
+
+@sometimes
+@given(texts=st.lists(st.lists(words, max_size=20), max_size=4))
+def test_states_are_the_sets_of_places_where_runs_end(texts):
+    """The definition of the automaton: there is no smaller one that reads these runs and nothing else."""
+    automaton, places = SuffixAutomaton(), {}
+    for number, text in enumerate(texts):
+        automaton.add(text)
+        for i, j in all_runs(text):
+            places.setdefault(tuple(text[i:j]), set()).add((number, j))
+    longest = {}
+    for run, ends in places.items():
+        longest[frozenset(ends)] = max(longest.get(frozenset(ends), 0), len(run))
+    assert Counter(state.length for state in states_of(automaton)) == Counter([0, *longest.values()])
+
+
+class Steps(dict):
+    """Transitions that count how often one is followed."""
+
+    taken = 0
+
+    def __getitem__(self, token):
+        Steps.taken += 1
+        return super().__getitem__(token)
+
+
+class Watched(State):
+    """A state that counts how often `shorter` is followed as well."""
+
+    @property
+    def shorter(self):
+        Steps.taken += 1
+        return State.shorter.__get__(self)
+
+    @shorter.setter
+    def shorter(self, state):
+        State.shorter.__set__(self, state)
+
+
+@pytest.mark.parametrize("text", HARD)
+@pytest.mark.parametrize("chunk", HARD)
+def test_a_chunk_is_read_in_two_steps_a_token(monkeypatch, text, chunk):
+    monkeypatch.setattr(leakage, "State", Watched)
+    automaton, chunk = SuffixAutomaton(), HARD[chunk](200)
+    automaton.add(HARD[text](120))
+    for state in states_of(automaton):
+        state.next = Steps(state.next)
+    Steps.taken = 0
+    found = sum(ending > 0 for ending in automaton.longest_endings(chunk))
+    assert found <= Steps.taken <= 2 * len(chunk)
+
+
+def lines_run(chunk, texts) -> int:
+    """Lines of the module that are executed, comprehensions and helpers included."""
+    chunk, texts = np.array(chunk), [np.array(text) for text in texts]
+    count, before = 0, sys.gettrace()
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename != leakage.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        shared_runs(chunk, texts)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("text", HARD)
+@pytest.mark.parametrize("chunk", HARD)
+def test_four_times_the_tokens_take_four_times_the_steps(chunk, text):
+    """Sixteen times where a loop is within a loop."""
+    short, long = (lines_run(HARD[chunk](n), [HARD[text](2 * n), HARD[text](n)]) for n in (100, 400))
+    assert 100 < short and long < 4.4 * short
+    assert long <= 20 * 400 * 4  # of 400 tokens in the chunk, 1200 in the texts
+
+
+# the evaluated chunks
+
+
+def rows_of_document(document, m) -> list[list[int]]:
+    starts = range(0, max(len(document) - 1, 1), m)
+    return [(document[start : start + m + 1] + [PAD] * m)[: m + 1] for start in starts]
+
+
+@sometimes
+@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4), m=st.integers(1, 6), seed=st.integers(0, 99))
+def test_overlaps_are_those_of_the_documents_tokens(lengths, m, seed):
+    """N with F are two chunks' tokens of a document, so runs cross from N to F and never out of the document."""
+    rng = np.random.default_rng(seed)
+    documents = [[CLS, *rng.integers(200, 203, length).tolist(), SEP] for length in lengths]
+    split = [rows_of_document(document, m) for document in documents]
+    place = [(d, u * m) for d, rows in enumerate(split) for u in range(len(rows))]
+    chunks = np.array([row for rows in split for row in rows], np.int32)
+    rows = rng.integers(0, len(chunks), 5)
+    neighbours = rng.integers(-1, len(chunks), (5, 3)).astype(np.int32)
+    expected = []
+    for row, ids in zip(rows, neighbours, strict=True):
+        (d, start), found = place[row], [place[i] for i in ids if i >= 0]
+        chunk = [token for token in documents[d][start : start + m] if token not in (CLS, SEP)]
+        texts = [documents[other][first : first + 2 * m] for other, first in found]
+        expected.append(max(brute_force(chunk, texts), default=0) / max(len(chunk), 1))
+    doc_ids = np.array([d for d, _ in place], np.int32)
+    assert overlaps(chunks, rows, neighbours, doc_ids, progress=False).tolist() == expected
+
+
+@pytest.fixture
+def corpus():
+    """Two documents whose second chunks are the same: 4 words, and one word before the end."""
+    documents = [[CLS, 7, 8, 9, 10, 11, 12, 13, SEP], [CLS, 20, 21, 22, 23, 10, 11, 12, 13, 8, SEP]]
+    split = [rows_of_document(document, 4) for document in documents]
+    chunks = np.array([row for rows in split for row in rows], np.int32)
+    return chunks, np.repeat([0, 1], [len(rows) for rows in split])
+
+
+def test_a_chunk_is_divided_by_the_words_it_has(corpus):
+    chunks, doc_ids = corpus
+    assert chunks.tolist()[2:] == [[CLS, 20, 21, 22, 23], [23, 10, 11, 12, 13], [13, 8, SEP, PAD, PAD]]
+    neighbours = np.array([[0, -1], [0, 1], [0, 1]])
+    # no word of 3; 10 11 12 of 4 words, across N and F of chunk 0; of 13 8 one word
+    assert overlaps(chunks, np.array([2, 3, 4]), neighbours, doc_ids, progress=False).tolist() == [0, 3 / 4, 1 / 2]
+    itself = np.arange(5)
+    assert (overlaps(chunks, itself, itself[:, None], doc_ids, progress=False) == 1).all()
+    assert (overlaps(chunks, itself, np.full((5, 2), -1), doc_ids, progress=False) == 0).all()
+
+
+def test_a_continuation_is_of_the_neighbours_own_document():
+    """By the documents' numbers: these chunks hold no [SEP] that could tell."""
+    chunks = np.array([[7, 8, 9], [9, 10, 11], [7, 8, 9], [9, 10, 11], [8, 9, 10]])
+    doc_ids, neighbours = np.array([0, 0, 1, 2, 3]), np.array([[0], [2]])
+    found = overlaps(chunks, np.array([4, 4]), neighbours, doc_ids, progress=False)
+    assert found.tolist() == [1, 1 / 2]  # 7 8 goes on with 9 10 in document 0, and ends document 1
+
+
+def test_nothing_to_compare(corpus):
+    chunks, doc_ids = corpus
+    assert overlaps(chunks, np.arange(0), np.zeros((0, 10), int), doc_ids).shape == (0,)
+    assert (overlaps(chunks, np.arange(2), np.zeros((2, 0), int), doc_ids) == 0).all()
+
+
+def test_a_bar_shows_progress(corpus, capsys):
+    chunks, doc_ids = corpus
+    overlaps(chunks, np.array([1, 2]), np.array([[0], [1]]), doc_ids)
+    assert "comparing: 100%" in capsys.readouterr().err
+    overlaps(chunks, np.array([1, 2]), np.array([[0], [1]]), doc_ids, progress=False)
+    assert not capsys.readouterr().err
+
+
+def test_chunks_that_do_not_fit(corpus):
+    chunks, doc_ids = corpus
+    unchecked = inspect.unwrap(overlaps)  # outside of tests nothing checks annotations
+    with pytest.raises(ValueError, match="2 rows, 3 of neighbours; 5 chunks, 5 doc_ids: pass neighbours for each row"):
+        unchecked(chunks, np.arange(2), np.zeros((3, 1), int), doc_ids)
+    with pytest.raises(ValueError, match="5 chunks, 4 doc_ids"):
+        unchecked(chunks, np.arange(2), np.zeros((2, 1), int), doc_ids[:-1])
+    for rows in ([-1, 2], [2, 5]):
+        with pytest.raises(IndexError, match=f"rows {rows[0]} … {rows[1]} of 5 chunks"):
+            overlaps(chunks, np.array(rows), np.zeros((2, 1), int), doc_ids)
+    with pytest.raises(IndexError, match="neighbour ids 5 … 5 for 5 chunks"):
+        overlaps(chunks, np.arange(2), np.array([[0], [5]]), doc_ids, progress=False)
+
+
+# bits per byte
+
+
+@st.composite
+def evaluations(draw) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    e = draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    overlap = rng.integers(0, 65, e) / 64
+    nats = {name: rng.uniform(0, 300, e) for name in ("on", "off")}
+    return overlap, nats, rng.integers(0, 5, e) * 70 + np.eye(e, dtype=int)[0]  # one byte at least
+
+
+@often
+@given(evaluation=evaluations())
+def test_bits_per_byte_of_the_chunks_that_share_little(evaluation):
+    overlap, nats, sizes = evaluation
+    curve = leakage_curve(*evaluation)
+    assert json.loads(json.dumps(curve, allow_nan=False)) == curve
+    assert [point["alpha"] for point in curve] == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1]
+    for point in curve:
+        kept = [i for i in range(len(overlap)) if overlap[i] <= point["alpha"]]
+        size = sum(int(sizes[i]) for i in kept)
+        assert point["chunks"] == pytest.approx(len(kept) / len(overlap))
+        assert point["bytes"] == pytest.approx(size / sum(sizes.tolist()))
+        assert list(point["bits_per_byte"]) == ["on", "off"]
+        for name, found in point["bits_per_byte"].items():
+            bits = sum(nats[name][i] / math.log(2) for i in kept)
+            assert found is None if not size else found == pytest.approx(bits / size)
+
+
+@often
+@given(evaluation=evaluations())
+def test_all_chunks_at_one_and_more_with_every_step(evaluation):
+    _, nats, sizes = evaluation
+    curve = leakage_curve(*evaluation)
+    assert curve[-1]["chunks"] == curve[-1]["bytes"] == 1
+    plain = {name: losses.sum() / math.log(2) / sizes.sum() for name, losses in nats.items()}
+    assert curve[-1]["bits_per_byte"] == pytest.approx(plain)
+    for share in ("chunks", "bytes"):
+        shares = [point[share] for point in curve]
+        assert shares == sorted(shares)
+
+
+def test_a_chunk_at_the_limit_is_kept_and_none_is_none():
+    overlap, sizes = np.array([0.25, 0.5]), np.array([10, 30])
+    curve = leakage_curve(overlap, {"on": np.array([10.0, 20.0]) * math.log(2)}, sizes, alphas=[0, 0.25, 0.5])
+    assert curve == [
+        {"alpha": 0.0, "chunks": 0.0, "bytes": 0.0, "bits_per_byte": {"on": None}},
+        {"alpha": 0.25, "chunks": 0.5, "bytes": 0.25, "bits_per_byte": {"on": pytest.approx(1)}},
+        {"alpha": 0.5, "chunks": 1.0, "bytes": 1.0, "bits_per_byte": {"on": pytest.approx(30 / 40)}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overlap": [0.5]}, r"\{'overlap': 1, 'sizes': 2, 'on': 2\}"),
+        ({"sizes": [1, 2, 3]}, r"\{'overlap': 2, 'sizes': 3, 'on': 2\}"),
+        ({"nats": {"on": np.ones(2), "off": np.ones(4)}}, r"'on': 2, 'off': 4\}: pass one for each"),
+        ({"sizes": [0, 0]}, "2 chunks of 0 bytes"),
+        ({"overlap": [0.5, 1.5]}, r"overlap has 1\.5: pass shares from 0 to 1"),
+        ({"overlap": [0.5, math.nan]}, "overlap has nan"),
+        ({"alphas": (0.5, 12.5)}, r"alphas has 12\.5: pass shares from 0 to 1"),
+        ({"alphas": (-0.1,)}, r"alphas has -0\.1"),
+    ],
+)
+def test_values_that_do_not_fit(changes, message):
+    arguments = {"overlap": [0.5, 0.5], "nats": {"on": np.ones(2)}, "sizes": [3, 4], **changes}
+    arguments |= {name: np.array(arguments[name]) for name in ("overlap", "sizes")}
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(leakage_curve)(**arguments)
+
+
+def test_no_chunk_at_all():
+    with pytest.raises(ValueError, match="0 chunks of 0 bytes"):
+        leakage_curve(np.zeros(0), {}, np.zeros(0, int))
