@@ -98,6 +98,20 @@ def speed_section(devices: dict[str, list[Record]]) -> str:
     return "\n\n".join([picture, *(speed_table(device, records) for device, records in devices.items())])
 
 
+def growth_table(record: Record) -> str:
+    """What becomes of each kind of index as the corpus grows; the one that is chosen is set in bold."""
+    head = "| chunks | index | build, s | file, MB | search, ms a chunk | recall@2 | memory at the peak, MB |"
+    lines = [head, "|---" * 7 + "|"]
+    for run in record["runs"]:
+        name = f"**{run['index']}**" if run["chosen"] else run["index"]
+        numbers = [run["build_seconds"], run["index_MB"], run["search_seconds_per_1000"]]
+        cells = [f"{run['chunks']:,}", name, *map(rounded, numbers), f"{run['recall@2']:.3f}", rounded(run["peak_MB"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"`{record['command']}`, {record['threads']} threads of an {record['device']}"
+    note = f"Bold: what `choose_index` takes. {about}; the process alone has {record['runs'][0]['MB_before']:.0f} MB."
+    return "\n".join([*lines, "", note])
+
+
 def bars(devices: dict[str, list[Record]]) -> list[Row]:
     """What the plot shows, from top to bottom; it is also kept in the PNG, so that a test can compare."""
     return [
@@ -157,7 +171,9 @@ def main() -> None:
     index = json.loads((RESULTS / "tutorial.json").read_text(encoding="utf-8"))
     devices = read_comparisons()
     text = replace_section(readme.read_text(encoding="utf-8"), "notebooks", notebook_table(index))
-    readme.write_text(replace_section(text, "fast", speed_section(devices)), encoding="utf-8")
+    text = replace_section(text, "fast", speed_section(devices))
+    growth = json.loads((RESULTS / "growth-cpu.json").read_text(encoding="utf-8"))
+    readme.write_text(replace_section(text, "growth", growth_table(growth)), encoding="utf-8")
     if devices:
         draw_speed(devices)
 

@@ -7,7 +7,8 @@ its `fingerprint` what its documents depend on, so that later steps notice when 
     text_folder("…")    the text files of a folder
     jsonl("….jsonl")    one JSON object a line
 
-A fourth, `almanac()`, invented towns for a controlled experiment, lies in `retro_nb.towns`.
+Two more have modules of their own: `almanac()`, invented towns for a controlled experiment, in `retro_nb.towns`, and
+`docstrings()`, of the libraries installed here, in `retro_nb.libraries`.
 
 The corpora are classes named in lower case, like `range` and `open`: `for document in speeches(): …`.
 """

@@ -92,6 +92,15 @@ def test_the_tables_of_speed_are_the_measured_ones():
     assert script["replace_section"](README, "fast", script["speed_section"](devices)) == README
 
 
+def test_the_table_of_growth_is_the_measured_one():
+    script, _ = speed()
+    record = json.loads((ROOT / "benchmarks" / "results" / "growth-cpu.json").read_text(encoding="utf-8"))
+    assert script["replace_section"](README, "growth", script["growth_table"](record)) == README
+    chosen = [run for run in record["runs"] if run["chosen"]]
+    assert [run["chunks"] for run in chosen] == [10_000, 100_000, 1_000_000]
+    assert all(run["recall@2"] >= 0.95 for run in chosen)
+
+
 def test_the_plot_of_speed_is_the_measured_one():
     script, devices = speed()
     if not devices:
