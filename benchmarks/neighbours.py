@@ -190,15 +190,16 @@ def main() -> None:
         equal = f"ours is exact: {CHECKED} rows as brute force in float64; every row full"
         what, amounts = "neighbours of 37 k chunks", {"amount": count, "target": 1.0, "equal": equal}
         both = partial(our_neighbours, folder, count), partial(their_neighbours, retrieval, count)
-        table = [compare(f"{what}, the reference untuned", "chunks/s", *both, **amounts)]
+        settings = {"chunks": count, "width": vectors.shape[1], "k": K, "extra": EXTRA}
+        row = compare(f"{what}, the reference untuned", "chunks/s", *both, **amounts)
+        write_results("neighbours-untuned", [row], settings | {"index": "HNSW32, efSearch 16"}, quality=quality)
         if AUTOFAISS:
             use_autofaiss(retrieval)
-            table.insert(0, compare(what, "chunks/s", *both, repeats=3, **amounts))
+            row = compare(what, "chunks/s", *both, repeats=3, **amounts)
             theirs = np.array(np.memmap("chunks.knn.dat", np.int32, "r", shape=(count, K)))
             quality["reference"] = describe(theirs, vectors, rows, truth)
+            write_results("neighbours", [row], settings, quality=quality)
         os.chdir(home)
-    settings = {"chunks": count, "width": vectors.shape[1], "k": K, "extra": EXTRA, "untuned": "HNSW32, efSearch 16"}
-    write_results("neighbours" if AUTOFAISS else "neighbours-untuned", table, settings, quality=quality)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "speed.png"
 # The pipeline's order; others follow by name.
-ORDER = ("embedding", "neighbours", "dataset", "training", "sampling", "scaling-training", "scaling-embedding")
+ORDER = "embedding neighbours neighbours-untuned dataset training sampling scaling-training scaling-embedding".split()
 
 LEARN = {
     "00_start_here": "the map, the letters, and the whole road once in ten cells",

@@ -10,12 +10,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_nb import RETRO, RETRODataset, evaluation
+from retro_nb import RETRO, RETRODataset, almanac, evaluation
 from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import Document
-from retro_nb.evaluation import MODES, Score, bytes_of_chunks, evaluate, interval, score, shuffled, token_losses
+from retro_nb.evaluation import (
+    MODES,
+    Score,
+    bytes_of_chunks,
+    evaluate,
+    fact_tokens,
+    found_twins,
+    interval,
+    score,
+    shuffled,
+    token_losses,
+)
 from retro_nb.storage import open_array
-from retro_nb.tokens import tokenize
+from retro_nb.tokens import decode, tokenize
 
 M, N, K = 4, 12, 2
 TEXTS = [
@@ -187,6 +198,28 @@ def test_bad_input_is_refused(corpus, retro):
         token_losses(retro, dataset, [0, 9], progress=False)
     with pytest.raises(ValueError, match="shuffling needs two"):
         token_losses(retro, dataset, [1], "shuffled", progress=False)
+
+
+def test_facts_are_found_among_the_tokens(tmp_path):
+    """Every fact of the almanac is one token, and the only tokens that are told are facts, in their order."""
+    towns = almanac(towns=3, seed=5, facts=9)
+    paths = {f"{name}_memmap_path": tmp_path / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
+    documents_to_chunks_(towns, **paths, chunk_size=M, seq_len=N, progress=False)
+    chunks, doc_ids = np.load(tmp_path / "chunks.npy")[:, :M], np.load(tmp_path / "doc_ids.npy")
+    told = fact_tokens(towns, doc_ids, M)
+    for number, document in enumerate(towns):
+        rows = doc_ids == number
+        words = [decode([token]) for token in chunks[rows][told[rows]].tolist()]
+        assert words == [document.text[start:stop].lower() for start, stop in document.facts]
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=9), st.integers(1, 3), st.integers(0, 99))
+@settings(deadline=None)
+def test_a_twin_is_found_by_the_number_of_its_document(counts, k, seed):
+    doc_ids = np.repeat(np.arange(len(counts)), counts)
+    knns = np.random.default_rng(seed).integers(-1, len(doc_ids), (len(doc_ids), k))
+    for found, row, own in zip(found_twins(knns, doc_ids), knns.tolist(), doc_ids.tolist(), strict=True):
+        assert found == any(i >= 0 and doc_ids[i] // 2 == own // 2 for i in row)
 
 
 def test_modes_are_documented():
