@@ -389,8 +389,10 @@ class RETRO(nn.Module):
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "RETRO":
         """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
 
+        `folder` may also be the name of a model that comes with the project, in data/checkpoints: "speeches".
+
         Raises:
-            FileNotFoundError: a file is missing.
+            FileNotFoundError: there is no such folder or name, or a file is missing in it.
             ValueError: the configuration is not RETRO's, the weights are damaged, or the two do not belong
                 together.
         """

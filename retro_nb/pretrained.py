@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from retro_nb.storage import replacing, write_json
+from retro_nb.storage import ROOT, replacing, write_json
 
 KIND = "retro_nb.RETRO"
+INCLUDED = ROOT / "data" / "checkpoints"  # models that come with the project
 
 # Regular expressions from the names of retro-pytorch's parameters to ours.
 RETRO_PYTORCH_NAMES = [
@@ -68,9 +69,20 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write_json(Path(folder) / "config.json", config)
 
 
+def _find(folder: str | Path) -> Path:
+    """The folder itself, or of that name among the models that are included."""
+    if Path(folder).is_dir() or not (INCLUDED / folder).is_dir():
+        return Path(folder)
+    return INCLUDED / folder
+
+
 def load(cls: type[nn.Module], folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model that `save` wrote, built as `cls(**config)`, in evaluation mode; errors as `from_pretrained`."""
-    config_path, weights_path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    folder = _find(folder)
+    if not folder.is_dir():
+        names = ", ".join(sorted(path.name for path in INCLUDED.glob("*/"))) or "none"
+        raise FileNotFoundError(f"{folder} is no folder with a model, nor the name of an included one ({names})")
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     for path in (config_path, weights_path):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: save_pretrained({str(folder)!r}) writes it")

@@ -15,6 +15,7 @@ from paper_equations import retro_logits
 from torch import nn
 from torch.testing import assert_close
 
+from retro_nb import pretrained
 from retro_nb.layers import RMSNorm
 from retro_nb.model import RETRO
 from retro_nb.presets import PRESETS
@@ -395,6 +396,17 @@ def test_save_and_load(option, tmp_path):
     seq, retrieved = batch(12)
     assert torch.equal(loaded(seq, retrieved), model(seq, retrieved))
     assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_included_models_go_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "INCLUDED", tmp_path / "included")
+    make().save_pretrained(tmp_path / "included" / "poems")
+    assert RETRO.from_pretrained("poems").config == make().config
+    make(dec_depth=1, dec_cross_attn_layers=(1,)).save_pretrained("poems")  # a folder that is there comes first
+    assert RETRO.from_pretrained("poems").config["dec_depth"] == 1
+    with pytest.raises(FileNotFoundError, match=r"prose is no folder .* \(poems\)"):
+        RETRO.from_pretrained("prose")
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
