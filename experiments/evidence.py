@@ -15,6 +15,7 @@ almanac nats per fact token. The first seed's models are kept in runs/evidence/<
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from retro_nb.training import hold_out, of_documents, without_documents
 
 RUNS, RESULTS = ROOT / "runs" / "evidence", ROOT / "experiments" / "results"
 CORPORA: dict[str, Callable] = {"almanac": almanac, "speeches": speeches, "docstrings": docstrings}
+MODELS = ("retro", "baseline")
 WATCHED = 40  # documents of the almanac on which copying is watched during training
 
 
@@ -59,7 +61,7 @@ class Experiment:
         self.store = TrainingWrapper(
             retro=RETRO(**recipe["model"]), chunk_size=64, documents_path=corpus, knn=recipe["knn"], keep_out=keep_out
         )
-        self.measured = self.store.kept_out
+        self.measured, self.datasets = self.store.kept_out, {}
         unseen = [*self.measured, *(number - 1 for number in self.measured if name == "almanac")]
         self.train = without_documents(self.store.ds, unseen)
         self.bytes = bytes_of_chunks(self.store.work_dir / "chunks.npy")
@@ -69,6 +71,17 @@ class Experiment:
             found = found_twins(self.store.ds.knns, self.store.ds.doc_ids)
             self.facts = facts & np.append(False, found[:-1])[:, None]  # a chunk reads what the one before has found
             self.hits = self._hit_rates(found)
+            self.datasets["perfect"] = self.store.ds.with_neighbours(self._twins())
+
+    def _twins(self) -> np.ndarray:
+        """What a perfect retriever would find: the chunk with the same number of the document's twin."""
+        doc_ids = self.store.ds.doc_ids
+        number = np.arange(len(doc_ids)) - np.searchsorted(doc_ids, doc_ids)
+        twin = np.searchsorted(doc_ids, doc_ids ^ 1) + number
+        inside = (twin < len(doc_ids)) & (doc_ids[np.minimum(twin, len(doc_ids) - 1)] == doc_ids ^ 1)
+        found = np.full((len(doc_ids), self.recipe["knn"]), -1, dtype=np.int64)
+        found[:, 0] = np.where(inside, twin, -1)
+        return found
 
     def _hit_rates(self, found: np.ndarray) -> list[float]:
         """How often chunk 0, 1, … of the measured documents finds the right town."""
@@ -78,7 +91,9 @@ class Experiment:
 
     def measure(self, retro: RETRO, mode: str, documents: list[int]) -> dict[str, Any]:
         """Nats per fact token for the almanac, else bits per byte and the nats of each document."""
-        losses = token_losses(retro, self.store.ds, documents, mode, batch_size=32, progress=False)
+        dataset = self.datasets.get(mode, self.store.ds)
+        asked = mode if mode in MODES else "on"
+        losses = token_losses(retro, dataset, documents, asked, batch_size=32, progress=False)
         if self.facts is not None:
             return {"value": float(np.nanmean(losses[self.facts & ~np.isnan(losses)]))}
         found = score(losses, documents, self.store.ds.doc_ids, self.bytes)
@@ -100,7 +115,8 @@ class Experiment:
 
         history = fit(retro, self.train, of_documents(self.store.ds, watched), measure=watch, **settings)
         minutes = (time.perf_counter() - started) / 60
-        found = {mode: self.measure(retro, mode, self.measured) for mode in (MODES if retrieval else ("off",))}
+        modes = (*MODES, *self.datasets) if retrieval else ("off",)
+        found = {mode: self.measure(retro, mode, self.measured) for mode in modes}
         chunks = {mode: each.pop("chunks") for mode, each in found.items() if "chunks" in each}
         used = sum(p.numel() for name, p in retro.named_parameters() if retrieval or not is_retrieval(name))
         curves = {name: history.curve(name) for name in ("valid_loss", "on", "shuffled")}
@@ -113,6 +129,32 @@ class Experiment:
         write_json(file, about | {"found": found, "curves": curves, "tokens": tokens, "settings": self.recipe})
         values = {mode: round(each["value"], 4) for mode, each in found.items()}
         print(f"{self.name}, {model}, seed {seed}: {values}, {minutes:.1f} minutes", flush=True)
+
+    def collect(self) -> None:
+        """Write experiments/results/<corpus>.json from all the runs that are there."""
+        runs = {model: self._finished(model) for model in MODELS}
+        values = {mode: [run["found"][mode]["value"] for run in runs["retro"]] for mode in runs["retro"][0]["found"]}
+        values["baseline"] = [run["found"]["off"]["value"] for run in runs["baseline"]]
+        about = {"unit": "bits per byte", "command": f"python experiments/evidence.py {self.name}"}
+        if self.facts is not None:
+            counted = int(self.facts[np.isin(self.store.ds.doc_ids, self.measured)].sum())
+            about |= {"unit": "nats per fact token", "entropy": almanac().fact_entropy, "facts": counted}
+            about |= {"hit_rates": self.hits}
+        else:
+            nats = {mode: [run["found"][mode]["nats"] for run in runs["retro"]] for mode in MODES}
+            nats["baseline"] = [run["found"]["off"]["nats"] for run in runs["baseline"]]
+            sizes = [int(self.bytes[self.store.ds.doc_ids == number].sum()) for number in self.measured]
+            titles = [self.store.retriever.documents[number]["title"] for number in self.measured]
+            about |= {"documents": {"titles": titles, "bytes": sizes, "nats": nats}}
+        for model, each in runs.items():
+            names = ("seed", "parameters", "minutes", "device", "curves", "tokens")
+            about[f"{model}_runs"] = [{name: run[name] for name in names} for run in each]
+        write_json(RESULTS / f"{self.name}.json", values | about | {"settings": runs["retro"][0]["settings"]})
+        print(f"written: experiments/results/{self.name}.json", flush=True)
+
+    def _finished(self, model: str) -> list[dict[str, Any]]:
+        files = sorted(self.folder.glob(f"{model}-*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def is_retrieval(name: str) -> bool:
@@ -128,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", choices=CORPORA)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--models", nargs="+", choices=("retro", "baseline"), default=["retro", "baseline"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     said = parser.parse_args()
     for name in said.corpora:
@@ -138,6 +180,8 @@ def main() -> None:
         for seed in said.seeds:
             for model in said.models:
                 experiment.run(model, seed)
+        if all(any(experiment.folder.glob(f"{model}-*.json")) for model in MODELS):
+            experiment.collect()
 
 
 if __name__ == "__main__":
