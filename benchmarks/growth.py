@@ -199,7 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         return print(json.dumps(measure(options.measure[0], Path(options.measure[1]))))
-    vectors, doc_ids = (np.array(array) for array in speeches_store()[1:])
+    vectors, doc_ids = speeches_store()
     settings = {"k": K, "width": vectors.shape[1], "block": BLOCK, "asked": ASKED, "cores": os.cpu_count()}
     settings |= {"likeness": LIKENESS, "spread": SPREAD, "around": AROUND}
     alike, runs = likeness(vectors, doc_ids), []

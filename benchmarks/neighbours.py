@@ -4,7 +4,8 @@
 
 Both sides start from the same vectors on the disk, index them, search, and write k = 2 neighbours of each chunk.
 The reference fetches 10 more than it needs (its default; its TrainingWrapper asks for 100, which takes longer) and
-drops those of the own document. The first run embeds the speeches, which takes minutes; data/work keeps the vectors.
+drops those of the own document. The vectors are MiniLM's where data/work/speeches-0 has them (growth.py makes them, in
+minutes); else the means of the chunks' word vectors, which lie in clusters and documents alike.
 
 The reference builds its index with autofaiss, which chooses HNSW32 here and then tunes the effort of the search for
 minutes. It wants NumPy 1 and must not come into the environment, but it runs from a folder of its own:
@@ -35,9 +36,10 @@ import numpy as np
 from measure import compare, write_results
 from peer import import_reference
 
+from retro_nb import knn
 from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import speeches
-from retro_nb.embedding import chunks_to_embeddings_
+from retro_nb.embedding import chunks_to_embeddings_, get_bert
 from retro_nb.index import recall, rows_of
 from retro_nb.knn import chunks_to_precalculated_knn_
 from retro_nb.storage import WORK, open_array
@@ -48,18 +50,30 @@ AUTOFAISS = importlib.util.find_spec("autofaiss") is not None
 BUILT = ("knn.index", "chunks.knn.npy")
 
 
-def speeches_store() -> tuple[Path, np.ndarray, np.ndarray]:
-    """Folder, vectors and document ids of all speeches in chunks of 64; as notebook 03 with max_chars = 0."""
+def chunked_speeches() -> tuple[Path, np.ndarray, np.ndarray]:
+    """Folder, chunks and document ids of all speeches in chunks of 64; as notebook 03 with max_chars = 0."""
     folder = WORK / "speeches-0"
     paths = {f"{name}_memmap_path": folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
-    stats = documents_to_chunks_(speeches(), **paths, chunk_size=64, seq_len=512)
+    documents_to_chunks_(speeches(), **paths, chunk_size=64, seq_len=512)
+    return folder, open_array(folder / "chunks.npy"), open_array(folder / "doc_ids.npy")
+
+
+def speeches_store() -> tuple[np.ndarray, np.ndarray]:
+    """MiniLM's vectors of all these chunks, and their documents."""
+    folder, chunks, doc_ids = chunked_speeches()
     chunks_to_embeddings_(
-        num_chunks=stats["chunks"],
+        num_chunks=len(chunks),
         chunks_memmap_path=folder / "chunks.npy",
         embeddings_memmap_path=folder / "chunks.embedded.npy",
         chunk_size=64,
     )
-    return folder, open_array(folder / "chunks.embedded.npy"), open_array(folder / "doc_ids.npy")
+    return np.array(open_array(folder / "chunks.embedded.npy")), np.array(doc_ids)
+
+
+def mean_word_vectors(chunks: np.ndarray) -> np.ndarray:
+    """The mean of each chunk's rows in BERT's table of words."""
+    words = get_bert(device="cpu").get_input_embeddings().weight.detach().float().numpy()
+    return np.stack([words[row[row > 102]].mean(axis=0) for row in chunks[:, :-1]])
 
 
 # ours
@@ -168,14 +182,20 @@ def describe(found: np.ndarray, vectors: np.ndarray, rows: np.ndarray, truth: np
 
 
 def main() -> None:
-    store, vectors, doc_ids = speeches_store()
-    vectors, doc_ids, count = np.array(vectors), np.array(doc_ids), len(vectors)
+    store, chunks, doc_ids = chunked_speeches()
+    embedded = (store / "chunks.embedded.npy").exists()
+    vectors, doc_ids = speeches_store() if embedded else (mean_word_vectors(chunks), np.array(doc_ids))
+    count = len(vectors)
     rows = np.linspace(0, count - 1, CHECKED).astype(np.int64)
     truth = brute_force(vectors, doc_ids, rows)
     warnings.filterwarnings("ignore", "building .* again")  # each run builds what the last one has built
     with tempfile.TemporaryDirectory() as temporary:
         folder, home = Path(temporary) / "ours", Path.cwd()
-        shutil.copytree(store, folder, ignore=lambda _, names: {name for name in names if "knn" in name})
+        folder.mkdir()
+        for name in ("chunks.npy", "doc_ids.npy"):
+            shutil.copy(store / name, folder)
+        np.save(folder / "chunks.embedded.npy", vectors)
+        knn.chunks_to_embeddings_ = lambda **_: {"dim": vectors.shape[1]}
         os.chdir(temporary)  # where the reference makes its folders
         retrieval = prepare_reference(Path(temporary), vectors, doc_ids)
         mine = our_neighbours(folder, count)
@@ -191,6 +211,7 @@ def main() -> None:
         what, amounts = "neighbours of 37 k chunks", {"amount": count, "target": 1.0, "equal": equal}
         both = partial(our_neighbours, folder, count), partial(their_neighbours, retrieval, count)
         settings = {"chunks": count, "width": vectors.shape[1], "k": K, "extra": EXTRA}
+        settings["vectors"] = "MiniLM" if embedded else "means of word vectors"
         row = compare(f"{what}, the reference untuned", "chunks/s", *both, **amounts)
         write_results("neighbours-untuned", [row], settings | {"index": "HNSW32, efSearch 16"}, quality=quality)
         if AUTOFAISS:

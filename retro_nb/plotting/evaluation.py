@@ -1,0 +1,248 @@
+"""Figures of notebook 07: what a model answers, where it looks, and what its neighbours are worth, seed by seed."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import HTML
+from jaxtyping import Float
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from retro_nb.plotting.style import COLOURS, DIVERGING
+
+# The conditions under which a model is measured, and their colours.
+CONDITIONS = {
+    "baseline": COLOURS["baseline"],
+    "on": COLOURS["model"],
+    "off": COLOURS["muted"],
+    "shuffled": COLOURS["control"],
+    "N only": COLOURS["neighbour"],
+    "F only": COLOURS["continuation"],
+}
+FULL = 3.0  # nats at which a token has its full colour
+TELLING = 0.5  # nats from which a token is bold or slanted, for those who see no colour
+Spread = tuple[float, float, float]  # a value, and where its interval begins and ends
+
+# one text
+
+
+def answers(panels: Mapping[str, Mapping[str, float]], marked: Mapping[str, str], title: str) -> Figure:
+    """The likeliest words for one blank with their probabilities, a panel for each thing that was read.
+
+    `marked` gives some words a colour, by its name in COLOURS; they are bold as well.
+    """
+    figure, row = plt.subplots(1, len(panels), figsize=(8, 2.5), sharex=True)
+    for axes, (name, chances) in zip(np.atleast_1d(row), panels.items(), strict=True):
+        rows = range(len(chances))
+        axes.barh(rows, list(chances.values()), color=[COLOURS[marked.get(word, "muted")] for word in chances])
+        for y, chance in enumerate(chances.values()):
+            axes.text(chance, y, f" {chance:.0%}", va="center", fontsize=9)
+        axes.set_yticks(rows, list(chances))
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text() in marked else "normal")
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1.25), xticks=(0, 0.5, 1), xlabel="probability")
+        axes.set_title(name, fontsize=10, fontweight="normal")
+        axes.grid(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    plt.close(figure)
+    return figure
+
+
+def coloured(pieces: Sequence[str], on: Float[np.ndarray, " n"], off: Float[np.ndarray, " n"]) -> HTML:
+    """A text token by token: purple and bold what neighbours made likelier, orange and slanted what less likely.
+
+    Args:
+        pieces: the text of each token, with the white space that follows it.
+        on, off: what each token costs with neighbours and without, in nats; NaN where it is not predicted.
+    """
+    parts = []
+    for piece, with_them, without in zip(pieces, on.tolist(), off.tolist(), strict=True):
+        word, gain = piece.rstrip(), without - with_them
+        text, space = escape(word), escape(piece[len(word) :])
+        if not np.isnan(gain):
+            before, after = np.exp(-without), np.exp(-with_them)
+            told = f"{without:.2f} nats without, {with_them:.2f} with; p {before:.1%} → {after:.1%}"
+            tag = "b" if gain >= TELLING else "i" if gain <= -TELLING else "span"
+            text = f'<{tag} title="{told}" style="background:{_shade(gain)}">{text}</{tag}>'
+        parts.append(text + space)
+    around = "white-space:pre-wrap;line-height:1.7;max-width:50em;color:#222"
+    return HTML(f'{_legend()}<div style="{around}">{"".join(parts)}</div>')
+
+
+def _shade(gain: float) -> str:
+    """The ground of a token: the middle half of the colours, on which dark letters can be read."""
+    return to_hex(matplotlib.colormaps[DIVERGING](0.5 + 0.25 * np.clip(gain / FULL, -1, 1)))
+
+
+def _legend() -> str:
+    """What the colours say, and how far they go."""
+    steps = [(-FULL, f"{FULL:.0f} nats dearer"), (-FULL / 3, "1"), (0.0, "as dear"), (FULL / 3, "1")]
+    steps.append((FULL, f"{FULL:.0f} nats cheaper with neighbours"))
+    boxes = [f'<span style="background:{_shade(gain)};padding:2px 8px">{name}</span>' for gain, name in steps]
+    words = f"From {TELLING} nats on, <b>cheaper is bold</b>, <i>dearer is slanted</i>; point at a token for numbers."
+    return f'<p style="color:#222">{"".join(boxes)}<br>{words}</p>'
+
+
+def attention_map(
+    weights: Float[np.ndarray, "a b"], rows: Sequence[str], columns: Sequence[str], marked: int, title: str
+) -> Figure:
+    """What tokens of a text (rows) read of retrieved tokens (columns), of which one is `marked` by a frame."""
+    figure, axes = plt.subplots(figsize=(8.4, 1.6 + 0.21 * len(rows)))
+    image = axes.imshow(weights, vmin=0, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    frame = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2}
+    axes.add_patch(plt.Rectangle((marked - 0.5, -0.5), 1, len(rows), **frame))
+    axes.set(title=title, xlabel="retrieved token", ylabel="token that reads")
+    axes.grid(False)
+    figure.colorbar(image, label="weight", aspect=30, fraction=0.03)
+    plt.close(figure)
+    return figure
+
+
+# many texts
+
+
+def bars(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    ylabel: str,
+    title: str,
+    *,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    line: tuple[str, float] | None = None,
+) -> Figure:
+    """The mean of each condition with its seeds as dots, a panel for each corpus.
+
+    `intervals` adds a whisker where a panel has one for a condition, `line` a dashed value to compare with.
+    """
+    figure, row = plt.subplots(1, len(panels), figsize=(8, 3.4), sharey=True)
+    for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
+        whiskers = (intervals or {}).get(name, {})
+        for x, (condition, seeds) in enumerate(values.items()):
+            mean, (low, high) = float(np.mean(seeds)), whiskers.get(condition, (np.mean(seeds),) * 2)
+            axes.bar(x, mean, 0.7, color=CONDITIONS[condition])
+            beside = x + 0.12 * (np.arange(len(seeds)) - (len(seeds) - 1) / 2)
+            axes.plot(beside, seeds, "o", color=COLOURS["ink"], markersize=3)
+            if condition in whiskers:
+                axes.errorbar(x, mean, [[mean - low], [high - mean]], color=COLOURS["ink"], capsize=4, linewidth=1.2)
+            end, up = (min(low, *seeds), -1) if mean < 0 else (max(high, *seeds), 1)
+            axes.annotate(f"{mean:.2f}".replace("-", "−"), (x, end), (0, 3 * up), textcoords="offset points",
+                          ha="center", va="bottom" if up > 0 else "top", fontsize=9)  # fmt: skip
+        axes.set_xticks(range(len(values)), list(values))
+        axes.set_title(name, fontsize=10, fontweight="normal")
+        axes.grid(axis="x", visible=False)
+        axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
+        axes.margins(y=0.12)
+        if line is not None:
+            axes.axhline(line[1], color=COLOURS["ink"], linestyle="--", linewidth=1)
+            axes.annotate(f" {line[0]}", (1, line[1]), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    np.atleast_1d(row)[0].set_ylabel(ylabel)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    plt.close(figure)
+    return figure
+
+
+def resampled(values: Float[np.ndarray, " any"], interval: tuple[float, float], xlabel: str, title: str) -> Figure:
+    """Values of many resamplings, and the interval that holds most of them; a line at 0 if it is near."""
+    figure, axes = plt.subplots(figsize=(8, 2.8))
+    axes.hist(values, 40, color=COLOURS["model"])
+    axes.axvspan(*interval, color=COLOURS["model"], alpha=0.15, linewidth=0, label="95 % of them")
+    for end in interval:
+        axes.axvline(end, color=COLOURS["ink"], linewidth=1)
+    low, high = axes.get_xlim()
+    if low - (high - low) / 2 < 0 < high + (high - low) / 2:
+        axes.axvline(0, color=COLOURS["neighbour"], linewidth=1.6, linestyle="--", label="no difference")
+    axes.set(xlabel=xlabel, ylabel="resamplings", title=title)
+    axes.legend()
+    plt.close(figure)
+    return figure
+
+
+def copying(
+    tokens: Sequence[int], losses: Mapping[str, Sequence[Sequence[float]]], guessing: float, title: str
+) -> Figure:
+    """Loss on facts over the training tokens seen, one line a seed; marked is where half of `guessing` is reached."""
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    millions = np.asarray(tokens) / 1e6
+    for condition, seeds in losses.items():
+        for number, values in enumerate(seeds):
+            name = condition if number == 0 else None
+            axes.plot(millions, values, color=CONDITIONS[condition], linewidth=1.6, label=name)
+    axes.axhline(guessing, color=COLOURS["ink"], linestyle="--", linewidth=1, label=f"guessing: {guessing:.2f}")
+    halved = np.flatnonzero(np.mean(losses["on"], axis=0) < guessing / 2)
+    if len(halved):
+        moment = millions[halved[0]]
+        axes.axvline(moment, color=COLOURS["neighbour"], linewidth=1.2, linestyle=":")
+        axes.annotate(f"half at {moment:.3g} M", (moment, 0.5), (5, 0), textcoords="offset points", va="center",
+                      xycoords=("data", "axes fraction"), color=COLOURS["ink"])  # fmt: skip
+    axes.set(xlabel="training tokens seen, millions", ylabel="nats per fact token", ylim=(0, None))
+    axes.set_title(title)
+    axes.legend(loc="upper right", frameon=True, edgecolor="none")
+    plt.close(figure)
+    return figure
+
+
+def hit_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
+    """How often each chunk of a document finds its own town, by the chunk's number, for one or more databases."""
+    figure, axes = plt.subplots(figsize=(8, 3))
+    looks = zip(("model", "neighbour", "chunk"), "os^", strict=True)
+    for (name, values), (colour, shape) in zip(rates.items(), looks, strict=False):
+        axes.plot(range(len(values)), values, f"{shape}-", color=COLOURS[colour], label=name)
+    longest = max(map(len, rates.values()))
+    axes.set(xlabel="chunk of the document", ylabel="finds the town", ylim=(0, 1.05), xticks=range(longest))
+    axes.set_title("How often is the right town among the neighbours?")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="lower right")
+    plt.close(figure)
+    return figure
+
+
+def gains(panels: Mapping[str, Mapping[str, Spread]], ylabel: str, title: str) -> Figure:
+    """A gain for each group of chunks with its interval, a panel for each grouping.
+
+    A dot is filled where the interval excludes 0.
+    """
+    figure, row = plt.subplots(1, len(panels), figsize=(8, 3.4), sharey=True)
+    for axes, (name, groups) in zip(np.atleast_1d(row), panels.items(), strict=True):
+        for x, (mean, low, high) in enumerate(groups.values()):
+            fill = COLOURS["model"] if low > 0 or high < 0 else "white"
+            axes.errorbar(x, mean, [[mean - low], [high - mean]], color=COLOURS["model"], capsize=3, fmt="o",
+                          markerfacecolor=fill, markersize=6, linewidth=1.4)  # fmt: skip
+        axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
+        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 6 else {}
+        axes.set_xticks(range(len(groups)), list(groups), fontsize=8, **turned)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_title(name, fontsize=10, fontweight="normal")
+        axes.grid(axis="x", visible=False)
+    np.atleast_1d(row)[0].set_ylabel(ylabel)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    plt.close(figure)
+    return figure
+
+
+def sweeps(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], baseline: Sequence[float], ylabel: str, title: str
+) -> Figure:
+    """A measure over each of several settings: mean, and from the lowest to the highest seed; the baseline beside."""
+    figure, row = plt.subplots(1, len(panels), figsize=(8, 3.2), sharey=True)
+    for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
+        means = np.array([np.mean(seeds) for seeds in values.values()])
+        ends = np.array([(min(seeds), max(seeds)) for seeds in values.values()])
+        ranges = np.abs(ends.T - means)
+        axes.errorbar(range(len(values)), means, ranges, fmt="o-", color=COLOURS["model"], capsize=4, label="RETRO")
+        axes.axhspan(min(baseline), max(baseline), color=COLOURS["baseline"], alpha=0.25, linewidth=0)
+        axes.axhline(np.mean(baseline), color=COLOURS["baseline"], linestyle="--", label="baseline")
+        axes.set_xticks(range(len(values)), list(values))
+        axes.set(xlabel=name, xlim=(-0.5, len(values) - 0.5))
+        axes.grid(axis="x", visible=False)
+    first = np.atleast_1d(row)[0]
+    first.set_ylabel(ylabel)
+    first.legend()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    plt.close(figure)
+    return figure

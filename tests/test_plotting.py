@@ -1,0 +1,151 @@
+"""What the figures of notebook 08 work out for themselves: which words they mark, and the automaton they draw."""
+
+import html
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.patches import Circle, FancyArrowPatch
+
+from retro_nb.chunking import document_tokens
+from retro_nb.corpus import Document
+from retro_nb.plotting import leakage as figures
+
+OLD = Document("They wrote: we the people <b>of\nthe United States</b> & no one else. Peace!", "1800 A", "a")
+NEW = Document("Peace is what we the people <b>of the United States</b> ask for.", "1900 B & C", "b")
+PEACE = Document("PEACE is what others said.", "1850 D", "d")
+
+
+def plain(page: str) -> str:
+    """A page's words, without marks and the numbers of the runs."""
+    return " ".join(html.unescape(re.sub(r"<sub>\d+</sub>|<[^>]*>", "", page)).split())
+
+
+def cells(page: str) -> list[str]:
+    return re.findall(r"<td[^>]*>(.*?)</td>", page, re.DOTALL)
+
+
+# texts
+
+
+def test_an_extract_is_the_text_token_by_token():
+    ids, _ = (np.concatenate(parts) for parts in zip(*document_tokens(OLD.text), strict=True))
+    whole = figures.extract(OLD, 0, len(ids))
+    assert "".join(whole.words) == OLD.text and whole.ids.tolist() == ids.tolist()
+    for first in range(len(ids)):
+        some = figures.extract(OLD, first, 3)
+        assert some.ids.tolist() == ids[first : first + 3].tolist() and len(some.words) == len(some.ids)
+        assert [word.strip() for word in some.words] == [word.strip() for word in whole.words[first : first + 3]]
+
+
+def test_both_texts_are_there_whole_and_the_longest_run_is_bold_in_both():
+    page = figures.shared_text(figures.extract(NEW, 0), [figures.extract(PEACE, 0), figures.extract(OLD, 0)]).data
+    left, right = cells(page)
+    assert plain(left) == NEW.text and plain(right) == " ".join(OLD.text.split())
+    run = "we the people <b>of the United States</b>"
+    for text in (left, right):
+        (bold,) = re.findall(r"<b [^>]*>.*?</b>", text, re.DOTALL)
+        assert plain(bold) == run
+    assert re.search(r"1800 A, 14 tokens in a row</th>", page) and "<sub>14</sub>" in left and "<sub>14</sub>" in right
+
+
+def test_a_word_says_from_whom_its_run_is():
+    page = figures.shared_text(figures.extract(NEW, 0), [figures.extract(PEACE, 0), figures.extract(OLD, 0)]).data
+    left, right = cells(page)
+    hints = dict(re.findall(r'title="([^"]*)"[^>]*>([^<]*)', left))
+    assert hints["3 tokens in a row, also in 1850 D"] == "Peace is what"
+    assert hints["14 tokens in a row, also in 1800 A"].startswith("we the people")
+    assert set(re.findall('also in ([^"]*)"', right)) == {"1900 B &amp; C"}
+
+
+def test_nothing_in_common():
+    page = figures.shared_text(figures.extract(NEW, 2, 1), [figures.extract(OLD, 1, 2)]).data
+    left, _ = cells(page)
+    assert left == "is" and "0 tokens in a row" in page
+
+
+def test_the_longest_run_that_was_said_before_and_who_said_it_first():
+    again = Document("Once more: we the people <b>of the United States indeed.", "1950 E", "e")
+    documents, texts = [PEACE, OLD, NEW, again], []
+    for document in documents:
+        texts.append(np.concatenate([part.ids for part in document_tokens(document.text)])[1:-1].tolist())
+    endings = [[0] * len(text) for text in texts]
+    for number, text in enumerate(texts):
+        for stop in range(1, len(text) + 1):
+            for start in range(stop):
+                run = "".join(map(chr, text[start:stop]))
+                if any(run in "".join(map(chr, other)) for other in texts[:number]):
+                    endings[number][stop - 1] = max(endings[number][stop - 1], stop - start)
+    page = figures.said_before(documents, texts, endings).data
+    assert re.findall("<th[^>]*>(.*?)</th>", page) == ["1900 B &amp; C", "1800 A, 14 tokens in a row"]
+    page = figures.said_before([OLD, PEACE, again], [texts[i] for i in (1, 0, 3)], [endings[i] for i in (1, 0, 3)]).data
+    assert re.findall("<th[^>]*>(.*?)</th>", page) == ["1950 E", "1800 A, 11 tokens in a row"]  # with the colon
+    assert plain(cells(page)[0]) == again.text
+
+
+@pytest.mark.parametrize(("length", "opacity"), [(3, None), (4, "26"), (8, "59"), (31, "A6"), (32, ""), (64, "")])
+def test_a_longer_run_is_darker(length, opacity):
+    shaded = figures._shaded([" one", " two"], [length] * 2, ["1800 A"] * 2, 99)
+    assert ("background" in shaded) == (f"<sub>{length}</sub>" in shaded) == (opacity is not None)
+    if opacity is not None:
+        assert f"#D55E00{opacity};" in shaded or f'#D55E00{opacity}"' in shaded
+
+
+# the automaton
+
+texts = st.lists(st.sampled_from(["to", "be", "or"]), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=15)
+@given(words=texts)
+def test_the_drawing_has_every_state_and_every_run_once(words):
+    """States are the sets of places where runs end; arrows, the words that go on, and one `shorter` from each."""
+    n = len(words)
+    ends: dict[tuple, set[int]] = {(): set(range(n + 1))}
+    for i in range(n):
+        for j in range(i + 1, n + 1):
+            ends.setdefault(tuple(words[i:j]), set()).add(j)
+    states = {frozenset(places) for places in ends.values()}
+    onwards = {(frozenset(places), words[j]) for places in ends.values() for j in places if j < n}
+    (axes,) = figures.automaton(words).axes
+    assert sum(isinstance(patch, Circle) for patch in axes.patches) == len(states)
+    arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
+    assert sum(arrow.get_linestyle() in ("-", "solid") for arrow in arrows) == len(onwards)
+    assert len(arrows) == len(onwards) + len(states) - 1
+    columns = [text.get_text() for text in axes.texts if text.get_fontsize() == 7.5]
+    told = [line for column in columns for line in column.split("\n")]
+    assert sorted(told) == sorted(" ".join(run) or "(nothing)" for run in ends)
+
+
+# the curves
+
+
+def test_no_bytes_is_no_point_and_shares_are_written_on_the_bars():
+    points = [(0.125, 0.25, {"on": None, "off": None}), (1.0, 1.0, {"on": 1.25, "off": 1.5})]
+    curve = [{"alpha": a, "chunks": share, "bytes": share, "bits_per_byte": bits} for a, share, bits in points]
+    lines, bars = figures.bits_by_overlap(curve, "t").axes
+    drawn = {line.get_label(): line.get_ydata() for line in lines.lines}
+    np.testing.assert_equal(drawn, {"on": [np.nan, 1.25], "off": [np.nan, 1.5]})
+    assert [text.get_text() for text in bars.texts] == ["25.0%", "100.0%"]
+    assert [label.get_text() for label in bars.get_xticklabels()] == ["12.5%", "100%"]
+
+
+def test_a_chunk_of_eight_tokens_is_left_of_the_line():
+    (axes,) = figures.overlap_histogram({"a": np.array([8, 8, 9, 64]) / 64}, "t").axes
+    corners, line = axes.patches[0].get_xy(), axes.lines[0].get_xdata()[0]
+    before, after = ({y for x, y in corners if (x < line) == side and y > 0.01} for side in (True, False))
+    assert before == {0.5} and after == {0.5, 0.25}  # two of four chunks; then, in steps of four tokens, 9 and 64
+    assert 8 / 64 < line < 9 / 64
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a: 50.0% above 12.5%"]
+
+
+def test_gains_lie_in_their_bands():
+    gains = {"a": [(0.1, 0.0, 0.3), (0.2, 0.1, 0.4)], "b": [(-0.1, -0.2, 0.0), (0.0, -0.1, 0.1)]}
+    (axes,) = figures.gain_by_overlap([0.5, 1.0], gains, "t").axes
+    for (name, points), line, band in zip(gains.items(), axes.lines, axes.collections, strict=False):
+        assert line.get_label() == name and line.get_ydata().tolist() == [value for value, _, _ in points]
+        corners = {tuple(corner) for path in band.get_paths() for corner in path.vertices.round(6).tolist()}
+        for alpha, (_, low, high) in zip([0.5, 1.0], points, strict=True):
+            assert {(alpha, low), (alpha, high)} <= corners
