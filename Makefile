@@ -28,7 +28,7 @@ setup: $(STAMP) ## make .venv with everything installed in it (3 minutes, 2 GB)
 tutorial: $(STAMP) ## execute notebooks 00 to 06 into runs/<time>/ (5 minutes)
 	$(PY) -m retro_nb run tutorial
 
-test: $(STAMP) ## ruff, the unit tests, every notebook under nbval (12 minutes)
+test: $(STAMP) ## ruff, the unit tests, every notebook under nbval (8 minutes)
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then set -x; OMP_NUM_THREADS=1 $(PY) -m pytest \
@@ -40,7 +40,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 refresh: $(STAMP) ## execute the committed notebooks again, in place
 	$(PY) -m retro_nb refresh
 
-bench: $(STAMP) ## measure beside the reference on the CPU, 15 minutes, into README
+bench: $(STAMP) ## measure beside the reference on the CPU, 10 minutes, into README
 	for name in embedding neighbours dataset training sampling; do \
 	  CUDA_VISIBLE_DEVICES= $(PY) benchmarks/$$name.py || exit 1; done
 	$(PY) benchmarks/readme.py

@@ -91,7 +91,7 @@ def synchronize() -> None:
 def write_results(name: str, comparisons: list[Comparison], settings: Mapping[str, Any], **more: Any) -> None:
     """Write `results_file(name)`: the rows with their ratios, settings, command, device and versions."""
     rows = [asdict(row) | {"ratio": row.ratio} for row in comparisons]
-    record = {"command": command(), **where(), "settings": dict(settings), "comparisons": rows, **more}
+    record = {"command": COMMAND, **where(), "settings": dict(settings), "comparisons": rows, **more}
     RESULTS.mkdir(exist_ok=True)
     write_json(results_file(name), record)
     print(f"written: benchmarks/results/{results_file(name).name}")
@@ -102,9 +102,8 @@ def results_file(name: str) -> Path:
     return RESULTS / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
 
 
-def command() -> str:
-    """The command that is running, as one would type it in the root of the project."""
-    return " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]])
+# The command that is running, as one would type it in the root of the project (now: some change the folder later).
+COMMAND = " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]])
 
 
 def where() -> dict[str, Any]:

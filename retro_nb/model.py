@@ -273,7 +273,7 @@ class RETRO(nn.Module):
             retrieved = self._check_retrieved(rearrange(retrieved, "b k r -> b 1 k r"), chunks=1)
         x = self._embed(seq, start)
         x = self.decoder.decode(x, state, self.encoder, *self._embed_retrieved(retrieved))
-        return F.linear(x, state.words, self.to_logits.bias)
+        return F.linear(x, state.words) + self.to_logits.bias
 
     # what both share
 
