@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from retro_nb.chunking import companion
+from retro_nb.corpus import digest
 from retro_nb.embedding import chunks_to_embeddings_
 from retro_nb.index import (
     NO_NEIGHBOUR,
@@ -225,10 +226,13 @@ def chunks_to_index_and_embed(
     return read_index(folder / index_file), vectors
 
 
-def knn_path(chunk_memmap_path: PathLike) -> Path:
-    """Where the neighbours of a chunk array lie: `chunks.knn.npy` for `chunks.npy`."""
-    path = Path(chunk_memmap_path)
-    return path.with_name(f"{path.stem}.knn{path.suffix}")
+def knn_path(chunk_memmap_path: PathLike, exclude: Ranges = ()) -> Path:
+    """Where the neighbours of a chunk array lie: `chunks.knn.npy` for `chunks.npy`.
+
+    Those of a database that keeps documents out lie beside it under a name of their own.
+    """
+    path, kept_out = Path(chunk_memmap_path), f"-{digest([list(each) for each in exclude])[:8]}" if exclude else ""
+    return path.with_name(f"{path.stem}.knn{kept_out}{path.suffix}")
 
 
 def chunks_to_precalculated_knn_(
@@ -281,7 +285,7 @@ def chunks_to_precalculated_knn_(
         progress=progress,
         **index_kwargs,
     )
-    path, k = knn_path(chunk_memmap_path), num_nearest_neighbors
+    path, k = knn_path(chunk_memmap_path, exclude), num_nearest_neighbors
     without = {"exclude": exclude, "max_similarity": max_similarity}
     settings = {
         "index": array_key(path.parent / index_file),
@@ -289,8 +293,6 @@ def chunks_to_precalculated_knn_(
         "k": k,
         "max_similarity": max_similarity,
     }
-    if exclude:  # a setting of the files that have it
-        settings["exclude"] = exclude
 
     def build() -> dict:
         started = time.perf_counter()
@@ -313,8 +315,8 @@ def chunks_to_precalculated_knn_(
     return path, index
 
 
-def knn_stats(chunk_memmap_path: PathLike, index_file: str = "knn.index") -> dict:
+def knn_stats(chunk_memmap_path: PathLike, index_file: str = "knn.index", exclude: Ranges = ()) -> dict:
     """What was measured at the build: `index`, `bytes`, `recall` (at k), `missing` neighbours, seconds."""
-    paths = Path(chunk_memmap_path).parent / index_file, knn_path(chunk_memmap_path)
+    paths = Path(chunk_memmap_path).parent / index_file, knn_path(chunk_memmap_path, exclude)
     index, found = (read_manifest(path.parent)[path.name]["stats"] for path in paths)
     return {**index, **found, "seconds": index["seconds"] + found["seconds"]}

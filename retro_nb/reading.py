@@ -29,7 +29,7 @@ def cross_attention(
     Token i reads what was retrieved for chunk (i + 1) // m − 1. Its row holds 1 + k·r weights that sum to 1: the
     null key's, then those of the k·r tokens, neighbour after neighbour. The first m − 1 tokens read nothing: zeros.
 
-    The weights are those of a forward pass in evaluation mode, in which each layer is asked for what it is given.
+    It is one forward pass in evaluation mode, in which a hook takes down what each layer is given.
 
     Raises:
         ValueError: the sequence has no complete chunk; others as `RETRO.forward`.

@@ -22,11 +22,11 @@ from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import jsonl, text_folder
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
-from retro_nb.knn import chunks_to_precalculated_knn_, knn_stats
+from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.model import RETRO
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, top_k
-from retro_nb.storage import WORK, PathLike, write_json
+from retro_nb.storage import WORK, PathLike, open_array, write_json
 from retro_nb.tokens import SOS_ID, decode, get_tokenizer, tokenize
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, split_by_document, without_documents
 
@@ -146,7 +146,8 @@ class TrainingWrapper(nn.Module):
             progress=progress,
             **index_kwargs,
         )
-        self.stats = {**chunk_stats, **knn_stats(chunks_path, faiss_index_filename)}
+        exclude = document_ranges(open_array(doc_ids_path), self.kept_out)
+        self.stats = {**chunk_stats, **knn_stats(chunks_path, faiss_index_filename, exclude)}
         if processed_stats_json_path is not None:
             write_json(processed_stats_json_path, self.stats)
         self.ds = RETRODataset(
@@ -171,7 +172,6 @@ class TrainingWrapper(nn.Module):
             "bert": bert,
         }
         self.retriever = Retriever(**database, keep_out=self.kept_out)
-        exclude = self.retriever.excluded(())
         self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database, exclude=exclude)
 
     @staticmethod

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from retro_nb import RETRO, almanac, embedding, top_k, top_p, wrapper
+from retro_nb.checkpoints import History
 from retro_nb.corpus import Document
 from retro_nb.storage import open_array
 from retro_nb.tokens import decode, tokenize
@@ -254,8 +255,10 @@ def test_fit_holds_out_whole_documents(wrap, folder, monkeypatch):
 
 def test_kept_out_documents_are_validated_on_and_never_read(wrap, folder, monkeypatch):
     seen = {}
-    monkeypatch.setattr(wrapper, "fit", lambda retro, train, valid, **_: seen.update(train=train, valid=valid))
-    whole, made = wrap(folder), wrap(folder, keep_out=[0, 3])
+    monkeypatch.setattr(
+        wrapper, "fit", lambda retro, train, valid, **_: seen.update(train=train, valid=valid) or History()
+    )
+    whole, made = wrap(folder), wrap(folder, keep_out=[0, 3])  # side by side in one folder
     assert whole.kept_out == [] and made.kept_out == [0, 3]
     doc_ids, knns = made.ds.doc_ids, np.array(made.ds.knns)
     assert knns.shape == np.array(whole.ds.knns).shape and not np.isin(doc_ids[knns[knns >= 0]], [0, 3]).any()
