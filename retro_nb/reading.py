@@ -6,6 +6,7 @@ neighbour, d width, h heads; c chunks of the corpus, or those of a batch that ha
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -37,16 +38,16 @@ def cross_attention(
     if seq.shape[1] < retro.chunk_size:
         raise ValueError(f"{seq.shape[1]} tokens are no chunk of {retro.chunk_size}: nothing is read, pass more")
     read: dict[int, Tensor] = {}
-    was_training = retro.training
+
+    def note(number: int, cca: ChunkedCrossAttention, given: tuple, named: dict) -> None:
+        read[number] = _weights(cca, *given, **named)
+
     with ExitStack() as stack:
-        stack.callback(retro.train, was_training)
+        stack.callback(retro.train, retro.training)
         for number, layer in enumerate(retro.decoder.layers, start=1):
             if layer.cross_attn is not None:
-
-                def note(cca: ChunkedCrossAttention, given: tuple, named: dict, number: int = number) -> None:
-                    read[number] = _weights(cca, *given, **named)
-
-                stack.callback(layer.cross_attn.fn.register_forward_pre_hook(note, with_kwargs=True).remove)
+                hook = layer.cross_attn.fn.register_forward_pre_hook(partial(note, number), with_kwargs=True)
+                stack.callback(hook.remove)
         retro.eval()(seq, retrieved)
     return read
 

@@ -129,7 +129,7 @@ def bars(
             beside = x + 0.12 * (np.arange(len(seeds)) - (len(seeds) - 1) / 2)
             axes.plot(beside, seeds, "o", color=COLOURS["ink"], markersize=3)
             if condition in whiskers:
-                axes.errorbar(x, mean, [[mean - low], [high - mean]], color=COLOURS["ink"], capsize=4, linewidth=1.2)
+                axes.plot([x, x], [low, high], "_-", color=COLOURS["ink"], linewidth=1.2)
             end, up = (min(low, *seeds), -1) if mean < 0 else (max(high, *seeds), 1)
             axes.annotate(f"{mean:.2f}".replace("-", "−"), (x, end), (0, 3 * up), textcoords="offset points",
                           ha="center", va="bottom" if up > 0 else "top", fontsize=9)  # fmt: skip
@@ -211,8 +211,8 @@ def gains(panels: Mapping[str, Mapping[str, Spread]], ylabel: str, title: str) -
     for axes, (name, groups) in zip(np.atleast_1d(row), panels.items(), strict=True):
         for x, (mean, low, high) in enumerate(groups.values()):
             fill = COLOURS["model"] if low > 0 or high < 0 else "white"
-            axes.errorbar(x, mean, [[mean - low], [high - mean]], color=COLOURS["model"], capsize=3, fmt="o",
-                          markerfacecolor=fill, markersize=6, linewidth=1.4)  # fmt: skip
+            axes.plot([x, x], [low, high], "_-", color=COLOURS["model"], linewidth=1.4)
+            axes.plot(x, mean, "o", color=COLOURS["model"], markerfacecolor=fill, markersize=6)
         axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
         turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 6 else {}
         axes.set_xticks(range(len(groups)), list(groups), fontsize=8, **turned)
