@@ -145,7 +145,7 @@ def shared_text(chunk: Extract, neighbours: Sequence[Extract]) -> HTML:
 def said_before(
     documents: Sequence[Document], texts: Sequence[Sequence[int]], endings: Sequence[Sequence[int]]
 ) -> HTML:
-    """The longest run that a document repeats, in its place and where it was first.
+    """The longest run that a document repeats, in its place and where it was first; its beginning if it is very long.
 
     Args:
         documents: in the order in which they were written.
@@ -158,8 +158,8 @@ def said_before(
     run = told[later][stop - endings[later][stop - 1] : stop]
     earlier = next(number for number, text in enumerate(told) if run in text)
     places = (later, stop - len(run)), (earlier, told[earlier].index(run))
-    # From seven tokens before the run, which is one place farther in the document, after [CLS].
-    chunk, first = (extract(documents[number], max(place - 6, 1), max(64, len(run) + 13)) for number, place in places)
+    count = min(max(64, len(run) + 14), 160)  # from seven tokens before the run; in the document [CLS] comes first
+    chunk, first = (extract(documents[number], max(place - 6, 1), count) for number, place in places)
     return shared_text(chunk, [first])
 
 
