@@ -197,7 +197,7 @@ def hit_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
     axes.set(xlabel="chunk of the document", ylabel="finds the town", ylim=(0, 1.05), xticks=range(longest))
     axes.set_title("How often is the right town among the neighbours?")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left")
     plt.close(figure)
     return figure
 
