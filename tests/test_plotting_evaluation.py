@@ -108,7 +108,8 @@ class Reader(html.parser.HTMLParser):
             self.inside["text"] += data
 
 
-pieces = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1), min_size=1, max_size=8)
+words = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1)
+pieces = st.lists(words | st.sampled_from(["<b>", "</div>\n", "&amp; "]), min_size=1, max_size=8)
 
 
 @given(pieces, st.integers(0, 2**31))
