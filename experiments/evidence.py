@@ -67,9 +67,10 @@ class Experiment:
         self.bytes = bytes_of_chunks(self.store.work_dir / "chunks.npy")
         self.facts = None
         if name == "almanac":
-            facts = fact_tokens(corpus, self.store.ds.doc_ids, 64)
-            found = found_twins(self.store.ds.knns, self.store.ds.doc_ids)
-            self.facts = facts & np.append(False, found[:-1])[:, None]  # a chunk reads what the one before has found
+            doc_ids = self.store.ds.doc_ids
+            found = found_twins(self.store.ds.knns, doc_ids)
+            reads = np.append(False, found[:-1] & (doc_ids[1:] == doc_ids[:-1]))  # what the chunk before has found
+            self.facts = fact_tokens(corpus, doc_ids, 64) & reads[:, None]
             self.hits = self._hit_rates(found)
             self.datasets["perfect"] = self.store.ds.with_neighbours(self._twins())
 

@@ -4,8 +4,8 @@ Their settings are the arguments of the functions that do the work, by the same 
 index functions (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
 and some of the corpora's. A YAML file holds them flat, `name: value`.
 
-Both commands run in one process, or in several that `accelerate launch` starts. Then all take part in embedding
-and training, and the first alone does the rest.
+`build` and `train` run in one process, or in several that `accelerate launch` starts. Then all take part in
+embedding and training, and the first alone does the rest.
 """
 
 import difflib
@@ -17,7 +17,6 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -34,7 +33,7 @@ from retro_nb.settings import Parameters, parameters, read_as_declared, read_yam
 from retro_nb.storage import ROOT, plain, replacing
 from retro_nb.tokens import get_tokenizer
 from retro_nb.towns import almanac
-from retro_nb.training import FREE_SETTINGS, fit, hold_out
+from retro_nb.training import FREE_SETTINGS, fit
 from retro_nb.wrapper import TrainingWrapper
 
 Settings = dict[str, Any]
@@ -216,16 +215,15 @@ def evaluate_run(
         ValueError: the run held out no document, or a setting is unknown.
     """
     settings = choose_settings("train", folder / "settings.yaml", given)
+    if settings["valid_share"] == 0:
+        raise ValueError(f"{folder} was trained on all documents (valid_share 0): there is nothing to measure it on")
     device = best_device()
-    models = {mode: (RETRO.from_pretrained(folder, device), mode) for mode in modes}
+    retro = RETRO.from_pretrained(folder, device)
+    models = {mode: (retro, mode) for mode in modes}
     if baseline is not None:
         models["baseline"] = (RETRO.from_pretrained(baseline, device), "off")
-    wrapper = _wrap(models[modes[0]][0], settings, progress=True)
-    documents, share = wrapper.kept_out, settings["valid_share"]
-    if share == 0:
-        raise ValueError(f"{folder} was trained on all documents (valid_share 0): there is nothing to measure it on")
-    if share is not None or not documents:
-        documents = hold_out(np.arange(wrapper.stats["docs"]), share or 0.1, settings["seed"]).tolist()
+    wrapper = _wrap(retro, settings, progress=True)
+    documents = wrapper.held_out(settings["valid_share"], settings["seed"])
     sizes = bytes_of_chunks(wrapper.work_dir / "chunks.npy")
     found = evaluate(models, wrapper.ds, documents, sizes, batch_size=settings["batch_size"])
     return {"run": str(folder), "corpus": settings["corpus"], "knn": settings["knn"], **found}

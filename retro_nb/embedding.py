@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from retro_nb.devices import send
 from retro_nb.manifest import array_key, cached
 from retro_nb.storage import PathLike, ResumableRows, launched, open_array
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, bert_folder
@@ -245,11 +246,6 @@ def _batches(lengths: list[int], longest: int, size: int) -> Iterator[slice]:
             yield slice(start, min(start + size, last))
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; a GPU fetches it when it comes to it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 @torch.inference_mode()
 def _begin_block(
     model: "BertModel", chunks: Int[np.ndarray, "b m"], batch_size: int, cls: bool, on_batch: Callable[[int], Any]
@@ -262,13 +258,13 @@ def _begin_block(
     _check_ids(model.config, chunks.shape[1] + 2, int(chunks.min()), int(chunks.max()))
     framed, vectors = frame_chunks(torch.from_numpy(np.array(chunks))), []
     lengths, order = (framed != PAD_ID).sum(dim=1).sort(stable=True)
-    framed, lengths = _send(framed[order], model.device), lengths.tolist()
+    framed, lengths = send(framed[order], model.device), lengths.tolist()
     for batch in _batches(lengths, framed.shape[1], batch_size):
         shortest, longest = lengths[batch.start], lengths[batch.stop - 1]
         ids = framed[batch, :longest]
         vectors.append(_vectors(model, ids, None if shortest == longest else ids != PAD_ID, cls))
         on_batch(len(ids))
-    vectors = torch.cat(vectors)[_send(order.argsort(), model.device)]
+    vectors = torch.cat(vectors)[send(order.argsort(), model.device)]
     if vectors.device.type != "cuda":
         return vectors.numpy
     fetched = vectors.to("cpu", non_blocking=True)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from retro_nb.chunking import companion, document_tokens
 from retro_nb.corpus import Document
 from retro_nb.dataset import RETRODataset
+from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.model import RETRO
 from retro_nb.storage import PathLike, open_array
 from retro_nb.tokens import EOS_ID
@@ -63,7 +64,6 @@ def token_losses(
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
-    dataset.close()
     if mode == "shuffled":
         dataset = dataset.with_neighbours(shuffled(dataset.knns, dataset.doc_ids, documents, seed))
     sequences = of_documents(dataset, documents)
@@ -106,6 +106,8 @@ def shuffled(
 ) -> Int[np.ndarray, "c k"]:
     """Each chunk of these documents gets the neighbours of a random chunk of another one of them.
 
+    Those of them that are in its own document, which that other chunk may have found, are left out.
+
     Raises:
         ValueError: there is only one document.
     """
@@ -115,12 +117,20 @@ def shuffled(
     own = doc_ids[rows]
     first, stop = (np.searchsorted(own, own, side) for side in ("left", "right"))
     draw = (np.random.default_rng(seed).random(len(rows)) * (len(rows) - (stop - first))).astype(np.int64)
+    taken = knns[rows[np.where(draw < first, draw, draw + stop - first)]]
     mixed = np.array(knns)
-    mixed[rows] = knns[rows[np.where(draw < first, draw, draw + stop - first)]]
+    mixed[rows] = np.where(doc_ids[taken] == own[:, None], NO_NEIGHBOUR, taken)
     return mixed
 
 
 # document by document
+
+
+def bits_per_byte(
+    nats: Float64[np.ndarray, "*any"] | np.floating, size: Int[np.ndarray, "*any"] | np.integer
+) -> Float64[np.ndarray, "*any"] | np.floating:
+    """What so many nats are on so many bytes."""
+    return nats / math.log(2) / size
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        return float(self.nats.sum() / math.log(2) / self.bytes.sum())
+        return float(bits_per_byte(self.nats.sum(), self.bytes.sum()))
 
     @property
     def perplexity(self) -> float:
@@ -171,7 +181,7 @@ def interval(first: Score, second: Score | None = None, *, share: float = 0.95, 
     rng, count = np.random.default_rng(seed), len(first.nats)
     picks = rng.integers(count, size=(RESAMPLES, count))
     nats = first.nats if second is None else first.nats - second.nats
-    values = nats[picks].sum(axis=1) / math.log(2) / first.bytes[picks].sum(axis=1)
+    values = bits_per_byte(nats[picks].sum(axis=1), first.bytes[picks].sum(axis=1))
     low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 

@@ -28,7 +28,6 @@ MOST_ROWS = 16  # b: tokens that share one reading of the weights
 
 def fits(layers: nn.ModuleList, x: Float[Tensor, "b n d"]) -> bool:
     """Whether the kernels can do these decoder layers for x."""
-    blocks = [block for layer in layers for block in layer.children()]
     return (
         triton is not None
         and x.is_cuda
@@ -36,9 +35,18 @@ def fits(layers: nn.ModuleList, x: Float[Tensor, "b n d"]) -> bool:
         and len(x) <= MOST_ROWS
         and not torch.is_autocast_enabled("cuda")
         and x.dtype != torch.float64
-        and all(type(block) is PreNorm and type(block.norm) is RMSNorm for block in blocks)
-        and all(block.norm.gate is None and block.norm.gamma.dtype == x.dtype for block in blocks)
+        and all(_plain(block, x.dtype) for layer in layers for block in layer.children())
         and works(x.device)
+    )
+
+
+def _plain(block: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a block is normalised as the kernels do it."""
+    return (
+        type(block) is PreNorm
+        and type(block.norm) is RMSNorm
+        and block.norm.gate is None
+        and block.norm.gamma.dtype == dtype
     )
 
 

@@ -4,7 +4,6 @@ A model that retrieves may merely copy. So the paper (§2.6) measures, for each 
 tokens that it shares with its nearest neighbours, and asks how good the model is on the chunks that share little.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from jaxtyping import Float64, Int, Int64
 from tqdm.auto import tqdm
 
 from retro_nb.dataset import knn_to_retrieved_chunks
+from retro_nb.evaluation import bits_per_byte
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID
 
 
@@ -181,8 +181,8 @@ def leakage_curve(
     curve = []
     for alpha in map(float, alphas):
         kept = overlap <= alpha
-        size = int(sizes[kept].sum())
-        bits = {name: float(losses[kept].sum() / math.log(2) / size) if size else None for name, losses in nats.items()}
+        size = sizes[kept].sum()
+        bits = {name: float(bits_per_byte(each[kept].sum(), size)) if size else None for name, each in nats.items()}
         share = {"chunks": float(kept.mean()), "bytes": float(size / sizes.sum())}
         curve.append({"alpha": alpha, **share, "bits_per_byte": bits})
     return curve

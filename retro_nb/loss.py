@@ -44,7 +44,7 @@ def token_cross_entropy(
     x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
 ) -> Float[Tensor, " t"]:
     """cross_entropy(x @ weight.T + bias, targets) of each token, in nats, a block at a time."""
-    block = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**23) // len(weight))
+    block = _tokens_at_once(x, weight)
     pairs = zip(x.split(block), targets.split(block), strict=True)
     return torch.cat(
         [F.cross_entropy(F.linear(some, weight, bias), target, reduction="none") for some, target in pairs]
@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w, b = _even(weight, x), _even(bias, x, value=float("-inf"))  # words that never come
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dw, db = (torch.zeros_like(t, dtype=s.dtype) for t, s in ((x, x), (w, total), (b, total)))
-        block = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**23) // len(w))
+        block = _tokens_at_once(x, w)
         softmax_loss = _fused_softmax_loss() if x.is_cuda and can_compile("cuda") else _softmax_loss
         with torch.autocast(x.device.type, enabled=False):
             for x_block, target, dx_block in zip(x.split(block), targets.split(block), dx.split(block), strict=True):
@@ -79,6 +79,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
         return dx * upstream.to(dx.dtype), dw * upstream, db * upstream, None, None
+
+
+def _tokens_at_once(x: Tensor, weight: Tensor) -> int:
+    """How many tokens' logits are held at a time."""
+    return max(1, LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"]) // len(weight))
 
 
 def _even(table: Tensor, x: Tensor, value: float = 0.0) -> Tensor:

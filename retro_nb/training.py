@@ -102,7 +102,7 @@ def hold_out(
         ValueError: the share is not between 0 and 1, or there are fewer than two documents.
     """
     if not 0 < share < 1:
-        raise ValueError(f"valid_share {share} is not between 0 and 1: pass e.g. 0.1")
+        raise ValueError(f"the share {share} of documents to hold out is not between 0 and 1: pass e.g. 0.1")
     if len(documents) < 2:
         raise ValueError(f"{len(documents)} document(s) cannot be split by document: pass a larger corpus")
     count = min(max(1, round(share * len(documents))), len(documents) - 1)

@@ -28,7 +28,7 @@ from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_f
 from retro_nb.sampling import generate, top_k
 from retro_nb.storage import WORK, PathLike, open_array, write_json
 from retro_nb.tokens import SOS_ID, decode, get_tokenizer, tokenize
-from retro_nb.training import fit, get_optimizer, hold_out, of_documents, split_by_document, without_documents
+from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
 
 
 def _default_work_dir(documents: Any, described: Any) -> Path:
@@ -216,11 +216,17 @@ class TrainingWrapper(nn.Module):
             The log: one record for each logged step.
         """
         train, valid = self.ds, None
-        if valid_share is None and self.kept_out:
-            train, valid = without_documents(self.ds, self.kept_out), of_documents(self.ds, self.kept_out)
-        elif valid_share != 0:
-            train, valid = split_by_document(self.ds, valid_share or 0.1, kwargs.get("seed", 0))
+        if documents := self.held_out(valid_share, kwargs.get("seed", 0)):
+            train, valid = without_documents(self.ds, documents), of_documents(self.ds, documents)
         return fit(self.retro, train, valid, **kwargs)
+
+    def held_out(self, valid_share: float | int | None = None, seed: int = 0) -> list[int]:
+        """The documents that `fit` holds out when it is given this share and seed."""
+        if valid_share == 0:
+            return []
+        if valid_share is None and self.kept_out:
+            return self.kept_out
+        return hold_out(np.arange(self.stats["docs"]), valid_share or 0.1, seed).tolist()
 
     # sampling
 

@@ -28,9 +28,10 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 # Data flows one way: a module imports only from those before it.
-ORDER = """storage manifest corpus towns libraries tokens chunking embedding index knn dataset graphs layers kernels
-devices loss transformer presets pretrained model flops retrieval sampling checkpoints training evaluation wrapper
-leakage reading plotting lesson settings commands experiments sweep refresh __main__""".split()
+ORDER = """storage devices manifest corpus towns libraries tokens chunking embedding index knn dataset graphs
+layers kernels loss transformer presets pretrained model flops retrieval sampling checkpoints
+training evaluation wrapper leakage reading plotting lesson settings commands experiments sweep
+refresh __main__""".split()
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:

@@ -147,6 +147,19 @@ def test_shuffled_neighbours_are_those_of_another_evaluated_document(counts, see
             assert mixed[row, 0] == row
 
 
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=6), st.integers(1, 3), st.integers(0, 99))
+@settings(deadline=None)
+def test_shuffling_gives_no_document_its_own_text(counts, k, seed):
+    """Where the documents are in the database too, others have found them: what they found stays away from them."""
+    doc_ids = np.repeat(np.arange(len(counts)), counts)
+    knns = np.random.default_rng(seed).integers(-1, len(doc_ids), (len(doc_ids), k))
+    mixed = shuffled(knns, doc_ids, list(range(len(counts))), seed)
+    assert not ((mixed >= 0) & (doc_ids[mixed] == doc_ids[:, None])).any()
+    found = [set(row) | {-1} for row in knns.tolist()]
+    for row, ids in enumerate(mixed.tolist()):
+        assert any(set(ids) <= found[other] for other in np.flatnonzero(doc_ids != doc_ids[row]))
+
+
 def test_every_other_chunk_can_be_drawn():
     doc_ids = np.array([0, 0, 1, 2, 2])
     seen = {int(shuffled(np.arange(5)[:, None], doc_ids, [0, 1, 2], seed)[3, 0]) for seed in range(60)}

@@ -179,7 +179,7 @@ def test_split_by_document(owners, share, seed):
 def test_split_by_document_errors():
     with pytest.raises(ValueError, match=r"1 document\(s\) cannot be split"):
         split_by_document(Owned([3, 3, 3]))
-    with pytest.raises(ValueError, match=r"valid_share 1\.5"):
+    with pytest.raises(ValueError, match=r"the share 1\.5"):
         split_by_document(Owned([1, 2]), 1.5)
 
 

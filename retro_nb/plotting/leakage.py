@@ -14,14 +14,16 @@ from matplotlib.figure import Figure
 from retro_nb.chunking import document_tokens
 from retro_nb.corpus import Document
 from retro_nb.leakage import State, SuffixAutomaton, shared_runs
+from retro_nb.plotting.evaluation import CONDITIONS
 from retro_nb.plotting.style import COLOURS, arrow, blank
+from retro_nb.reading import pieces
 
-# A model's colour, and its line where colours cannot be told apart.
+# A model's line, where colours cannot be told apart.
 LINES = {
-    "on": {"color": COLOURS["model"], "marker": "o", "linewidth": 2},
-    "off": {"color": COLOURS["ink"], "marker": "v", "linestyle": ":"},
-    "shuffled": {"color": COLOURS["control"], "marker": "x", "linestyle": "-."},
-    "baseline": {"color": COLOURS["baseline"], "marker": "s", "linestyle": "--", "linewidth": 2},
+    "on": {"marker": "o", "linewidth": 2},
+    "off": {"marker": "v", "linestyle": ":"},
+    "shuffled": {"marker": "x", "linestyle": "-."},
+    "baseline": {"marker": "s", "linestyle": "--", "linewidth": 2},
 }
 GROUPS = (("chunk", "-"), ("neighbour", "--"), ("model", ":"))  # corpora, in their order
 STRICTEST = 1 / 8  # the paper's least α: 8 tokens of 64
@@ -72,7 +74,7 @@ def bits_by_overlap(curve: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for name in curve[0]["bits_per_byte"]:
         bits = [point["bits_per_byte"][name] for point in curve]
         values = np.array([np.nan if value is None else value for value in bits])
-        axes.plot(alphas, values, label=name, **LINES.get(name, {}))
+        axes.plot(alphas, values, label=name, color=CONDITIONS.get(name), **LINES.get(name, {}))
     axes.set(title=title, ylabel="bits per byte")
     axes.legend(ncols=len(curve[0]["bits_per_byte"]))
     bars = below.bar(alphas, [point["chunks"] for point in curve], width=0.06, color=COLOURS["muted"])
@@ -107,7 +109,7 @@ def gain_by_overlap(
 
 
 class Extract(NamedTuple):
-    """Some tokens of a document in a row, and how each stands in the text, with the white space before it."""
+    """Some tokens of a document in a row, and how each stands in the text, with the white space after it."""
 
     title: str
     ids: Int[np.ndarray, " n"]
@@ -116,11 +118,9 @@ class Extract(NamedTuple):
 
 def extract(document: Document, first: int, count: int = 64) -> Extract:
     """Tokens `first`, `first` + 1, … of a document; 0 is its [CLS]."""
-    ids, spans = (np.concatenate(parts) for parts in zip(*document_tokens(document.text), strict=True))
-    spans = spans[first : first + count]
-    starts = np.concatenate([spans[:1, 0], spans[:-1, 1]])
-    words = [document.text[start:stop] for start, stop in zip(starts, spans[:, 1], strict=True)]
-    return Extract(document.title, ids[first : first + count], words)
+    ids = np.concatenate([tokens.ids for tokens in document_tokens(document.text)])[first : first + count]
+    words = [*pieces(document.text), ""][first : first + count]  # [SEP] stands for no text
+    return Extract(document.title, ids, words)
 
 
 def shared_text(chunk: Extract, neighbours: Sequence[Extract]) -> HTML:
@@ -177,14 +177,14 @@ def _shaded(words: Sequence[str], lengths: Sequence[int], sources: Sequence[str]
     parts, tokens = [], zip(lengths, sources, words, strict=True)
     for (length, source), stretch in groupby(tokens, key=lambda token: token[:2]):
         text = "".join(word for _, _, word in stretch)
-        words_only = escape(text.lstrip())
-        space = " " * (len(text) > len(text.lstrip()))  # it keeps the page's own background
+        words_only = escape(text.rstrip())
+        space = " " * (len(text) > len(text.rstrip()))  # it keeps the page's own background
         if length and words_only:
             hint = f"{length} token{'s' * (length > 1)} in a row, also in {source}"
             number = f"<sub>{length}</sub>" if length >= min(SHADES) else ""
             mark = "b" if length == longest else "span"
             words_only = f'<{mark} title="{escape(hint)}"{_style(length)}>{words_only}{number}</{mark}>'
-        parts.append(space + words_only)
+        parts.append(words_only + space)
     return "".join(parts)
 
 
