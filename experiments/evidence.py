@@ -2,20 +2,25 @@
 
     python experiments/evidence.py almanac                        three seeds; minutes on a GPU
     python experiments/evidence.py speeches docstrings --seeds 0 1
-    python experiments/evidence.py almanac --seeds 0 -p towns 300 -p steps 4 -p batch_size 2      to try it on a CPU
+    python experiments/evidence.py almanac --runs /tmp/trial -p towns 300 -p steps 4 -p batch_size 2    to try it on a CPU
 
 The recipes are in experiments/evidence.yaml. For each seed a RETRO is trained with its neighbours, and a transformer
 with as many parameters without, for as many steps on the same batches. Both are measured on documents that neither
 has seen and that the database leaves out: RETRO with its neighbours (on), without (off), with those of another
-document (shuffled), with half of each (N only, F only), and the baseline.
+document (shuffled), with half of each (N only, F only), with more or fewer of them, with those of a smaller
+database, and the baseline.
 
-Each training leaves a file in runs/evidence/<corpus>, and one that is there is not repeated. From all of them comes
+Everything lands in runs/evidence/<corpus>, or under --runs. `store` is what must be built once and needs the texts, BERT and FAISS;
+the rest needs only its arrays, so it may be copied to another machine. Each training leaves a file, and one that is
+there is not repeated: several processes, with other seeds or models, can share the work. From all of them comes
 experiments/results/<corpus>.json: under `baseline`, `on`, `off`, … one number a seed, bits per byte, or for the
-almanac nats per fact token. The first seed's models are kept in runs/evidence/<corpus>, as float16.
+almanac nats per fact token; and chunk by chunk <corpus>-chunks.npz. The first seed's RETROs on the almanac and the
+speeches become the project's own, as float16: data/checkpoints/<corpus>, with a card.
 """
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +30,42 @@ import numpy as np
 import torch
 import yaml
 
-from retro_nb import RETRO, TrainingWrapper, almanac, docstrings, fit, speeches
+from retro_nb import RETRO, RETRODataset, TrainingWrapper, almanac, docstrings, fit, speeches
 from retro_nb.evaluation import MODES, bytes_of_chunks, fact_tokens, found_twins, score, token_losses
-from retro_nb.storage import ROOT, write_json
+from retro_nb.evidence import RESULTS
+from retro_nb.index import NO_NEIGHBOUR, exact_search
+from retro_nb.leakage import overlaps
+from retro_nb.pretrained import INCLUDED
+from retro_nb.storage import ROOT, open_array, write_json, writing
 from retro_nb.training import hold_out, of_documents, without_documents
 
-RUNS, RESULTS = ROOT / "runs" / "evidence", ROOT / "experiments" / "results"
+RUNS = ROOT / "runs" / "evidence"
 CORPORA: dict[str, Callable] = {"almanac": almanac, "speeches": speeches, "docstrings": docstrings}
 MODELS = ("retro", "baseline")
-WATCHED = 40  # documents of the almanac on which copying is watched during training
+WATCHED = 40  # documents on which training is watched
+FOUND = 16  # neighbours that are looked up
+SHARED = 10  # neighbours with which a chunk is compared word for word (paper, section 2.6)
+SHARES = {"1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # of the database's documents
+SEEDS = (0, 1, 2)
+IN_THE_BOX = {  # corpora whose RETRO comes with the project, and what is to be said of it
+    "almanac": "It reads what a town's other document says, and copies it. Of anything else it knows nothing.",
+    "speeches": "It writes in the manner of presidents; it knows nothing, and repeats phrases of its training texts.",
+}
+
+CARD = """# RETRO on the {name}
+
+{parameters:.1f} million parameters, the first of {seeds} seeds of `{command}`: {minutes:.1f} minutes on one
+{device}, which other trainings shared.
+
+- data: {trained} of {documents} documents ({corpus}); held out of training and database: {measured}.
+- recipe: `{name}` in experiments/evidence.yaml. AdamW, {steps} steps of {batch_size} sequences of {n} tokens, peak
+  learning rate {lr}, dropout {dropout}, {tokens:.1f} M training tokens; model: config.json.
+- {unit} on what was held out: {on:.4f} with its neighbours, {off:.4f} without, {shuffled:.4f} with those of another
+  document; {baseline:.4f} for a transformer of the same size and training without retrieval. All seeds:
+  experiments/results/{name}.json.
+
+{said} MIT licence.
+"""
 
 
 def read_recipe(name: str, given: dict[str, str]) -> dict[str, Any]:
@@ -48,62 +80,163 @@ def read_recipe(name: str, given: dict[str, str]) -> dict[str, Any]:
     return recipe
 
 
+# the store: what is needed of the texts
+
+
+def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
+    """Chunks and neighbours of a corpus, and about.json, which is written last."""
+    corpus = CORPORA[name](**recipe["corpus"])
+    keep_out: Any = recipe["keep_out"]
+    if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
+        keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
+    wrapper = TrainingWrapper(
+        retro=RETRO(**recipe["model"]), chunk_size=64, documents_path=corpus, knn=FOUND, keep_out=keep_out, work_dir=folder
+    )
+    np.save(folder / "knns.npy", wrapper.ds.knns)
+    vectors = open_array(folder / "chunks.embedded.npy")
+    save_measured(folder, wrapper.kept_out, vectors)
+    describe(name, recipe, corpus, folder, wrapper.kept_out)
+
+
+def save_measured(folder: Path, measured: list[int], vectors: np.ndarray) -> None:
+    """For the chunks that are measured: similarity of the first neighbour, and what smaller databases would find."""
+    doc_ids, knns = open_array(folder / "doc_ids.npy"), open_array(folder / "knns.npy")
+    rows = np.flatnonzero(np.isin(doc_ids, measured))
+    first = vectors[knns[rows, 0]]
+    lengths = np.linalg.norm(vectors[rows], axis=1) * np.linalg.norm(first, axis=1)
+    np.save(folder / "cosine.npy", (vectors[rows] * first).sum(axis=1) / lengths)
+    database = np.setdiff1d(np.unique(doc_ids), measured)
+    for seed in SEEDS:
+        for share in SHARES.values():
+            chosen = np.flatnonzero(np.isin(doc_ids, hold_out(database, share, seed)))
+            _, found = exact_search(vectors[chosen], vectors[rows], FOUND)
+            np.save(folder / f"share-{share}-{seed}.npy", chosen[found].astype(np.int32))
+
+
+def describe(name: str, recipe: dict[str, Any], corpus: Any, folder: Path, measured: list[int]) -> None:
+    """What the chunks are: whose, which of their tokens tell facts, what they share with their neighbours."""
+    doc_ids = open_array(folder / "doc_ids.npy")
+    about = {"built": built_with(recipe), "measured": measured, "titles": [document.title for document in corpus]}
+    if name == "almanac":
+        np.save(folder / "facts.npy", fact_tokens(corpus, doc_ids, 64))
+        about["entropy"] = corpus.fact_entropy
+    else:
+        rows = np.flatnonzero(np.isin(doc_ids, measured))
+        near = open_array(folder / "knns.npy")[rows, :SHARED]
+        np.save(folder / "overlap.npy", overlaps(open_array(folder / "chunks.npy"), rows, near, doc_ids, progress=False))
+    write_json(folder / "about.json", about)
+
+
+def built_with(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings on which a store depends."""
+    return {"corpus": recipe["corpus"], "keep_out": recipe["keep_out"], "n": recipe["model"]["max_seq_len"]}
+
+
 class Experiment:
     """One corpus, its database, and which documents are trained on, left out and measured."""
 
-    def __init__(self, name: str, recipe: dict[str, Any]) -> None:
-        self.name, self.recipe, self.folder = name, recipe, RUNS / name
-        corpus = CORPORA[name](**recipe["corpus"])
-        keep_out: Any = recipe["keep_out"]
-        if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
-            towns = hold_out(np.arange(corpus.towns), keep_out)
-            keep_out = (2 * towns + 1).tolist()
-        self.store = TrainingWrapper(
-            retro=RETRO(**recipe["model"]), chunk_size=64, documents_path=corpus, knn=recipe["knn"], keep_out=keep_out
-        )
-        self.measured, self.datasets = self.store.kept_out, {}
+    def __init__(self, name: str, recipe: dict[str, Any], runs: Path = RUNS) -> None:
+        self.name, self.recipe, self.folder = name, recipe, runs / name
+        store = self.folder / "store"
+        if not (store / "about.json").exists():
+            build_store(name, recipe, store)
+        self.store, self.about = store, json.loads((store / "about.json").read_text(encoding="utf-8"))
+        self._check(store, self.about["built"], built_with(recipe))
+        self.measured: list[int] = self.about["measured"]
+        self.knns, paths = np.load(store / "knns.npy"), {each: store / f"{each}.npy" for each in ("chunks", "seqs")}
+        found = RETRODataset(
+            num_chunks=len(self.knns), chunk_size=64, seq_len=recipe["model"]["max_seq_len"], num_neighbors=FOUND,
+            num_sequences=len(open_array(paths["seqs"])), chunk_memmap_path=paths["chunks"],
+            chunk_nn_memmap_path=store / "knns.npy", seq_memmap_path=paths["seqs"],
+            doc_ids_memmap_path=store / "doc_ids.npy",
+        )  # fmt: skip
+        self.data = found.with_neighbours(self.knns[:, : recipe["knn"]])
+        self.doc_ids = np.array(self.data.doc_ids)
+        self.rows = np.flatnonzero(np.isin(self.doc_ids, self.measured))
         unseen = [*self.measured, *(number - 1 for number in self.measured if name == "almanac")]
-        self.train = without_documents(self.store.ds, unseen)
-        self.bytes = bytes_of_chunks(self.store.work_dir / "chunks.npy")
-        self.facts = None
-        if name == "almanac":
-            doc_ids = self.store.ds.doc_ids
-            found = found_twins(self.store.ds.knns, doc_ids)
-            reads = np.append(False, found[:-1] & (doc_ids[1:] == doc_ids[:-1]))  # what the chunk before has found
-            self.facts = fact_tokens(corpus, doc_ids, 64) & reads[:, None]
-            self.hits = self._hit_rates(found)
-            self.datasets["perfect"] = self.store.ds.with_neighbours(self._twins())
+        draw, among = recipe.get("draw", (None, recipe["knn"]))
+        self.train = without_documents(found.with_neighbours(self.knns[:, :among], draw), unseen)
+        self.bytes = np.array(bytes_of_chunks(store / "chunks.npy"))
+        self.facts = self._facts_read(self.knns[:, : recipe["knn"]]) if name == "almanac" else None
 
-    def _twins(self) -> np.ndarray:
+    @staticmethod
+    def _check(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+        if there != here:
+            raise SystemExit(f"{path} was made with {there}, and this is {here}: remove it, or pass another --runs")
+
+    # the almanac
+
+    def _facts_read(self, knns: np.ndarray) -> np.ndarray:
+        """Tokens that tell a fact, in chunks whose chunk before has found the right town."""
+        reads = np.append(False, found_twins(knns, self.doc_ids)[:-1] & (self.doc_ids[1:] == self.doc_ids[:-1]))
+        return np.load(self.store / "facts.npy") & reads[:, None]
+
+    def twins(self) -> np.ndarray:
         """What a perfect retriever would find: the chunk with the same number of the document's twin."""
-        doc_ids = self.store.ds.doc_ids
+        doc_ids = self.doc_ids
         number = np.arange(len(doc_ids)) - np.searchsorted(doc_ids, doc_ids)
         twin = np.searchsorted(doc_ids, doc_ids ^ 1) + number
         inside = (twin < len(doc_ids)) & (doc_ids[np.minimum(twin, len(doc_ids) - 1)] == doc_ids ^ 1)
-        found = np.full((len(doc_ids), self.recipe["knn"]), -1, dtype=np.int64)
-        found[:, 0] = np.where(inside, twin, -1)
+        found = np.full((len(doc_ids), self.recipe["knn"]), NO_NEIGHBOUR, dtype=np.int64)
+        found[:, 0] = np.where(inside, twin, NO_NEIGHBOUR)
         return found
 
-    def _hit_rates(self, found: np.ndarray) -> list[float]:
+    def hit_rates(self) -> list[float]:
         """How often chunk 0, 1, … of the measured documents finds the right town."""
-        firsts = np.searchsorted(self.store.ds.doc_ids, self.measured)
-        lengths = np.searchsorted(self.store.ds.doc_ids, self.measured, "right") - firsts
+        found = found_twins(self.knns[:, : self.recipe["knn"]], self.doc_ids)
+        firsts = np.searchsorted(self.doc_ids, self.measured)
+        lengths = np.searchsorted(self.doc_ids, self.measured, "right") - firsts
         return [float(found[firsts[lengths > u] + u].mean()) for u in range(lengths.max())]
 
-    def measure(self, retro: RETRO, mode: str, documents: list[int]) -> dict[str, Any]:
-        """Nats per fact token for the almanac, else bits per byte and the nats of each document."""
-        dataset = self.datasets.get(mode, self.store.ds)
-        asked = mode if mode in MODES else "on"
-        losses = token_losses(retro, dataset, documents, asked, batch_size=32, progress=False)
+    # measuring
+
+    def losses(
+        self, retro: RETRO, mode: str, knns: np.ndarray | None = None, documents: list[int] | None = None
+    ) -> np.ndarray:
+        data = self.data if knns is None else self.data.with_neighbours(knns)
+        return token_losses(retro, data, documents or self.measured, mode, batch_size=32, progress=False)
+
+    def value(self, losses: np.ndarray, documents: list[int] | None = None) -> float:
+        """Nats per fact token for the almanac, else bits per byte."""
         if self.facts is not None:
-            return {"value": float(np.nanmean(losses[self.facts & ~np.isnan(losses)]))}
-        found = score(losses, documents, self.store.ds.doc_ids, self.bytes)
-        return {"value": found.bits_per_byte, "nats": found.nats.tolist(), "chunks": np.nansum(losses, axis=1)}
+            return float(np.nanmean(losses[self.facts & ~np.isnan(losses)]))
+        return score(losses, documents or self.measured, self.doc_ids, self.bytes).bits_per_byte
+
+    def sweeps(self, retro: RETRO, seed: int) -> dict[str, dict[str, float]]:
+        """With k neighbours, and with those of a part of the database; on all facts of the almanac."""
+        said, swept = self.facts, {"k": {}, "database": {}}
+        if said is not None:  # whether the town is found changes with these settings, and counts
+            inside = np.append(False, self.doc_ids[1:] == self.doc_ids[:-1])
+            self.facts = np.load(self.store / "facts.npy") & inside[:, None]
+        for k in (0, 1, 2, 4, 8, FOUND):
+            swept["k"][str(k)] = self.value(self.losses(retro, "on" if k else "off", self.knns[:, : max(k, 1)]))
+        for name, share in SHARES.items():
+            knns = self.knns[:, : self.recipe["knn"]].copy()
+            knns[self.rows] = np.load(self.store / f"share-{share}-{seed % len(SEEDS)}.npy")[:, : self.recipe["knn"]]
+            swept["database"][name] = self.value(self.losses(retro, "on", knns))
+        swept["database"]["1"] = swept["k"][str(self.recipe["knn"])]
+        self.facts = said
+        return swept
+
+    def measure(self, retro: RETRO, seed: int, retrieval: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Values, sweeps and losses of each document; and the loss of each measured chunk."""
+        losses = {mode: self.losses(retro, mode) for mode in (MODES if retrieval else ("off",))}
+        found: dict[str, Any] = {"values": {mode: self.value(each) for mode, each in losses.items()}}
+        if retrieval:
+            found["sweeps"] = self.sweeps(retro, seed)
+        if retrieval and self.facts is not None:
+            found["values"]["perfect"] = self.value(self.losses(retro, "on", self.twins()))
+        scores = {mode: score(each, self.measured, self.doc_ids, self.bytes) for mode, each in losses.items()}
+        found["nats"] = {mode: each.nats.tolist() for mode, each in scores.items()}
+        return found, {mode: np.nansum(each[self.rows], axis=1) for mode, each in losses.items()}
+
+    # training
 
     def run(self, model: str, seed: int) -> None:
         """Train one model and measure it, unless its results are there."""
         file = self.folder / f"{model}-{seed}.json"
         if file.exists():
+            self._check(file, json.loads(file.read_text(encoding="utf-8"))["settings"], self.recipe)
             return print(f"{file} is there already", flush=True)
         recipe, retrieval, started = self.recipe, model == "retro", time.perf_counter()
         torch.manual_seed(seed)
@@ -111,47 +244,87 @@ class Experiment:
         watched, settings = self.measured[:WATCHED], recipe["fit"] | {"retrieval": retrieval, "seed": seed}
 
         def watch() -> dict[str, float]:
-            modes = ("on", "shuffled") if retrieval and self.facts is not None else ()
-            return {mode: self.measure(retro, mode, watched)["value"] for mode in modes}
+            modes = ("on", "shuffled") if retrieval else ("off",)
+            values = {mode: self.value(self.losses(retro, mode, documents=watched), watched) for mode in modes}
+            print(f"{self.name} {model} {seed}: {time.perf_counter() - started:.0f} s {values}", flush=True)
+            return values
 
-        history = fit(retro, self.train, of_documents(self.store.ds, watched), measure=watch, **settings)
+        history = fit(retro, self.train, of_documents(self.data, watched[:8]), measure=watch, progress=False, **settings)
         minutes = (time.perf_counter() - started) / 60
-        modes = (*MODES, *self.datasets) if retrieval else ("off",)
-        found = {mode: self.measure(retro, mode, self.measured) for mode in modes}
-        chunks = {mode: each.pop("chunks") for mode, each in found.items() if "chunks" in each}
+        found, chunks = self.measure(retro, seed, retrieval)
         used = sum(p.numel() for name, p in retro.named_parameters() if retrieval or not is_retrieval(name))
-        curves = {name: history.curve(name) for name in ("valid_loss", "on", "shuffled")}
-        tokens = [record["tokens"] for record in history if "valid_loss" in record]
         about = {"model": model, "seed": seed, "parameters": used, "minutes": minutes, "device": device_name()}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        about["curves"] = {name: history.curve(name) for name in ("on", "shuffled", "off")}
+        about["tokens"] = [record["tokens"] for record in history if "valid_loss" in record]
+        with writing(self.folder / f"{model}-{seed}.npz") as opened:
+            np.savez_compressed(opened, **{mode: each.astype(np.float32) for mode, each in chunks.items()})
         if seed == 0:
-            np.savez_compressed(self.folder / f"{model}-chunks.npz", **chunks)
             retro.half().save_pretrained(self.folder / model)
-        write_json(file, about | {"found": found, "curves": curves, "tokens": tokens, "settings": self.recipe})
-        values = {mode: round(each["value"], 4) for mode, each in found.items()}
+        write_json(file, about | found | {"settings": self.recipe})
+        values = {mode: round(value, 4) for mode, value in found["values"].items()}
         print(f"{self.name}, {model}, seed {seed}: {values}, {minutes:.1f} minutes", flush=True)
 
+    # results
+
     def collect(self) -> None:
-        """Write experiments/results/<corpus>.json from all the runs that are there."""
+        """Write experiments/results/<corpus>.json, and what was found chunk by chunk, from all runs that are there."""
         runs = {model: self._finished(model) for model in MODELS}
-        values = {mode: [run["found"][mode]["value"] for run in runs["retro"]] for mode in runs["retro"][0]["found"]}
-        values["baseline"] = [run["found"]["off"]["value"] for run in runs["baseline"]]
+        values = {mode: [run["values"][mode] for run in runs["retro"]] for mode in runs["retro"][0]["values"]}
+        values["baseline"] = [run["values"]["off"] for run in runs["baseline"]]
         about = {"unit": "bits per byte", "command": f"python experiments/evidence.py {self.name}"}
+        sweeps = [run["sweeps"] for run in runs["retro"]]
+        about["sweeps"] = {
+            name: {point: [each[name][point] for each in sweeps] for point in points}
+            for name, points in sweeps[0].items()
+        }
         if self.facts is not None:
-            counted = int(self.facts[np.isin(self.store.ds.doc_ids, self.measured)].sum())
-            about |= {"unit": "nats per fact token", "entropy": almanac().fact_entropy, "facts": counted}
-            about |= {"hit_rates": self.hits}
+            counted = int(self.facts[self.rows].sum())
+            about |= {"unit": "nats per fact token", "entropy": self.about["entropy"], "facts": counted}
+            about |= {"hit_rates": self.hit_rates()}
         else:
-            nats = {mode: [run["found"][mode]["nats"] for run in runs["retro"]] for mode in MODES}
-            nats["baseline"] = [run["found"]["off"]["nats"] for run in runs["baseline"]]
-            sizes = [int(self.bytes[self.store.ds.doc_ids == number].sum()) for number in self.measured]
-            titles = [self.store.retriever.documents[number]["title"] for number in self.measured]
+            nats = {mode: [run["nats"][mode] for run in runs["retro"]] for mode in MODES}
+            nats["baseline"] = [run["nats"]["off"] for run in runs["baseline"]]
+            sizes = [int(self.bytes[self.doc_ids == number].sum()) for number in self.measured]
+            titles = [self.about["titles"][number] for number in self.measured]
             about |= {"documents": {"titles": titles, "bytes": sizes, "nats": nats}}
+            self._collect_chunks(runs)
         for model, each in runs.items():
             names = ("seed", "parameters", "minutes", "device", "curves", "tokens")
             about[f"{model}_runs"] = [{name: run[name] for name in names} for run in each]
-        write_json(RESULTS / f"{self.name}.json", values | about | {"settings": runs["retro"][0]["settings"]})
+        found = values | about | {"settings": runs["retro"][0]["settings"]}
+        write_json(RESULTS / f"{self.name}.json", found)
         print(f"written: experiments/results/{self.name}.json", flush=True)
+        if self.name in IN_THE_BOX and (self.folder / "retro").exists():
+            self._put_into_the_box(found)
+
+    def _collect_chunks(self, runs: dict[str, list[dict[str, Any]]]) -> None:
+        parts = {
+            model: [np.load(self.folder / f"{model}-{run['seed']}.npz") for run in each] for model, each in runs.items()
+        }
+        nats = {f"nats_{mode}": np.stack([each[mode] for each in parts["retro"]]) for mode in MODES[:3]}
+        nats["nats_baseline"] = np.stack([each["off"] for each in parts["baseline"]])
+        arrays = {name: np.load(self.store / f"{name}.npy").astype(np.float32) for name in ("cosine", "overlap")}
+        arrays |= {"rows": self.rows.astype(np.int32), "knns": self.knns[self.rows, :SHARED].astype(np.int32)}
+        with writing(RESULTS / f"{self.name}-chunks.npz") as opened:
+            np.savez_compressed(opened, **arrays, **nats, bytes=self.bytes[self.rows].astype(np.int32))
+
+    def _put_into_the_box(self, found: dict[str, Any]) -> None:
+        """The first seed's RETRO and its card."""
+        first, recipe, target = found["retro_runs"][0], self.recipe, INCLUDED / self.name
+        shutil.copytree(self.folder / "retro", target, dirs_exist_ok=True)
+        facts = {mode: found[mode][0] for mode in ("on", "off", "shuffled", "baseline")}
+        facts |= {name: recipe["fit"][name] for name in ("steps", "batch_size", "lr")}
+        facts |= {name: found[name] for name in ("command", "unit")} | {"minutes": first["minutes"]}
+        facts |= {"parameters": first["parameters"] / 1e6, "tokens": first["tokens"][-1] / 1e6}
+        facts |= {"documents": len(self.about["titles"]), "measured": len(self.measured), "seeds": len(found["on"])}
+        facts |= {"trained": len(np.unique(self.data.sequence_documents[self.train.indices]))}
+        facts |= {"corpus": ", ".join(f"{key} {value}" for key, value in recipe["corpus"].items()) or "all of them"}
+        dropout, n = recipe["model"].get("dec_ff_dropout", 0), recipe["model"]["max_seq_len"]
+        card = CARD.format(
+            **facts, name=self.name, device=first["device"], dropout=dropout, n=n, said=IN_THE_BOX[self.name]
+        )
+        (target / "README.md").write_text(card, encoding="utf-8")
+        print(f"written: data/checkpoints/{self.name}", flush=True)
 
     def _finished(self, model: str) -> list[dict[str, Any]]:
         files = sorted(self.folder.glob(f"{model}-*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
@@ -170,14 +343,13 @@ def device_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", choices=CORPORA)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     said = parser.parse_args()
     for name in said.corpora:
-        experiment = Experiment(name, read_recipe(name, dict(said.given)))
-        if experiment.facts is not None:
-            print("hit rates:", [round(rate, 3) for rate in experiment.hits], flush=True)
+        experiment = Experiment(name, read_recipe(name, dict(said.given)), said.runs)
         for seed in said.seeds:
             for model in said.models:
                 experiment.run(model, seed)

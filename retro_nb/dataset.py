@@ -127,6 +127,7 @@ class RETRODataset(Dataset):
         if doc_ids_memmap_path is not None:
             self._paths["doc_ids"] = (Path(doc_ids_memmap_path), (num_chunks,))
         self.given: np.ndarray | None = None  # neighbours that take the place of those on the disk
+        self.draw: int | None = None  # so many of them at random
         self._arrays: dict[str, np.ndarray] = {}
         self._open()  # so that a missing or wrong array is met here
         self.close()
@@ -143,16 +144,25 @@ class RETRODataset(Dataset):
                 self._arrays["doc_ids"] = np.concatenate([[0], np.cumsum(ends)[:-1]]).astype(np.int32)
         return self._arrays
 
-    def with_neighbours(self, knns: Int[np.ndarray, "c k"]) -> "RETRODataset":
+    def with_neighbours(
+        self, knns: Int[np.ndarray, "c k"], draw: int | None = None, seed: int = 0
+    ) -> "RETRODataset":
         """The same sequences with other neighbours: fewer, shuffled, or of another database.
 
+        With `draw`, a chunk gets so many of its neighbours at random, others each time it is read. A model that is
+        trained so cannot learn a chunk by heart from the sight of its neighbours, which matters where the corpus is
+        small. The draws begin anew, from `seed`, in a run that goes on after a stop.
+
         Raises:
-            ValueError: not one row for each chunk.
+            ValueError: not one row for each chunk, or more to draw than there are.
         """
         if len(knns) != self.num_chunks:
             raise ValueError(f"neighbours of {len(knns)} chunks for a corpus of {self.num_chunks}: one row for each")
+        if draw is not None and not 1 <= draw <= knns.shape[1]:
+            raise ValueError(f"draw {draw} of {knns.shape[1]} neighbours: pass 1 to {knns.shape[1]}")
         other = copy.copy(self)
-        other.given, other.num_neighbors = knns, knns.shape[1]
+        other.given, other.draw, other.num_neighbors = knns, draw, draw or knns.shape[1]
+        other.rng = np.random.default_rng(seed)
         other.close()
         return other
 
@@ -198,6 +208,9 @@ class RETRODataset(Dataset):
         chunks, knns = arrays["chunks"][inside], arrays["knns"][inside]
         if other.any():
             chunks[other], knns[other] = self.pad_id, NO_NEIGHBOUR
+        if self.draw is not None:
+            order = self.rng.random(knns.shape).argsort(axis=-1)[..., : self.draw]
+            knns = np.take_along_axis(knns, order, axis=-1)
         # A row's last token is the next row's first: after the sequence's first token come all rows without theirs.
         tokens = np.concatenate([chunks[:, 0, :1], rearrange(chunks[..., 1:], "b l m -> b (l m)")], axis=1)
         retrieved = knn_to_retrieved_chunks(

@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         self.gate = nn.Parameter(torch.ones(dim)) if gated else None
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        out = F.rms_norm(x, self.gamma.shape, self.gamma, self.eps)
+        out = F.rms_norm(x, self.gamma.shape, self.gamma.type_as(x), self.eps)  # one kernel if the types are equal
         return out if self.gate is None else out * (x * self.gate).sigmoid()
 
 
