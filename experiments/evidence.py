@@ -110,7 +110,8 @@ def save_measured(folder: Path, measured: list[int], vectors: np.ndarray) -> Non
         for share in SHARES.values():
             chosen = np.flatnonzero(np.isin(doc_ids, hold_out(database, share, seed)))
             _, found = exact_search(vectors[chosen], vectors[rows], FOUND)
-            np.save(folder / f"share-{share}-{seed}.npy", chosen[found].astype(np.int32))
+            found = np.where(found >= 0, chosen[found], NO_NEIGHBOUR)
+            np.save(folder / f"share-{share}-{seed}.npy", found.astype(np.int32))
 
 
 def describe(name: str, recipe: dict[str, Any], corpus: Any, folder: Path, measured: list[int]) -> None:

@@ -67,7 +67,9 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"{path}: grid maps names to lists of values, such as {{k: [0, 2], seed: [0, 1]}}")
     if x not in grid:
         raise ValueError(f"{path}: x is {x!r}, but the grid varies {', '.join(grid)}: let x be one of these")
-    notebooks = find_notebooks([str(content["notebook"])])
+    named = str(content["notebook"])
+    beside = path.parent / named  # a notebook that is given by its path lies beside the sweep
+    notebooks = find_notebooks([str(beside) if named.endswith(".ipynb") and beside.is_file() else named])
     base = content["parameters"] or {}
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     points = [choose_parameters(notebooks, given=base | point)[0] for point in combinations]

@@ -272,3 +272,36 @@ def with_room_at_the_end(path, dtype, shape, mode="r"):
     array, raw = np.zeros(shape, dtype), np.fromfile(path, dtype)[: np.prod(shape)]
     array.reshape(-1)[: len(raw)] = raw
     return array
+
+
+# other neighbours
+
+
+def test_drawn_neighbours_are_some_of_a_chunks_own_others_each_time(tmp_path):
+    corpus = Corpus(tmp_path, [30, 9, 50], k=5, seed=3)
+    data = RETRODataset(**corpus.arguments)
+    drawing = data.with_neighbours(corpus.knns, draw=2, seed=4)
+    seen = [set() for _ in range(len(data))]
+    for _ in range(40):
+        for number in range(len(data)):
+            (seq, near), (same, drawn) = data[number], drawing[number]
+            assert torch.equal(seq, same) and drawn.shape == (corpus.l, 2, near.shape[2])
+            for own, some in zip(near.tolist(), drawn.tolist(), strict=True):
+                assert all(some.count(text) <= own.count(text) for text in some)
+            seen[number].add(drawn[0].numpy().tobytes())
+    assert max(map(len, seen)) > 5, "the draws do not change"
+    again = [[data.with_neighbours(corpus.knns, draw=2, seed=4)[n][1] for n in range(2)] for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*again, strict=True))
+
+
+@pytest.mark.parametrize("draw", [0, 6])
+def test_no_more_can_be_drawn_than_there_are(tmp_path, draw):
+    corpus = Corpus(tmp_path, [30], k=5)
+    with pytest.raises(ValueError, match=f"draw {draw} of 5 neighbours: pass 1 to 5"):
+        RETRODataset(**corpus.arguments).with_neighbours(corpus.knns, draw=draw)
+
+
+def test_neighbours_of_another_corpus_are_refused(tmp_path):
+    corpus = Corpus(tmp_path, [30])
+    with pytest.raises(ValueError, match="one row for each"):
+        RETRODataset(**corpus.arguments).with_neighbours(corpus.knns[1:])
