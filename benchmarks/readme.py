@@ -2,7 +2,8 @@
 
 The table of the notebooks comes from benchmarks/results/tutorial.json, which is the index.json of a run of
 `make tutorial` (copy it from runs/<time>/). The tables of speed, one for each device, and the plot come from every
-file in benchmarks/results with "comparisons", as `measure.write_results` writes them.
+file in benchmarks/results with "comparisons", as `measure.write_results` writes them. The table of what retrieval is
+worth comes from experiments/results, as experiments/evidence.py writes them.
 """
 
 import json
@@ -12,8 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+EVIDENCE = ROOT / "experiments" / "results"
 PLOT = ROOT / "docs" / "speed.png"
 # The pipeline's order; others follow by name.
 ORDER = "embedding neighbours neighbours-untuned dataset training sampling scaling-training scaling-embedding".split()
@@ -26,6 +30,8 @@ LEARN = {
     "04_retro_model": "encoder and chunked cross-attention by hand; causality measured to the token",
     "05_training": "the loop by hand, then `fit`: schedule, validation, baseline, exact resume",
     "06_sampling": "temperature, top-k, top-p; live retrieval with caches; who was quoted",
+    "07_does_retrieval_help": "on, off, shuffled, baseline; a memory that is edited; where the model looks",
+    "08_leakage": "what a chunk shares word for word with its neighbours, and what is left without it",
 }
 
 Record = dict[str, Any]  # a results file
@@ -112,6 +118,26 @@ def growth_table(record: Record) -> str:
     return "\n".join([*lines, "", note])
 
 
+# evidence
+
+CORPORA = {
+    "almanac": "almanac, nats per fact told by a neighbour",
+    "speeches": "speeches, bits per byte",
+    "docstrings": "docstrings, bits per byte",
+}
+
+
+def evidence_table() -> str:
+    """What each corpus costs with neighbours, without, with wrong ones, and a model of the same size without any."""
+    modes = ("on", "shuffled", "off", "baseline")
+    lines = [f"| corpus and unit | {' | '.join(modes)} |", "|---" * 5 + "|"]
+    for name, unit in CORPORA.items():
+        found = json.loads((EVIDENCE / f"{name}.json").read_text(encoding="utf-8"))
+        cells = [f"{np.mean(found[mode]):.3f} ({min(found[mode]):.3f}–{max(found[mode]):.3f})" for mode in modes]
+        lines.append(f"| {unit} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Means of three seeds (lowest to highest); `python experiments/evidence.py <corpus>`."])
+
+
 def bars(devices: dict[str, list[Record]]) -> list[Row]:
     """What the plot shows, from top to bottom; it is also kept in the PNG, so that a test can compare."""
     return [
@@ -172,6 +198,7 @@ def main() -> None:
     devices = read_comparisons()
     text = replace_section(readme.read_text(encoding="utf-8"), "notebooks", notebook_table(index))
     text = replace_section(text, "fast", speed_section(devices))
+    text = replace_section(text, "evidence", evidence_table())
     growth = json.loads((RESULTS / "growth-cpu.json").read_text(encoding="utf-8"))
     readme.write_text(replace_section(text, "growth", growth_table(growth)), encoding="utf-8")
     if devices:

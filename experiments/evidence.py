@@ -2,7 +2,7 @@
 
     python experiments/evidence.py almanac                        three seeds; minutes on a GPU
     python experiments/evidence.py speeches docstrings --seeds 0 1
-    python experiments/evidence.py almanac --runs /tmp/trial -p towns 300 -p steps 4 -p batch_size 2    to try it on a CPU
+    python experiments/evidence.py almanac --runs /tmp/trial -p towns 300 -p steps 4 -p batch_size 2     tried on a CPU
 
 The recipes are in experiments/evidence.yaml. For each seed a RETRO is trained with its neighbours, and a transformer
 with as many parameters without, for as many steps on the same batches. Both are measured on documents that neither
@@ -10,12 +10,12 @@ has seen and that the database leaves out: RETRO with its neighbours (on), witho
 document (shuffled), with half of each (N only, F only), with more or fewer of them, with those of a smaller
 database, and the baseline.
 
-Everything lands in runs/evidence/<corpus>, or under --runs. `store` is what must be built once and needs the texts, BERT and FAISS;
-the rest needs only its arrays, so it may be copied to another machine. Each training leaves a file, and one that is
-there is not repeated: several processes, with other seeds or models, can share the work. From all of them comes
-experiments/results/<corpus>.json: under `baseline`, `on`, `off`, … one number a seed, bits per byte, or for the
-almanac nats per fact token; and chunk by chunk <corpus>-chunks.npz. The first seed's RETROs on the almanac and the
-speeches become the project's own, as float16: data/checkpoints/<corpus>, with a card.
+Everything lands in runs/evidence/<corpus>, or under --runs. `store` is what must be built once and needs the texts,
+BERT and FAISS; the rest needs only its arrays, so it may be copied to another machine. Each training leaves a file,
+and one that is there is not repeated: several processes, with other seeds or models, can share the work. From all of
+them comes experiments/results/<corpus>.json: under `baseline`, `on`, `off`, … one number a seed, bits per byte, or
+for the almanac nats per fact token; and chunk by chunk <corpus>-chunks.npz. The first seed's RETROs on the almanac
+and the speeches become the project's own, as float16: data/checkpoints/<corpus>, with a card.
 """
 
 import argparse
@@ -89,9 +89,8 @@ def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
     keep_out: Any = recipe["keep_out"]
     if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
         keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
-    wrapper = TrainingWrapper(
-        retro=RETRO(**recipe["model"]), chunk_size=64, documents_path=corpus, knn=FOUND, keep_out=keep_out, work_dir=folder
-    )
+    retro, places = RETRO(**recipe["model"]), {"documents_path": corpus, "keep_out": keep_out, "work_dir": folder}
+    wrapper = TrainingWrapper(retro=retro, chunk_size=64, knn=FOUND, **places)
     np.save(folder / "knns.npy", wrapper.ds.knns)
     vectors = open_array(folder / "chunks.embedded.npy")
     save_measured(folder, wrapper.kept_out, vectors)
@@ -123,8 +122,8 @@ def describe(name: str, recipe: dict[str, Any], corpus: Any, folder: Path, measu
         about["entropy"] = corpus.fact_entropy
     else:
         rows = np.flatnonzero(np.isin(doc_ids, measured))
-        near = open_array(folder / "knns.npy")[rows, :SHARED]
-        np.save(folder / "overlap.npy", overlaps(open_array(folder / "chunks.npy"), rows, near, doc_ids, progress=False))
+        chunks, near = open_array(folder / "chunks.npy"), open_array(folder / "knns.npy")[rows, :SHARED]
+        np.save(folder / "overlap.npy", overlaps(chunks, rows, near, doc_ids, progress=False))
     write_json(folder / "about.json", about)
 
 
@@ -250,7 +249,8 @@ class Experiment:
             print(f"{self.name} {model} {seed}: {time.perf_counter() - started:.0f} s {values}", flush=True)
             return values
 
-        history = fit(retro, self.train, of_documents(self.data, watched[:8]), measure=watch, progress=False, **settings)
+        valid = of_documents(self.data, watched[:8])
+        history = fit(retro, self.train, valid, measure=watch, progress=False, **settings)
         minutes = (time.perf_counter() - started) / 60
         found, chunks = self.measure(retro, seed, retrieval)
         used = sum(p.numel() for name, p in retro.named_parameters() if retrieval or not is_retrieval(name))

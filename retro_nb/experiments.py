@@ -33,7 +33,7 @@ from retro_nb.storage import ROOT, replacing, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 RUNS = ROOT / "runs"
-LAST_OF_TUTORIAL = 6
+LAST_OF_TUTORIAL = 8
 
 
 def no_progress(cells: int) -> None:
@@ -49,7 +49,7 @@ def series() -> list[Path]:
 
 
 def find_notebooks(names: Iterable[str]) -> list[Path]:
-    """The notebooks meant by stems ("05_training"), numbers ("05"), paths, "tutorial" (00–06) or "all".
+    """The notebooks meant by stems ("05_training"), numbers ("05"), paths, "tutorial" (00–08) or "all".
 
     Raises:
         ValueError: a name that means no notebook, with the known ones.

@@ -1,4 +1,4 @@
-"""experiments/evidence.py from its recipes to the committed results, which must agree with one another and the cards."""
+"""experiments/evidence.py, from its recipes to the committed results, which must agree with one another."""
 
 import importlib.util
 import json
@@ -61,6 +61,7 @@ def test_a_perfect_retriever_finds_the_same_chunk_of_the_twin():
 # a whole experiment, with two small trainings
 
 SMALL = {"towns": "8", "keep_out": "0.25", "steps": "2", "batch_size": "2", "eval_every": "2"}
+CHANGES = [("towns", "9"), ("steps", "3")]
 THIN = {"enc_dim": "32", "dec_dim": "32", "heads": "2", "dim_head": "16"}
 
 
@@ -120,10 +121,11 @@ def test_results_models_and_card_are_left_and_not_made_again(trial, capsys, monk
 
 
 def test_what_was_made_with_other_settings_is_refused(trial):
-    experiment, folder = trial
-    with pytest.raises(SystemExit, match="store was made with .*'towns': 8.* this is .*'towns': 9.*remove it"):
-        evidence.Experiment("almanac", evidence.read_recipe("almanac", SMALL | THIN | {"towns": "9"}), folder / "runs")
-    other = evidence.Experiment("almanac", evidence.read_recipe("almanac", SMALL | THIN | {"steps": "3"}), folder / "runs")
+    _, folder = trial
+    recipes = [evidence.read_recipe("almanac", SMALL | THIN | {name: value}) for name, value in CHANGES]
+    with pytest.raises(SystemExit, match=r"store was made with .*'towns': 8.* this is .*'towns': 9.*remove it"):
+        evidence.Experiment("almanac", recipes[0], folder / "runs")
+    other = evidence.Experiment("almanac", recipes[1], folder / "runs")
     with pytest.raises(SystemExit, match=r"retro-0\.json was made with"):
         other.run("retro", 0)
 

@@ -359,6 +359,15 @@ def test_the_first_lesson_runs_with_parameters_and_leaves_metrics(tmp_path, monk
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["seed"] == 1
 
 
+def test_a_point_of_the_sweeps_of_memory(tmp_path, monkeypatch):
+    """Three new towns and a single neighbour: the included model reads the facts that it is told."""
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    notebook = experiments.NOTEBOOKS.parent / "experiments" / "memory.ipynb"
+    _, (result,) = experiments.run([str(notebook)], None, {"towns": "3", "k": "1"})
+    assert result.status == "done", result.error
+    assert result.metrics["facts"] > 60 and result.metrics["finds"] > 0.5 and result.metrics["nats"] < 1
+
+
 @pytest.mark.skipif(len(experiments.series()) < 7, reason="the series is not complete yet")
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_the_presets_fit_the_series(path):

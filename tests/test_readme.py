@@ -4,12 +4,14 @@ import ast
 import json
 import re
 import runpy
+import statistics
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import retro_nb
+from retro_nb.evidence import results
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,11 +25,18 @@ def test_links_lead_somewhere(page):
 
 
 def test_what_to_expect_is_what_was_measured():
-    facts = json.loads((ROOT / "data" / "checkpoints" / "speeches" / "training.json").read_text(encoding="utf-8"))
-    on, off = facts["on"], facts["off"]
-    assert f"included {facts['parameters']:.0f}-million-weight model" in README
-    assert f"gains {100 * (1 - on / off):.1f} % of the held-out loss ({on:.3f} nats" in README
-    assert f"against {off:.3f} without" in README
+    almanac, speeches = results("almanac"), results("speeches")
+    on, baseline = (statistics.fmean(almanac[mode]) for mode in ("on", "baseline"))
+    assert f"it loses {on:.2f} nats" in README and f"guess among 40 words and loses {baseline:.2f}" in README
+    assert f"with {speeches['retro_runs'][0]['parameters'] / 1e6:.0f} million weights, writes" in README
+    assert max(speeches["baseline"]) < min(speeches["on"]), "README says that the baseline is ahead"
+    for corpus in (speeches, results("docstrings")):
+        assert all(on < wrong for on, wrong in zip(corpus["on"], corpus["shuffled"], strict=True))
+
+
+def test_the_table_of_evidence_is_the_measured_one():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert script["replace_section"](README, "evidence", script["evidence_table"]()) == README
 
 
 def test_the_sample_stands_in_notebook_06():
@@ -108,7 +117,7 @@ def test_the_plot_of_speed_is_the_measured_one():
     assert json.loads(Image.open(script["PLOT"]).info["Description"]) == script["bars"](devices)
 
 
-def results(folder: Path, name: str, device: str, **ratios: float) -> None:
+def write_speed(folder: Path, name: str, device: str, **ratios: float) -> None:
     rows = [
         {"what": what, "unit": "tokens/s", "ours": ratio * 37_123, "peer": 37_123, "target": 2, "ratio": ratio}
         | {"equal": "loss", "ours_runs": [1.0] * 7, "peer_runs": [1.0] * 5}
@@ -120,9 +129,9 @@ def results(folder: Path, name: str, device: str, **ratios: float) -> None:
 
 def test_each_device_has_a_table_and_a_missed_target_is_said_to_be(tmp_path):
     script, _ = speed()
-    results(tmp_path, "training-gpu", "H100", large=2.0)
-    results(tmp_path, "training-cpu", "Xeon", small=1.999)
-    results(tmp_path, "embedding-cpu", "Xeon", words=12.3)
+    write_speed(tmp_path, "training-gpu", "H100", large=2.0)
+    write_speed(tmp_path, "training-cpu", "Xeon", small=1.999)
+    write_speed(tmp_path, "embedding-cpu", "Xeon", words=12.3)
     (tmp_path / "other.json").write_text('{"runs": []}', encoding="utf-8")
     devices = script["read_comparisons"](tmp_path)
     cpu, gpu = script["speed_section"](devices).split("**H100**")

@@ -1,0 +1,76 @@
+"""How much could be gained by copying from the neighbours of the speeches? A copier without any training.
+
+    python experiments/copier.py            after experiments/evidence.py speeches; ten minutes on two CPU cores
+
+The copier looks up the last three tokens, or two, or one, among the k neighbours that a chunk reads, and predicts what
+followed them there. Its forecast is mixed into that of the included model without retrieval. The weights are chosen
+on the very texts that are measured, so the gain is flattered: no honest copier of this kind gains more.
+
+It writes experiments/results/speeches-copier.json.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from evidence import RESULTS, Experiment, read_recipe
+
+from retro_nb import RETRO, knn_to_retrieved_chunks
+from retro_nb.storage import write_json
+
+LONGEST = 3  # tokens that are looked up
+WEIGHTS = np.linspace(0, 0.9, 46)
+
+
+def forecasts(texts: Sequence[Sequence[int]], before: list[int], chunk: list[int]) -> list[tuple[int, float]]:
+    """For each token of a chunk how many tokens before it were found, and how likely that makes it."""
+    followed = defaultdict(list)
+    for text in texts:
+        for i, token in enumerate(text):
+            for n in range(1, min(i, LONGEST) + 1):
+                followed[tuple(text[i - n : i])].append(token)
+    made, tokens = [], before + chunk
+    for i in range(len(before), len(tokens)):
+        for n in range(LONGEST, 0, -1):
+            if seen := followed.get(tuple(tokens[i - n : i])):
+                made.append((n, seen.count(tokens[i]) / len(seen)))
+                break
+        else:
+            made.append((0, 0.0))
+    return made
+
+
+def gain(nats: np.ndarray, found: np.ndarray, copied: np.ndarray) -> float:
+    """The share of the loss that is saved with the best weight for each length that was found."""
+    mixed = np.exp(-nats)
+    for n in range(1, LONGEST + 1):
+        own, said = mixed[found == n], copied[found == n]
+        losses = [-np.log((1 - w) * own + w * said).sum() for w in WEIGHTS]
+        w = WEIGHTS[int(np.argmin(losses))]
+        mixed[found == n] = (1 - w) * own + w * said
+    return float(1 + np.log(mixed).sum() / nats.sum())
+
+
+def main() -> None:
+    experiment = Experiment("speeches", read_recipe("speeches", {}))
+    losses = experiment.losses(RETRO.from_pretrained("speeches"), "off")
+    chunks, doc_ids = np.load(experiment.store / "chunks.npy", mmap_mode="r"), experiment.doc_ids
+    gains = {}
+    for k in (1, 2, 4, 8, 16):
+        nats, made = [], []
+        for row in experiment.rows[1:]:
+            if doc_ids[row] == doc_ids[row - 1]:
+                near = knn_to_retrieved_chunks(experiment.knns[row - 1, :k], chunks, doc_ids=doc_ids)
+                texts = [[token for token in text if token] for text in near.tolist()]
+                counted = ~np.isnan(losses[row])
+                told = forecasts(texts, chunks[row - 1, -1 - LONGEST : -1].tolist(), chunks[row, :-1].tolist())
+                nats.append(losses[row][counted].astype(np.float64))
+                made += [each for each, wanted in zip(told, counted, strict=True) if wanted]
+        found, copied = np.array(made).T
+        gains[str(k)] = gain(np.concatenate(nats), found, copied)
+        print(f"{k} neighbours: {gains[str(k)]:.2%} of the loss", flush=True)
+    write_json(RESULTS / "speeches-copier.json", {"command": "python experiments/copier.py", "gains": gains})
+
+
+if __name__ == "__main__":
+    main()
