@@ -10,43 +10,38 @@ has seen and that the database leaves out: RETRO with its neighbours (on), witho
 document (shuffled), with half of each (N only, F only), with more or fewer of them, with those of a smaller
 database, and the baseline.
 
-Everything lands in runs/evidence/<corpus>, or under --runs. `store` is what must be built once and needs the texts,
+Everything lands in runs/evidence/<corpus>. `store` (evidence_store.py) is what must be built once and needs the texts,
 BERT and FAISS; the rest needs only its arrays, so it may be copied to another machine. Each training leaves a file,
 and one that is there is not repeated: several processes, with other seeds or models, can share the work. From all of
 them comes experiments/results/<corpus>.json: under `baseline`, `on`, `off`, … one number a seed, bits per byte, or
 for the almanac nats per fact token; and chunk by chunk <corpus>-chunks.npz. The first seed's RETROs on the almanac
-and the speeches become the project's own, as float16: data/checkpoints/<corpus>, with a card.
+and the speeches become the project's own, as float16: data/checkpoints/<corpus>, with a card. With --runs, for a
+trial, all of this lies in that folder.
 """
 
 import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from evidence_store import CORPORA, FOUND, SEEDS, SHARED, SHARES, build_store, built_with
 
-from retro_nb import RETRO, RETRODataset, TrainingWrapper, almanac, docstrings, fit, speeches
-from retro_nb.evaluation import MODES, bytes_of_chunks, fact_tokens, found_twins, score, token_losses
+from retro_nb import RETRO, RETRODataset, fit
+from retro_nb.evaluation import MODES, bytes_of_chunks, found_twins, score, token_losses
 from retro_nb.evidence import RESULTS
-from retro_nb.index import NO_NEIGHBOUR, exact_search
-from retro_nb.leakage import overlaps
+from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.pretrained import INCLUDED
 from retro_nb.storage import ROOT, open_array, write_json, writing
-from retro_nb.training import hold_out, of_documents, without_documents
+from retro_nb.training import of_documents, without_documents
 
 RUNS = ROOT / "runs" / "evidence"
-CORPORA: dict[str, Callable] = {"almanac": almanac, "speeches": speeches, "docstrings": docstrings}
 MODELS = ("retro", "baseline")
 WATCHED = 40  # documents on which training is watched
-FOUND = 16  # neighbours that are looked up
-SHARED = 10  # neighbours with which a chunk is compared word for word (paper, section 2.6)
-SHARES = {"1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # of the database's documents
-SEEDS = (0, 1, 2)
 IN_THE_BOX = {  # corpora whose RETRO comes with the project, and what is to be said of it
     "almanac": "It reads what a town's other document says, and copies it. Of anything else it knows nothing.",
     "speeches": "It writes in the manner of presidents; it knows nothing, and repeats phrases of its training texts.",
@@ -80,63 +75,12 @@ def read_recipe(name: str, given: dict[str, str]) -> dict[str, Any]:
     return recipe
 
 
-# the store: what is needed of the texts
-
-
-def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
-    """Chunks and neighbours of a corpus, and about.json, which is written last."""
-    corpus = CORPORA[name](**recipe["corpus"])
-    keep_out: Any = recipe["keep_out"]
-    if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
-        keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
-    retro, places = RETRO(**recipe["model"]), {"documents_path": corpus, "keep_out": keep_out, "work_dir": folder}
-    wrapper = TrainingWrapper(retro=retro, chunk_size=64, knn=FOUND, **places)
-    np.save(folder / "knns.npy", wrapper.ds.knns)
-    vectors = open_array(folder / "chunks.embedded.npy")
-    save_measured(folder, wrapper.kept_out, vectors)
-    describe(name, recipe, corpus, folder, wrapper.kept_out)
-
-
-def save_measured(folder: Path, measured: list[int], vectors: np.ndarray) -> None:
-    """For the chunks that are measured: similarity of the first neighbour, and what smaller databases would find."""
-    doc_ids, knns = open_array(folder / "doc_ids.npy"), open_array(folder / "knns.npy")
-    rows = np.flatnonzero(np.isin(doc_ids, measured))
-    first = vectors[knns[rows, 0]]
-    lengths = np.linalg.norm(vectors[rows], axis=1) * np.linalg.norm(first, axis=1)
-    np.save(folder / "cosine.npy", (vectors[rows] * first).sum(axis=1) / lengths)
-    database = np.setdiff1d(np.unique(doc_ids), measured)
-    for seed in SEEDS:
-        for share in SHARES.values():
-            chosen = np.flatnonzero(np.isin(doc_ids, hold_out(database, share, seed)))
-            _, found = exact_search(vectors[chosen], vectors[rows], FOUND)
-            found = np.where(found >= 0, chosen[found], NO_NEIGHBOUR)
-            np.save(folder / f"share-{share}-{seed}.npy", found.astype(np.int32))
-
-
-def describe(name: str, recipe: dict[str, Any], corpus: Any, folder: Path, measured: list[int]) -> None:
-    """What the chunks are: whose, which of their tokens tell facts, what they share with their neighbours."""
-    doc_ids = open_array(folder / "doc_ids.npy")
-    about = {"built": built_with(recipe), "measured": measured, "titles": [document.title for document in corpus]}
-    if name == "almanac":
-        np.save(folder / "facts.npy", fact_tokens(corpus, doc_ids, 64))
-        about["entropy"] = corpus.fact_entropy
-    else:
-        rows = np.flatnonzero(np.isin(doc_ids, measured))
-        chunks, near = open_array(folder / "chunks.npy"), open_array(folder / "knns.npy")[rows, :SHARED]
-        np.save(folder / "overlap.npy", overlaps(chunks, rows, near, doc_ids, progress=False))
-    write_json(folder / "about.json", about)
-
-
-def built_with(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings on which a store depends."""
-    return {"corpus": recipe["corpus"], "keep_out": recipe["keep_out"], "n": recipe["model"]["max_seq_len"]}
-
-
 class Experiment:
     """One corpus, its database, and which documents are trained on, left out and measured."""
 
     def __init__(self, name: str, recipe: dict[str, Any], runs: Path = RUNS) -> None:
         self.name, self.recipe, self.folder = name, recipe, runs / name
+        self.results, self.box = (RESULTS, INCLUDED) if runs == RUNS else (runs / "results", runs / "checkpoints")
         store = self.folder / "store"
         if not (store / "about.json").exists():
             build_store(name, recipe, store)
@@ -293,8 +237,8 @@ class Experiment:
             names = ("seed", "parameters", "minutes", "device", "curves", "tokens")
             about[f"{model}_runs"] = [{name: run[name] for name in names} for run in each]
         found = values | about | {"settings": runs["retro"][0]["settings"]}
-        write_json(RESULTS / f"{self.name}.json", found)
-        print(f"written: experiments/results/{self.name}.json", flush=True)
+        write_json(self.results / f"{self.name}.json", found)
+        print(f"written: {self.results / self.name}.json", flush=True)
         if self.name in IN_THE_BOX and (self.folder / "retro").exists():
             self._put_into_the_box(found)
 
@@ -306,12 +250,12 @@ class Experiment:
         nats["nats_baseline"] = np.stack([each["off"] for each in parts["baseline"]])
         arrays = {name: np.load(self.store / f"{name}.npy").astype(np.float32) for name in ("cosine", "overlap")}
         arrays |= {"rows": self.rows.astype(np.int32), "knns": self.knns[self.rows, :SHARED].astype(np.int32)}
-        with writing(RESULTS / f"{self.name}-chunks.npz") as opened:
+        with writing(self.results / f"{self.name}-chunks.npz") as opened:
             np.savez_compressed(opened, **arrays, **nats, bytes=self.bytes[self.rows].astype(np.int32))
 
     def _put_into_the_box(self, found: dict[str, Any]) -> None:
         """The first seed's RETRO and its card."""
-        first, recipe, target = found["retro_runs"][0], self.recipe, INCLUDED / self.name
+        first, recipe, target = found["retro_runs"][0], self.recipe, self.box / self.name
         shutil.copytree(self.folder / "retro", target, dirs_exist_ok=True)
         facts = {mode: found[mode][0] for mode in ("on", "off", "shuffled", "baseline")}
         facts |= {name: recipe["fit"][name] for name in ("steps", "batch_size", "lr")}
@@ -325,7 +269,7 @@ class Experiment:
             **facts, name=self.name, device=first["device"], dropout=dropout, n=n, said=IN_THE_BOX[self.name]
         )
         (target / "README.md").write_text(card, encoding="utf-8")
-        print(f"written: data/checkpoints/{self.name}", flush=True)
+        print(f"written: {target}", flush=True)
 
     def _finished(self, model: str) -> list[dict[str, Any]]:
         files = sorted(self.folder.glob(f"{model}-*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))

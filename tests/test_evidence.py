@@ -1,10 +1,9 @@
 """experiments/evidence.py, from its recipes to the committed results, which must agree with one another."""
 
-import importlib.util
+import importlib
 import json
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +14,9 @@ from retro_nb import RETRO
 from retro_nb.evidence import chunk_results, results
 from retro_nb.storage import ROOT
 
-FILE = Path(__file__).resolve().parent.parent / "experiments" / "evidence.py"
-spec = importlib.util.spec_from_file_location("evidence", FILE)
-evidence = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evidence)
+with pytest.MonkeyPatch.context() as patched:
+    patched.syspath_prepend(ROOT / "experiments")
+    evidence = importlib.import_module("evidence")
 
 
 def parameters(model: RETRO, retrieval: bool) -> int:
@@ -69,13 +67,10 @@ THIN = {"enc_dim": "32", "dec_dim": "32", "heads": "2", "dim_head": "16"}
 def trial(tmp_path_factory):
     """The almanac's experiment on eight towns, once trained and measured, and where its results are."""
     folder = tmp_path_factory.mktemp("evidence")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "RESULTS", folder / "results")
-        patch.setattr(evidence, "INCLUDED", folder / "checkpoints")
-        experiment = evidence.Experiment("almanac", evidence.read_recipe("almanac", SMALL | THIN), folder / "runs")
-        for model in evidence.MODELS:
-            experiment.run(model, 0)
-        experiment.collect()
+    experiment = evidence.Experiment("almanac", evidence.read_recipe("almanac", SMALL | THIN), folder)
+    for model in evidence.MODELS:
+        experiment.run(model, 0)
+    experiment.collect()
     return experiment, folder
 
 
@@ -124,8 +119,8 @@ def test_what_was_made_with_other_settings_is_refused(trial):
     _, folder = trial
     recipes = [evidence.read_recipe("almanac", SMALL | THIN | {name: value}) for name, value in CHANGES]
     with pytest.raises(SystemExit, match=r"store was made with .*'towns': 8.* this is .*'towns': 9.*remove it"):
-        evidence.Experiment("almanac", recipes[0], folder / "runs")
-    other = evidence.Experiment("almanac", recipes[1], folder / "runs")
+        evidence.Experiment("almanac", recipes[0], folder)
+    other = evidence.Experiment("almanac", recipes[1], folder)
     with pytest.raises(SystemExit, match=r"retro-0\.json was made with"):
         other.run("retro", 0)
 
