@@ -34,6 +34,13 @@ def test_what_to_expect_is_what_was_measured():
         assert all(on < wrong for on, wrong in zip(corpus["on"], corpus["shuffled"], strict=True))
 
 
+def test_what_a_copier_saves_is_what_was_measured():
+    gains = json.loads((ROOT / "experiments" / "results" / "speeches-copier.json").read_text(encoding="utf-8"))["gains"]
+    low, high = (f"{100 * gain:.1f}" for gain in (min(gains.values()), max(gains.values())))
+    said = f"saves {low} to {high} % of the speeches' loss, with {min(map(int, gains))} to {max(map(int, gains))} neighbours"
+    assert said in " ".join(README.split())
+
+
 def test_the_table_of_evidence_is_the_measured_one():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
     assert script["replace_section"](README, "evidence", script["evidence_table"]()) == README
