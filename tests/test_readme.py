@@ -35,10 +35,11 @@ def test_what_to_expect_is_what_was_measured():
 
 
 def test_what_a_copier_saves_is_what_was_measured():
-    gains = json.loads((ROOT / "experiments" / "results" / "speeches-copier.json").read_text(encoding="utf-8"))["gains"]
+    path = ROOT / "experiments" / "results" / "speeches-copier.json"
+    gains = json.loads(path.read_text(encoding="utf-8"))["gains"]
     low, high = (f"{100 * gain:.1f}" for gain in (min(gains.values()), max(gains.values())))
-    said = f"saves {low} to {high} % of the speeches' loss, with {min(map(int, gains))} to {max(map(int, gains))} neighbours"
-    assert said in " ".join(README.split())
+    fewest, most = min(map(int, gains)), max(map(int, gains))
+    assert f"saves {low} to {high} % of the speeches' loss, with {fewest} to {most} neighbours" in " ".join(README.split())
 
 
 def test_the_table_of_evidence_is_the_measured_one():
