@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_nb import leakage
-from retro_nb.leakage import State, SuffixAutomaton, leakage_curve, overlaps, shared_runs
+from retro_nb.leakage import State, SuffixAutomaton, gain_curve, leakage_curve, overlaps, shared_runs
 
 CLS, SEP, PAD = 101, 102, 0
 often = settings(deadline=None, max_examples=150)
@@ -417,3 +417,48 @@ def test_values_that_do_not_fit(changes, message):
 def test_no_chunk_at_all():
     with pytest.raises(ValueError, match="0 chunks of 0 bytes"):
         leakage_curve(np.zeros(0), {}, np.zeros(0, int))
+
+
+# the gain
+
+
+@sometimes
+@given(evaluation=evaluations(), data=st.data())
+def test_the_gain_is_the_distance_of_two_curves(evaluation, data):
+    overlap, nats, sizes = evaluation
+    documents = np.array(data.draw(st.lists(st.integers(3, 5), min_size=len(sizes), max_size=len(sizes))))
+    curve = leakage_curve(overlap, nats, sizes + 1)
+    gains = gain_curve(overlap, nats["off"], nats["on"], sizes + 1, documents)
+    for point, gain in zip(curve, gains, strict=True):
+        bits = point["bits_per_byte"]
+        if bits["on"] is None:
+            assert np.isnan(gain).all() and len(gain) == 3
+        else:
+            assert gain[0] == pytest.approx(bits["off"] - bits["on"], abs=1e-9)
+            kept = documents[overlap <= point["alpha"]]
+            each = [_gain_in(overlap, nats, sizes + 1, documents, point["alpha"], d) for d in set(kept.tolist())]
+            assert min(each) - 1e-9 <= gain[1] <= gain[2] <= max(each) + 1e-9  # a mixture of the documents' own
+
+
+def _gain_in(overlap, nats, sizes, documents, alpha, document) -> float:
+    """By a loop over the chunks of one document."""
+    rows = [i for i in range(len(overlap)) if overlap[i] <= alpha and documents[i] == document]
+    return sum(nats["off"][i] - nats["on"][i] for i in rows) / math.log(2) / sum(int(sizes[i]) for i in rows)
+
+
+def test_the_gains_interval_is_drawn_over_documents_not_over_chunks():
+    """Forty documents of ten equal chunks each: as chunks they would be ten times as many witnesses."""
+    rng = np.random.default_rng(0)
+    saved, sizes, documents = rng.normal(1, 5, 40).repeat(10), np.full(400, 100), np.arange(40).repeat(10)
+    (gain,) = gain_curve(np.zeros(400), saved + 50, np.full(400, 50.0), sizes, documents, alphas=[1])
+    expected = saved.std() / math.sqrt(40) / math.log(2) / 100  # standard error over 40 documents
+    assert gain[0] == pytest.approx(saved.mean() / math.log(2) / 100)
+    assert gain[2] - gain[0] == pytest.approx(1.96 * expected, rel=0.1)
+    assert gain[0] - gain[1] == pytest.approx(1.96 * expected, rel=0.1)
+
+
+def test_no_gain_where_nothing_is_kept():
+    half, ones, one = np.full(2, 0.5), np.ones(2), np.ones(2, int)
+    nothing, all_of_it = gain_curve(half, ones, ones, one, one, alphas=[0.25, 0.5])
+    assert np.isnan(nothing).all() and all_of_it == (0, 0, 0)
+    assert np.isnan(gain_curve(half, ones, ones, 0 * one, one, alphas=[1])).all()

@@ -85,6 +85,16 @@ def test_the_longest_run_that_was_said_before_and_who_said_it_first():
     assert plain(cells(page)[0]) == again.text
 
 
+def test_of_a_very_long_run_only_the_beginning_is_shown_but_all_of_it_counted():
+    old, new = (Document(f"{name} {'to be or not ' * 50}.", name, "") for name in ("Yes", "No"))
+    texts = [np.concatenate([part.ids for part in document_tokens(each.text)])[1:-1].tolist() for each in (old, new)]
+    endings = [[0] * len(texts[0]), [0, *range(1, len(texts[1]))]]
+    page = figures.said_before([old, new], texts, endings).data
+    title, heading = re.findall("<th[^>]*>(.*?)</th>", page)
+    assert title == "No" and heading == "Yes, 201 tokens in a row, of which 159 are shown"
+    assert "<sub>159</sub>" in cells(page)[0] and "32 and more" in page
+
+
 @pytest.mark.parametrize(("length", "opacity"), [(3, None), (4, "26"), (8, "59"), (31, "A6"), (32, ""), (64, "")])
 def test_a_longer_run_is_darker(length, opacity):
     shaded = figures._shaded([" one", " two"], [length] * 2, ["1800 A"] * 2, 99)
@@ -149,3 +159,10 @@ def test_gains_lie_in_their_bands():
         corners = {tuple(corner) for path in band.get_paths() for corner in path.vertices.round(6).tolist()}
         for alpha, (_, low, high) in zip([0.5, 1.0], points, strict=True):
             assert {(alpha, low), (alpha, high)} <= corners
+
+
+def test_what_is_compared_with_keeps_its_colour_and_the_axis_says_which_chunks_count():
+    gains = {name: [(0.1, 0.0, 0.3)] for name in ("speeches", "shuffled")}
+    (axes,) = figures.gain_by_overlap([1.0], gains, "t", "r of the chunks").axes
+    assert axes.get_xlabel() == "r of the chunks"
+    assert [line.get_color() for line in axes.lines[:2]] == [figures.COLOURS["chunk"], figures.CONDITIONS["shuffled"]]

@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/differences.md"])
 def test_links_lead_somewhere(page):
     text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
@@ -29,8 +33,9 @@ def test_what_to_expect_is_what_was_measured():
     on, baseline = (statistics.fmean(almanac[mode]) for mode in ("on", "baseline"))
     assert f"it loses {on:.2f} nats" in README and f"guess among 40 words and loses {baseline:.2f}" in README
     assert f"with {speeches['retro_runs'][0]['parameters'] / 1e6:.0f} million weights, writes" in README
-    assert max(speeches["baseline"]) < min(speeches["on"]), "README says that the baseline is ahead"
-    for corpus in (speeches, results("docstrings")):
+    assert "the baseline is ahead, on the speeches in every seed, on the docstrings in two of three" in flat(README)
+    for corpus, ahead in ((speeches, 3), (results("docstrings"), 2)):
+        assert sum(base < on for base, on in zip(corpus["baseline"], corpus["on"], strict=True)) == ahead
         assert all(on < wrong for on, wrong in zip(corpus["on"], corpus["shuffled"], strict=True))
 
 
@@ -39,7 +44,8 @@ def test_what_a_copier_saves_is_what_was_measured():
     gains = json.loads(path.read_text(encoding="utf-8"))["gains"]
     low, high = (f"{100 * gain:.1f}" for gain in (min(gains.values()), max(gains.values())))
     fewest, most = min(map(int, gains)), max(map(int, gains))
-    assert f"saves {low} to {high} % of the speeches' loss, with {fewest} to {most} neighbours" in " ".join(README.split())
+    said = f"saves {low} to {high} % of the speeches' loss, with {fewest} to {most} neighbours"
+    assert said in flat(README)
 
 
 def test_the_table_of_evidence_is_the_measured_one():

@@ -88,19 +88,30 @@ def bits_by_overlap(curve: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def gain_by_overlap(
-    alphas: Sequence[float], gains: Mapping[str, Sequence[tuple[float, float, float]]], title: str
+    alphas: Sequence[float],
+    gains: Mapping[str, Sequence[tuple[float, float, float]]],
+    title: str,
+    chunks: str = "α: only chunks with r ≤ α",
 ) -> Figure:
-    """Bits per byte that are saved on the chunks with r ≤ α, each (value, low, high), with the intervals as bands."""
+    """Bits per byte that are saved on some chunks, each (value, low, high), with the intervals as bands.
+
+    Args:
+        alphas: where the values stand.
+        gains: by corpus, or by what is compared with, which then has its own colour.
+        title: what is to be seen.
+        chunks: which chunks are counted at each α.
+    """
     figure, axes = plt.subplots(figsize=(8, 3.4))
     for (name, points), (colour, line) in zip(gains.items(), GROUPS, strict=False):
         values, low, high = np.array(points).T
-        axes.plot(alphas, values, f"o{line}", color=COLOURS[colour], linewidth=2, label=name)
-        axes.fill_between(alphas, low, high, color=COLOURS[colour], alpha=0.18, linewidth=0)
+        shade = CONDITIONS.get(name, COLOURS[colour])
+        axes.plot(alphas, values, f"o{line}", color=shade, linewidth=2, label=name)
+        axes.fill_between(alphas, low, high, color=shade, alpha=0.18, linewidth=0)
     axes.axhline(0, color=COLOURS["ink"], linewidth=1.2)
-    axes.set(title=title, xlabel="α: only chunks with r ≤ α", ylabel="bits per byte saved\n(band: 95 % interval)")
+    axes.set(title=title, xlabel=chunks, ylabel="bits per byte saved\n(band: 95 % interval)")
     axes.set_xticks(alphas)
     axes.xaxis.set_major_formatter(_percent)
-    axes.legend()
+    figure.legend(loc="outside lower right", ncols=len(gains))  # no line or band behind it
     plt.close(figure)
     return figure
 
@@ -123,11 +134,12 @@ def extract(document: Document, first: int, count: int = 64) -> Extract:
     return Extract(document.title, ids, words)
 
 
-def shared_text(chunk: Extract, neighbours: Sequence[Extract]) -> HTML:
+def shared_text(chunk: Extract, neighbours: Sequence[Extract], whole: int = 0) -> HTML:
     """A chunk, coloured token by token by the longest run shared with its neighbours, beside the one that shares most.
 
     The number after a coloured stretch is the length of the run around it; the longest run of all is bold on both
-    sides. With the mouse on a word one reads from whom its run is.
+    sides. With the mouse on a word one reads from whom its run is. `whole` is the longest run's length in the
+    documents, if these extracts do not show all of it.
     """
     each = np.stack([shared_runs(chunk.ids, [neighbour.ids]) for neighbour in neighbours])
     lengths, origins = each.max(axis=0), each.argmax(axis=0)
@@ -138,7 +150,8 @@ def shared_text(chunk: Extract, neighbours: Sequence[Extract]) -> HTML:
     right = _shaded(best.words, back, [chunk.title] * len(back), longest)
     head = '<th style="text-align:left; width:50%">{}</th>'
     cell = '<td style="text-align:left; vertical-align:top; line-height:1.7">{}</td>'
-    heads = head.format(escape(chunk.title)) + head.format(f"{escape(best.title)}, {longest} tokens in a row")
+    told = f"{whole} tokens in a row, of which {longest} are shown" if whole > longest else f"{longest} tokens in a row"
+    heads = head.format(escape(chunk.title)) + head.format(f"{escape(best.title)}, {told}")
     return HTML(f"<table><tr>{heads}</tr><tr>{cell.format(left)}{cell.format(right)}</tr></table>{_legend()}")
 
 
@@ -160,7 +173,7 @@ def said_before(
     places = (later, stop - len(run)), (earlier, told[earlier].index(run))
     count = min(max(64, len(run) + 14), 160)  # from seven tokens before the run; in the document [CLS] comes first
     chunk, first = (extract(documents[number], max(place - 6, 1), count) for number, place in places)
-    return shared_text(chunk, [first])
+    return shared_text(chunk, [first], len(run))
 
 
 def _style(length: int) -> str:
@@ -190,8 +203,7 @@ def _shaded(words: Sequence[str], lengths: Sequence[int], sources: Sequence[str]
 
 def _legend() -> str:
     """What the backgrounds mean."""
-    steps = [*SHADES, 65]
-    names = [f"{least} to {stop - 1}" for least, stop in pairwise(steps)]
+    names = [f"{least} to {stop - 1}" for least, stop in pairwise(SHADES)] + [f"{max(SHADES)} and more"]
     boxes = [f"<span{_style(least)}>&nbsp;{name}&nbsp;</span>" for least, name in zip(SHADES, names, strict=True)]
     return f"<p>Tokens in the longest shared run around a word: {' '.join(boxes)}; the longest run is <b>bold</b>.</p>"
 
