@@ -32,6 +32,7 @@ CHANCES = {"the twin": {"amber": 0.93, "violet": 0.02, "grey": 0.01}, "nothing":
 FIGURES = {  # each function once, on invented numbers
     "answers": lambda: plots.answers(CHANCES, {"amber": "neighbour"}, "It reads"),
     "attention_map": lambda: plots.attention_map(np.eye(25, 40), WORDS[:25], WORDS, 17, "It looks at the fact"),
+    "rewritings": lambda: plots.rewritings(np.eye(40), WORDS, "It says what it reads"),
     "bars": lambda: plots.bars({"almanac": FACTS}, "nats per fact token", "It copies", line=("ln 40", 3.69)),
     "two bars": lambda: plots.bars(SHARES, "%", "Little", intervals=INTERVALS),
     "resampled": lambda: plots.resampled(np.linspace(-0.1, 0.4, 500), (-0.1, 0.3), "bits per byte", "Not sure"),
@@ -68,6 +69,14 @@ def test_bars_show_the_mean_every_seed_and_the_interval():
     whiskers = [[list(line.get_ydata()) for line in axes.lines if line.get_marker() == "_"] for axes in figure.axes]
     assert whiskers == [[[0.2, 2.0]], []]
     assert [text.get_text() for text in speeches.texts] == ["1.13", "−0.30"]
+
+
+def test_a_rewriting_stands_in_the_row_of_the_word_that_was_written():
+    chances = np.array([[0.9, 0.1], [0.0, 0.6]])
+    axes = plots.rewritings(chances, ["red", "blue"], "").axes[0]
+    assert np.array_equal(axes.images[0].get_array(), chances)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["red", "blue"]
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("what the memory says", "answer")
 
 
 def test_copying_is_marked_where_the_mean_has_halved():

@@ -105,6 +105,19 @@ def attention_map(
     return figure
 
 
+def rewritings(chances: Float[np.ndarray, "a a"], words: Sequence[str], title: str) -> Figure:
+    """What is answered (columns) when the memory says one word after another (rows): on the diagonal, what it says."""
+    figure, axes = plt.subplots(figsize=(6.6, 5.6))
+    image = axes.imshow(chances, vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(words)), words, fontsize=7)
+    axes.set(xlabel="answer", ylabel="what the memory says", title=title)
+    axes.grid(False)
+    figure.colorbar(image, label="probability", aspect=40, fraction=0.03)
+    plt.close(figure)
+    return figure
+
+
 # many texts
 
 
