@@ -46,7 +46,7 @@ def notebook_table(index: dict) -> str:
         link = f"[`{stem}`](notebooks/{stem}.ipynb)"
         rows.append(f"| {link} | {LEARN[stem]} | {result['seconds']:.0f} | {result['peak_mb'] / 1000:.1f} GB |")
     total = sum(result["seconds"] for result in index["notebooks"])
-    note = f"Seconds and peak memory on 2 CPU cores, from nothing built: {total / 60:.1f} minutes in all."
+    note = f"Seconds and peak memory on 2 CPU cores, in this order from nothing built: {total / 60:.1f} minutes in all."
     return "\n".join([*rows, "", note])
 
 
@@ -135,7 +135,8 @@ def evidence_table() -> str:
         found = json.loads((EVIDENCE / f"{name}.json").read_text(encoding="utf-8"))
         cells = [f"{np.mean(found[mode]):.3f} ({min(found[mode]):.3f}–{max(found[mode]):.3f})" for mode in modes]
         lines.append(f"| {unit} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Means of three seeds (lowest to highest); `python experiments/evidence.py <corpus>`."])
+    note = "Means of three seeds (lowest to highest); `python experiments/evidence.py <corpus>`."
+    return "\n".join([*lines, "", note])
 
 
 def bars(devices: dict[str, list[Record]]) -> list[Row]:
