@@ -1,5 +1,6 @@
 """experiments/evidence.py, from its recipes to the committed results, which must agree with one another."""
 
+import csv
 import importlib
 import json
 import math
@@ -13,6 +14,7 @@ import torch
 from retro_nb import RETRO
 from retro_nb.evidence import chunk_results, results
 from retro_nb.storage import ROOT
+from retro_nb.sweep import read_sweep
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")
@@ -156,6 +158,19 @@ def test_the_almanacs_proof():
     assert min(found["shuffled"]) >= max(found["off"])
     assert found["baseline"] == pytest.approx([math.log(40)] * 3, rel=0.01) and found["entropy"] == math.log(40)
     assert max(found["perfect"]) <= min(found["on"])
+
+
+@pytest.mark.parametrize("name", ["k", "database"])
+def test_the_sweeps_of_memory_ran_to_their_ends(name):
+    plan = read_sweep(ROOT / "experiments" / f"sweep_{name}.yaml")
+    with (evidence.RESULTS / f"sweep-{name}.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [[float(row[axis]) for axis in plan.axes] for row in rows] == [
+        [point[axis] for axis in plan.axes] for point in plan.points
+    ]
+    assert all(row["status"] == "done" for row in rows)
+    least = min(float(row["nats"]) for row in rows)
+    assert least < 0.05 < 3 < max(float(row["nats"]) for row in rows), "from reading to guessing"
 
 
 @pytest.mark.parametrize("name", evidence.IN_THE_BOX)
