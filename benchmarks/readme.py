@@ -121,7 +121,7 @@ def growth_table(record: Record) -> str:
 # evidence
 
 CORPORA = {
-    "almanac": "almanac, nats per fact told by a neighbour",
+    "almanac": "almanac, nats per fact whose town was found",
     "speeches": "speeches, bits per byte",
     "docstrings": "docstrings, bits per byte",
 }
@@ -135,7 +135,7 @@ def evidence_table() -> str:
         found = json.loads((EVIDENCE / f"{name}.json").read_text(encoding="utf-8"))
         cells = [f"{np.mean(found[mode]):.3f} ({min(found[mode]):.3f}–{max(found[mode]):.3f})" for mode in modes]
         lines.append(f"| {unit} | {' | '.join(cells)} |")
-    note = "Means of three seeds (lowest to highest); `python experiments/evidence.py <corpus>`."
+    note = "Means of three seeds (lowest to highest), by `python experiments/evidence.py almanac speeches docstrings`."
     return "\n".join([*lines, "", note])
 
 

