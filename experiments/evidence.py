@@ -148,26 +148,29 @@ class Experiment:
         data = self.data if knns is None else self.data.with_neighbours(knns)
         return token_losses(retro, data, documents or self.measured, mode, batch_size=32, progress=False)
 
-    def value(self, losses: np.ndarray, documents: list[int] | None = None) -> float:
-        """Nats per fact token for the almanac, else bits per byte."""
-        if self.facts is not None:
-            return float(np.nanmean(losses[self.facts & ~np.isnan(losses)]))
+    def value(
+        self, losses: np.ndarray, documents: list[int] | None = None, facts: np.ndarray | None = None
+    ) -> float:
+        """Nats per fact token for the almanac, of `self.facts` or of others, else bits per byte."""
+        facts = self.facts if facts is None else facts
+        if facts is not None:
+            return float(np.nanmean(losses[facts & ~np.isnan(losses)]))
         return score(losses, documents or self.measured, self.doc_ids, self.bytes).bits_per_byte
 
     def sweeps(self, retro: RETRO, seed: int) -> dict[str, dict[str, float]]:
         """With k neighbours, and with those of a part of the database; on all facts of the almanac."""
-        said, swept = self.facts, {"k": {}, "database": {}}
-        if said is not None:  # whether the town is found changes with these settings, and counts
+        facts, swept, k_read = None, {"k": {}, "database": {}}, self.recipe["knn"]
+        if self.facts is not None:  # whether the town is found changes with these settings, and counts
             inside = np.append(False, self.doc_ids[1:] == self.doc_ids[:-1])
-            self.facts = np.load(self.store / "facts.npy") & inside[:, None]
+            facts = np.load(self.store / "facts.npy") & inside[:, None]
         for k in (0, 1, 2, 4, 8, FOUND):
-            swept["k"][str(k)] = self.value(self.losses(retro, "on" if k else "off", self.knns[:, : max(k, 1)]))
+            losses = self.losses(retro, "on" if k else "off", self.knns[:, : max(k, 1)])
+            swept["k"][str(k)] = self.value(losses, facts=facts)
         for name, share in SHARES.items():
-            knns = self.knns[:, : self.recipe["knn"]].copy()
-            knns[self.rows] = np.load(self.store / f"share-{share}-{seed % len(SEEDS)}.npy")[:, : self.recipe["knn"]]
-            swept["database"][name] = self.value(self.losses(retro, "on", knns))
-        swept["database"]["1"] = swept["k"][str(self.recipe["knn"])]
-        self.facts = said
+            knns = self.knns[:, :k_read].copy()
+            knns[self.rows] = np.load(self.store / f"share-{share}-{seed % len(SEEDS)}.npy")[:, :k_read]
+            swept["database"][name] = self.value(self.losses(retro, "on", knns), facts=facts)
+        swept["database"]["1"] = swept["k"][str(k_read)]
         return swept
 
     def measure(self, retro: RETRO, seed: int, retrieval: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

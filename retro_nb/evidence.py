@@ -1,6 +1,7 @@
 """What experiments/evidence.py has found, for the notebooks that show it (07 and 08)."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def chunk_results(corpus: str) -> dict[str, Shaped[np.ndarray, "..."]]:
         return dict(arrays)
 
 
-def _path(name: str) -> Any:
+def _path(name: str) -> Path:
     path = RESULTS / name
     if not path.is_file():
         there = ", ".join(sorted(file.name for file in RESULTS.glob("*"))) or "nothing"
