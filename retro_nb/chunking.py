@@ -1,8 +1,8 @@
 """From documents to chunks on disk (notebook 01).
 
-A document is `[CLS] tokens [SEP]`. It is cut into chunks of m tokens, and each chunk is stored with one token
-more, the first of the next chunk: a sequence of l chunks then has the l·m + 1 tokens that training needs as
-input and label. A row of the chunk array is therefore m + 1 ids, padded with 0 at the document's end.
+A document is `start tokens end` (BERT: [CLS], [SEP]). It is cut into chunks of m tokens, and each chunk is stored
+with one token more, the first of the next chunk: a sequence of l chunks then has the l·m + 1 tokens that training
+needs as input and label. A row of the chunk array is therefore m + 1 ids, padded at the document's end.
 
     tokens   t0 t1 t2 t3 t4 t5 t6        m = 3
     chunk 0  t0 t1 t2 | t3
@@ -15,24 +15,28 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from retro_nb.corpus import Document, text_folder
-from retro_nb.manifest import cached
+from retro_nb.manifest import cached, read_manifest
 from retro_nb.storage import ArrayWriter, PathLike, naming, writing
-from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, get_tokenizer, tokenizer_fingerprint
+from retro_nb.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, get_tokenizer
 
-# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. BERT
-# splits words before white space, ASCII punctuation and Chinese characters: to cut there changes no token.
+# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. They are
+# cut where a tokenizer begins a new word in any case, so that no token changes. BERT does before white space, ASCII
+# punctuation and Chinese characters; byte-level tokenizers do at least before a space between two words.
 PIECE_CHARACTERS = 50_000
 PIECES_AT_ONCE = 16
-WORD_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
+BERTS_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
+SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
 
 
 # one document
@@ -52,26 +56,42 @@ class Chunks(NamedTuple):
     spans: Int64[np.ndarray, "c 2"]
 
 
-def _pieces(text: str) -> Iterator[tuple[int, str]]:
+@lru_cache(maxsize=8)
+def _boundary(tokenizer: TextTokenizer) -> re.Pattern | None:
+    """Where texts may be cut; None for a tokenizer that is known neither to split words as BERT's nor at spaces."""
+    rules = json.loads(tokenizer.backend.to_str())
+    steps = (rules["pre_tokenizer"] or {}).get("pretokenizers", [rules["pre_tokenizer"] or {}])
+    kinds = [step.get("type") for step in steps]
+    if kinds[0] == "BertPreTokenizer":
+        return BERTS_BOUNDARY
+    if kinds[-1] != "ByteLevel" or steps[-1]["add_prefix_space"] or "Prepend" in json.dumps(rules["normalizer"]):
+        return None
+    by_rule = steps[-1]["use_regex"] or any("Regex" in step.get("pattern", ()) for step in steps)
+    return SPACE_BETWEEN_WORDS if by_rule else None
+
+
+def _pieces(text: str, word_boundary: re.Pattern | None) -> Iterator[tuple[int, str]]:
     """Cut a text between words into (offset, piece). A piece is longer than meant only if its last word is."""
     start = 0
     while start < len(text):
-        boundary = WORD_BOUNDARY.search(text, start + PIECE_CHARACTERS)
+        boundary = word_boundary and word_boundary.search(text, start + PIECE_CHARACTERS)
         stop = boundary.start() if boundary else len(text)
         yield start, text[start:stop]
         start = stop
 
 
-def document_tokens(text: str, *, bert: PathLike | None = None) -> Iterator[Tokens]:
-    """The tokens of one document in order, a few hundred thousand characters at a time: [CLS] text [SEP].
+def document_tokens(text: str, *, tokenizer: PathLike | TextTokenizer | None = None) -> Iterator[Tokens]:
+    """The tokens of one document in order, a few hundred thousand characters at a time: start, text, end.
 
-    A document without a single token yields nothing.
+    A document without a single token yields nothing. A tokenizer that does not split at spaces (Llama 2's, say)
+    gets the whole document at once.
     """
-    tokenizer, pieces, begun = get_tokenizer(bert), _pieces(text), False
+    tokenizer = get_tokenizer(tokenizer)
+    ids_of, pieces, begun = tokenizer.ids, _pieces(text, _boundary(tokenizer)), False
     while batch := list(islice(pieces, PIECES_AT_ONCE)):
         # Half a character (a lone surrogate) has no UTF-8: it is read as "?".
         whole = [piece.encode("utf-8", "replace").decode() for _, piece in batch]
-        encodings = tokenizer.encode_batch(whole, add_special_tokens=False)
+        encodings = tokenizer.backend.encode_batch(whole, add_special_tokens=False)
         ids = np.concatenate([np.asarray(e.ids, dtype=np.int32) for e in encodings])
         if not len(ids):
             continue
@@ -83,13 +103,13 @@ def document_tokens(text: str, *, bert: PathLike | None = None) -> Iterator[Toke
         )
         if not begun:
             begun = True
-            yield Tokens(np.array([SOS_ID], np.int32), np.array([[spans[0, 0]] * 2], np.int64))
+            yield Tokens(np.array([ids_of.sos], np.int32), np.array([[spans[0, 0]] * 2], np.int64))
         yield Tokens(ids, spans)
     if begun:
-        yield Tokens(np.array([EOS_ID], np.int32), np.array([[spans[-1, 1]] * 2], np.int64))
+        yield Tokens(np.array([ids_of.eos], np.int32), np.array([[spans[-1, 1]] * 2], np.int64))
 
 
-def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chunks]:
+def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int, pad_id: int = PAD_ID) -> Iterator[Chunks]:
     """Cut a document's tokens into chunks, as they come.
 
     L tokens give ⌈(L − 1) / m⌉ chunks, one at least: the last token of all is only ever a label, so a token
@@ -98,6 +118,7 @@ def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chun
     Args:
         tokens: the document's tokens, in stretches of any length.
         chunk_size: m.
+        pad_id: fills the last chunk.
     """
     m, first = chunk_size, True
     ids, spans = np.empty(0, np.int32), np.empty((0, 2), np.int64)
@@ -111,7 +132,7 @@ def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chun
             ids, spans, first = ids[whole * m :], spans[whole * m :], False
     if len(ids) > 1 or (first and len(ids)):
         own = spans[:m]
-        row = np.pad(ids, (0, m + 1 - len(ids)), constant_values=PAD_ID)
+        row = np.pad(ids, (0, m + 1 - len(ids)), constant_values=pad_id)
         yield Chunks(row[None], np.array([[own[0, 0], own[-1, 1]]], np.int64))
 
 
@@ -122,6 +143,8 @@ def _bytes_between(text: str, edges: list[int]) -> Int64[np.ndarray, " c"]:
 
 
 # a corpus
+
+COMPANIONS = ("spans.npy", "bytes.npy", "documents.jsonl", "tokenizer.json")
 
 
 def companion(chunks_path: PathLike, kind: str) -> Path:
@@ -142,17 +165,27 @@ def _check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None, max_seqs
 
 
 class _ChunkFiles:
-    """The six files of a chunked corpus, written a document at a time."""
+    """The files of a chunked corpus, written a document at a time."""
 
-    def __init__(self, chunks_path: Path, seqs_path: Path, doc_ids_path: Path, chunk_size: int, seq_len: int):
-        self.chunk_size, self.chunks_per_seq = chunk_size, seq_len // chunk_size
-        self.chunks = ArrayWriter(chunks_path, np.int32, (chunk_size + 1,))
+    def __init__(
+        self,
+        chunks_path: Path,
+        seqs_path: Path,
+        doc_ids_path: Path,
+        chunk_size: int,
+        seq_len: int,
+        tokenizer: TextTokenizer,
+    ):
+        self.tokenizer, self.pad_id = tokenizer, tokenizer.ids.pad
+        self.chunks_per_seq = seq_len // chunk_size
+        self.chunks = ArrayWriter(chunks_path, tokenizer.dtype, (chunk_size + 1,))
         self.spans = ArrayWriter(companion(chunks_path, "spans.npy"), np.int64, (2,))
         self.bytes = ArrayWriter(companion(chunks_path, "bytes.npy"), np.int32)
         self.doc_ids = ArrayWriter(doc_ids_path, np.int32)
         self.seqs = ArrayWriter(seqs_path, np.int32)
         self._writers = (self.chunks, self.spans, self.bytes, self.doc_ids, self.seqs)
         self.documents_path = companion(chunks_path, "documents.jsonl")
+        self.tokenizer_path = companion(chunks_path, "tokenizer.json")
         self.documents = 0
 
     def __enter__(self) -> "_ChunkFiles":
@@ -162,6 +195,9 @@ class _ChunkFiles:
             # A file name that is not UTF-8 is a title with halves of characters: \\udcxx, which JSON reads back.
             titles = writing(self.documents_path, "w", encoding="utf-8", errors="backslashreplace")
             self._titles = stack.enter_context(titles)
+            rules = stack.enter_context(writing(self.tokenizer_path, "w", encoding="utf-8"))
+            with naming(self.tokenizer_path):
+                rules.write(self.tokenizer.backend.to_str())
             self._stack = stack.pop_all()
         return self
 
@@ -186,11 +222,11 @@ class _ChunkFiles:
             self.chunks.append(rows)
             self.spans.append(spans)
             starts += spans[:, 0].tolist()
-            tokens += int(np.count_nonzero(rows[:, :-1] != PAD_ID))
+            tokens += int(np.count_nonzero(rows[:, :-1] != self.pad_id))
         count = self.chunks.rows - first
         if not count:
             return 0
-        tokens += int(rows[-1, -1] != PAD_ID)  # the last token of all, where it is only a label
+        tokens += int(rows[-1, -1] != self.pad_id)  # the last token of all, where it is only a label
         self.bytes.append(_bytes_between(document.text, [0, *starts[1:], len(document.text)]))
         self.doc_ids.append(np.full(count, self.documents))
         self.seqs.append(np.arange(first, first + count, self.chunks_per_seq))
@@ -217,16 +253,17 @@ def documents_to_chunks_(
     seq_len: int = 2048,
     max_chunks: int | None = None,
     max_seqs: int | None = None,
-    bert: PathLike | None = None,
+    tokenizer: PathLike | TextTokenizer | None = None,
     force_reprocess: bool = False,
     progress: bool = True,
 ) -> dict:
     """Chunk a corpus to disk, one document at a time; memory does not grow with the corpus.
 
-    Written are the chunks (int32, one row of m + 1 ids each), the index of the first chunk of each sequence
-    (int32), the document of each chunk (int32) and, beside the chunks, for provenance, `*.spans.npy` (the
-    characters of each chunk in its document, int64 pairs), `*.bytes.npy` (bytes of the text from each chunk to
-    the next, int32: those of a document add up to its text's) and `*.documents.jsonl` (title, source, chunks).
+    Written are the chunks (one row of m + 1 ids each, uint16 if the vocabulary fits, else int32), the index of the
+    first chunk of each sequence (int32), the document of each chunk (int32) and, beside the chunks, for provenance,
+    `*.spans.npy` (the characters of each chunk in its document, int64 pairs), `*.bytes.npy` (bytes of the text from
+    each chunk to the next, int32: those of a document add up to its text's), `*.documents.jsonl` (title, source,
+    chunks) and `*.tokenizer.json`, so that the ids can be read wherever the arrays go (`store_tokenizer`).
     A sequence is l = n/m consecutive chunks of one document. Nothing is done if the files are there already,
     made with the same settings.
 
@@ -236,14 +273,14 @@ def documents_to_chunks_(
         chunk_size: m, tokens.
         seq_len: n, tokens; a multiple of m.
         max_chunks, max_seqs: stop before the first document that would exceed either, with a warning.
-        bert: whose tokenizer to use (see `bert_folder`).
+        tokenizer: a Hugging Face tokenizer by folder or name, or one from `get_tokenizer`; None for BERT's.
         force_reprocess: build again in any case.
         progress: show a progress bar.
 
     Returns:
-        `chunks`, `docs`, `seqs`, `tokens` ([CLS] and [SEP] included), `empty_docs` (documents without a
-        token, which are skipped), `replaced_characters` (undecodable bytes; of both a warning names the first
-        document) and `complete` (false if a maximum stopped it).
+        `chunks`, `docs`, `seqs`, `tokens` (start and end included), `vocabulary` (v) and `special_ids` of the
+        tokenizer, `empty_docs` (documents without a token, which are skipped), `replaced_characters` (undecodable
+        bytes; of both a warning names the first document) and `complete` (false if a maximum stopped it).
 
     Raises:
         ValueError: n is not a multiple of m; no document has a token; the first one exceeds a maximum.
@@ -251,10 +288,10 @@ def documents_to_chunks_(
     """
     _check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
     paths = [Path(p) for p in (chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path)]
-    fingerprint = getattr(documents, "fingerprint", None)
+    fingerprint, tokenizer = getattr(documents, "fingerprint", None), get_tokenizer(tokenizer)
     settings = {
         "corpus": fingerprint() if fingerprint else None,
-        "tokenizer": tokenizer_fingerprint(bert),
+        "tokenizer": tokenizer.fingerprint,
         "chunk_size": chunk_size,
         "seq_len": seq_len,
         "max_chunks": max_chunks,
@@ -262,17 +299,17 @@ def documents_to_chunks_(
     }
 
     def build() -> dict:
-        with _ChunkFiles(*paths, chunk_size, seq_len) as files:
-            stats, said = _chunk_all(files, documents, chunk_size, max_chunks, max_seqs, bert, progress)
+        with _ChunkFiles(*paths, chunk_size, seq_len, tokenizer) as files:
+            stats, said = _chunk_all(files, documents, chunk_size, max_chunks, max_seqs, tokenizer, progress)
         remarks.extend(said)
-        return stats
+        return {**stats, "vocabulary": tokenizer.size, "special_ids": tokenizer.ids._asdict()}
 
     remarks: list[str] = []
     stats = cached(
         paths[0],
         settings,
         build,
-        files=(*paths[1:], *(companion(paths[0], kind) for kind in ("spans.npy", "bytes.npy", "documents.jsonl"))),
+        files=(*paths[1:], *(companion(paths[0], kind) for kind in COMPANIONS)),
         # A bare iterable cannot say whether it is still the same corpus.
         force_reprocess=force_reprocess or fingerprint is None,
     )
@@ -287,14 +324,14 @@ def _chunk_all(
     chunk_size: int,
     max_chunks: int | None,
     max_seqs: int | None,
-    bert: PathLike | None,
+    tokenizer: TextTokenizer,
     progress: bool,
 ) -> tuple[dict, list[str]]:
     """Write all documents; the statistics, and what the caller should be warned of."""
     stats = {"chunks": 0, "docs": 0, "seqs": 0, "tokens": 0, "empty_docs": 0, "replaced_characters": 0}
     complete, empty, undecodable, remarks = True, [], [], []
     for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
-        chunks = tokens_to_chunks(document_tokens(document.text, bert=bert), chunk_size)
+        chunks = tokens_to_chunks(document_tokens(document.text, tokenizer=tokenizer), chunk_size, tokenizer.ids.pad)
         seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
         limit = min(max_chunks or math.inf, files.chunks.rows + seqs_left * files.chunks_per_seq)
         tokens = files.write(document, chunks, limit)
@@ -367,3 +404,23 @@ def read_documents(chunks_memmap_path: PathLike) -> list[dict]:
         raise FileNotFoundError(f"{path} is missing: it is written with the chunks; chunk the corpus again")
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def special_ids(chunks_memmap_path: PathLike) -> SpecialIds:
+    """The ids in a chunk array that are no text, from its manifest; BERT's for an array without, as the reference's."""
+    path = Path(chunks_memmap_path)
+    recorded = read_manifest(path.parent).get(path.name, {}).get("stats", {}).get("special_ids")
+    return SpecialIds(**recorded) if recorded else BERTS_IDS
+
+
+def store_tokenizer(chunks_memmap_path: PathLike, otherwise: PathLike | None = None) -> TextTokenizer:
+    """The tokenizer of a chunk array, as it was saved with it; for an array without, `get_tokenizer(otherwise)`."""
+    file = companion(chunks_memmap_path, "tokenizer.json")
+    if not file.exists():
+        return get_tokenizer(otherwise)
+    return _read_tokenizer(file, file.stat().st_mtime_ns, special_ids(chunks_memmap_path))
+
+
+@lru_cache(maxsize=4)
+def _read_tokenizer(file: Path, changed: int, ids: SpecialIds) -> TextTokenizer:
+    return TextTokenizer(Tokenizer.from_file(str(file)), ids)

@@ -31,7 +31,7 @@ from retro_nb.libraries import docstrings
 from retro_nb.model import RETRO
 from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
 from retro_nb.storage import ROOT, plain, replacing
-from retro_nb.tokens import get_tokenizer
+from retro_nb.tokens import PAD_ID, get_tokenizer
 from retro_nb.towns import almanac
 from retro_nb.training import FREE_SETTINGS, fit
 from retro_nb.wrapper import TrainingWrapper
@@ -56,7 +56,7 @@ for _, limits in CORPORA.values():
 DATABASE = (
     _own("knn", int, 2)
     | _own("chunk_size", int, parameters(RETRO)["chunk_size"].default)
-    | parameters(TrainingWrapper, "keep_out", "glob", "max_chunks", "max_seqs", "work_dir", "bert")
+    | parameters(TrainingWrapper, "keep_out", "glob", "max_chunks", "max_seqs", "work_dir", "bert", "tokenizer")
     | parameters(chunks_to_precalculated_knn_, "max_similarity")
     | parameters(chunks_to_index_and_embed, "index", "max_index_memory_usage", "use_cls_repr")
 )
@@ -84,11 +84,21 @@ def choose_settings(command: str, file: Path | None = None, given: dict[str, Any
     settings = {name: parameter.default for name, parameter in known.items()} | read_as_declared(values, known)
     _check_corpus(settings)
     if command == "train":
+        settings |= {name: value for name, value in _vocabulary(settings).items() if name not in values}
         if (settings["steps"] is None) == (settings["epochs"] is None):
             raise ValueError("how long? Pass either steps or epochs, e.g. -p steps 1000")
         stem = "train" if file is None else file.stem
         settings["out_dir"] = settings["out_dir"] or str(ROOT / "runs" / stem)
     return plain(settings)  # as it comes back from settings.yaml
+
+
+def _vocabulary(settings: Settings) -> dict[str, int]:
+    """What the model has to know of the tokenizer."""
+    named = settings["tokenizer"]
+    if isinstance(named, int):  # still to be trained
+        return {"num_tokens": named, "pad_id": PAD_ID}
+    tokenizer = get_tokenizer(settings["bert"] if named is None else named)
+    return {"num_tokens": tokenizer.size, "pad_id": tokenizer.ids.pad}
 
 
 def _check_corpus(settings: Settings) -> None:
@@ -155,9 +165,8 @@ def build(settings: Settings) -> TrainingWrapper:
     """
     with processes() as here:
         with torch.device("meta"):  # sizes alone: a model without memory
-            vocabulary = get_tokenizer(settings["bert"]).get_vocab_size()
             sizes = _of(settings, parameters(RETRO, "max_seq_len", "chunk_size"))
-            retro = RETRO(num_tokens=vocabulary, **sizes)
+            retro = RETRO(**_vocabulary(settings), **sizes)
         wrapper = _wrap(retro, settings, here.is_main_process)
         if here.is_main_process:
             print(describe(wrapper), flush=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int, Int64, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from retro_nb.chunking import special_ids
 from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.storage import PathLike, open_array
 from retro_nb.tokens import EOS_ID, PAD_ID
@@ -24,7 +25,7 @@ from retro_nb.tokens import EOS_ID, PAD_ID
 
 def knn_to_retrieved_chunks(
     knns: Int[np.ndarray, "*rows k"],
-    chunks_memmap: Int[np.ndarray, "c m_plus_1"],
+    chunks_memmap: Integer[np.ndarray, "c m_plus_1"],
     *,
     add_continuations: bool = True,
     num_chunks: int | None = None,
@@ -64,7 +65,7 @@ def knn_to_retrieved_chunks(
 
 
 def _tokens(
-    chunks: Int[np.ndarray, "c m_plus_1"],
+    chunks: Integer[np.ndarray, "c m_plus_1"],
     ids: Int[np.ndarray, "*any"],
     absent: Bool[np.ndarray, "*any"],
     pad_id: int | float,
@@ -88,7 +89,8 @@ class RETRODataset(Dataset):
             written by this package, or raw memory maps as the reference writes them.
         doc_ids_memmap_path: the document of each chunk. Without it, a chunk that holds `eos_id` ends a
             document, as in the reference.
-        eos_id, pad_id: [SEP] and [PAD].
+        eos_id, pad_id: what closes a document, and padding; left out, what the chunk array's manifest says, or
+            [SEP] and [PAD] without one.
         add_continuations: neighbours with their continuation, r = 2m; else r = m.
 
     Raises:
@@ -108,8 +110,8 @@ class RETRODataset(Dataset):
         chunk_nn_memmap_path: PathLike,
         seq_memmap_path: PathLike,
         doc_ids_memmap_path: PathLike | None = None,
-        eos_id: int = EOS_ID,
-        pad_id: int | float = PAD_ID,
+        eos_id: int | None = None,
+        pad_id: int | float | None = None,
         add_continuations: bool = True,
     ) -> None:
         super().__init__()
@@ -118,7 +120,9 @@ class RETRODataset(Dataset):
             raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
         self.num_chunks, self.chunk_size, self.num_sequences = num_chunks, chunk_size, num_sequences
         self.seq_num_chunks, self.num_neighbors = seq_len // chunk_size, num_neighbors
-        self.add_continuations, self.eos_id, self.pad_id = add_continuations, eos_id, int(pad_id)
+        ids = special_ids(chunk_memmap_path)
+        self.eos_id, self.pad_id = ids.eos if eos_id is None else eos_id, ids.pad if pad_id is None else int(pad_id)
+        self.add_continuations = add_continuations
         self._paths = {
             "chunks": (Path(chunk_memmap_path), (num_chunks, chunk_size + 1)),
             "knns": (Path(chunk_nn_memmap_path), (num_chunks, num_neighbors)),

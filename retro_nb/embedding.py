@@ -22,10 +22,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from retro_nb.chunking import special_ids, store_tokenizer
 from retro_nb.devices import send
 from retro_nb.manifest import array_key, cached
 from retro_nb.storage import PathLike, ResumableRows, launched, open_array
-from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, bert_folder
+from retro_nb.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, bert_folder, get_tokenizer, padded
 
 if TYPE_CHECKING:
     from transformers import BertModel
@@ -185,38 +186,66 @@ def masked_mean(
     return (hidden[:, 1:] * weight).sum(dim=1) / (weight.sum(dim=1) + eps)
 
 
-def frame_chunks(chunks: Int[Tensor, "b m"]) -> Int[Tensor, "b m_plus_2"]:
+def frame_chunks(chunks: Int[Tensor, "b m"], ids: SpecialIds = BERTS_IDS) -> Int[Tensor, "b m_plus_2"]:
     """`[CLS] words [SEP]` for each chunk, padded on the right.
 
     Special tokens inside a chunk (the document's own [CLS] and [SEP], padding) are left out first, so that
-    the first, middle and last chunk of a document are framed alike.
+    the first, middle and last chunk of a document are framed alike. `ids` are the special ones of another BERT.
     """
-    special = torch.tensor([PAD_ID, SOS_ID, EOS_ID], device=chunks.device)
-    words = ~torch.isin(chunks, special)
+    words = ~torch.isin(chunks, torch.tensor(ids, device=chunks.device))
     order = torch.argsort(~words, dim=1, stable=True)  # words to the left, their order kept
-    moved = torch.gather(chunks * words, 1, order)
-    framed = torch.nn.functional.pad(moved, (1, 1), value=PAD_ID)
-    framed[:, 0] = SOS_ID
+    moved = torch.gather(chunks.masked_fill(~words, ids.pad), 1, order)
+    framed = torch.nn.functional.pad(moved, (1, 1), value=ids.pad)
+    framed[:, 0] = ids.sos
     end = words.sum(dim=1, keepdim=True) + 1
-    return framed.scatter(1, end, EOS_ID)
+    return framed.scatter(1, end, ids.eos)
+
+
+def frames_for_bert(
+    chunks: Int[Tensor, "b m"], tokenizer: TextTokenizer | None = None, *, bert: PathLike | None = None
+) -> Int[Tensor, "b _"]:
+    """Chunks of any tokenizer as a BERT reads them: their ids if it is the BERT's own, else their text anew.
+
+    A text that takes more tokens than the BERT has positions is cut.
+    """
+    berts = get_tokenizer(bert)
+    if tokenizer is None or tokenizer.fingerprint == berts.fingerprint:
+        return frame_chunks(chunks, berts.ids)
+    room = _config(bert).max_position_embeddings - 2
+    texts = [tokenizer.decode(row) for row in chunks.tolist()]
+    rows = [[berts.ids.sos, *row[:room], berts.ids.eos] for row in berts.encode(texts)]
+    return padded(rows, berts.ids.pad)
 
 
 def embed_chunks(
     chunks: Int[Tensor, "b m"],
     *,
+    tokenizer: TextTokenizer | None = None,
     use_cls_repr: bool = False,
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "b d"]:
-    """The vectors of chunks, for building an index and for asking it: BERT(N) averaged over time."""
-    return bert_embed(frame_chunks(chunks), use_cls_repr, bert=bert, device=device)
+    """The vectors of chunks, for building an index and for asking it: BERT(N) averaged over time.
+
+    Args:
+        chunks: their ids.
+        tokenizer: what the ids are of; the BERT's if left out. Ids of another one are read as text.
+        use_cls_repr: [CLS] instead of the mean.
+        bert, device: see `bert_embed`.
+    """
+    frames = frames_for_bert(chunks, tokenizer, bert=bert)
+    return bert_embed(frames, use_cls_repr, pad_id=get_tokenizer(bert).ids.pad, bert=bert, device=device)
 
 
 def embedding_dim(bert: PathLike | None = None) -> int:
     """Width of a BERT's vectors: 384 for the default, 768 for bert-base-cased."""
+    return _config(bert).hidden_size
+
+
+def _config(bert: PathLike | None) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(bert_folder(bert)).hidden_size
+    return AutoConfig.from_pretrained(bert_folder(bert))
 
 
 def flops_per_chunk(config: Any, tokens: int) -> int:
@@ -248,21 +277,26 @@ def _batches(lengths: list[int], longest: int, size: int) -> Iterator[slice]:
 
 @torch.inference_mode()
 def _begin_block(
-    model: "BertModel", chunks: Int[np.ndarray, "b m"], batch_size: int, cls: bool, on_batch: Callable[[int], Any]
+    model: "BertModel",
+    framed: Int[Tensor, "b n"],
+    pad_id: int,
+    batch_size: int,
+    cls: bool,
+    on_batch: Callable[[int], Any],
 ) -> Callable[[], np.ndarray]:
-    """Embed chunks. What is returned gives their vectors, and waits for a GPU if need be.
+    """Embed framed chunks. What is returned gives their vectors, and waits for a GPU if need be.
 
     Chunks of like length go through BERT together, so that hardly any padding does. `on_batch` is told how many
     are in each batch.
     """
-    _check_ids(model.config, chunks.shape[1] + 2, int(chunks.min()), int(chunks.max()))
-    framed, vectors = frame_chunks(torch.from_numpy(np.array(chunks))), []
-    lengths, order = (framed != PAD_ID).sum(dim=1).sort(stable=True)
+    _check_ids(model.config, framed.shape[1], int(framed.min()), int(framed.max()))
+    vectors = []
+    lengths, order = (framed != pad_id).sum(dim=1).sort(stable=True)
     framed, lengths = send(framed[order], model.device), lengths.tolist()
     for batch in _batches(lengths, framed.shape[1], batch_size):
         shortest, longest = lengths[batch.start], lengths[batch.stop - 1]
         ids = framed[batch, :longest]
-        vectors.append(_vectors(model, ids, None if shortest == longest else ids != PAD_ID, cls))
+        vectors.append(_vectors(model, ids, None if shortest == longest else ids != pad_id, cls))
         on_batch(len(ids))
     vectors = torch.cat(vectors)[send(order.argsort(), model.device)]
     if vectors.device.type != "cuda":
@@ -286,7 +320,7 @@ def chunks_to_embeddings_(
     embed_dim: int | None = None,
     batch_size: int | None = None,
     use_cls_repr: bool = False,
-    pad_id: int | float = PAD_ID,
+    pad_id: int | float | None = None,
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
     force_reprocess: bool = False,
@@ -294,9 +328,9 @@ def chunks_to_embeddings_(
 ) -> dict:
     """Embed every chunk of a chunk array to disk (float32, num_chunks × embed_dim).
 
-    A build that was interrupted goes on where it stopped; one that is finished, with the same chunks, BERT
-    and pooling, is not repeated. Processes that were launched together on a host (`accelerate launch`, torchrun)
-    share the work, and each has to call this.
+    Chunks of another tokenizer than the BERT's are embedded as text. A build that was interrupted goes on where it
+    stopped; one that is finished, with the same chunks, BERT and pooling, is not repeated. Processes that were
+    launched together on a host (`accelerate launch`, torchrun) share the work, and each has to call this.
 
     Args:
         num_chunks, chunk_size: shape of the chunk array, without the extra token.
@@ -304,7 +338,7 @@ def chunks_to_embeddings_(
         embed_dim: the width expected; the BERT's if left out.
         batch_size: chunks per forward pass; left out, as many as suit the device.
         use_cls_repr: [CLS] instead of the mean.
-        pad_id: the id of padding, 0.
+        pad_id: the id of padding, if it is to be checked: the chunk array says it itself.
         bert, device: see `bert_embed`.
 
     Returns:
@@ -319,8 +353,9 @@ def chunks_to_embeddings_(
         raise ValueError(f"embed_dim {embed_dim}, but this BERT gives vectors of {dim}: leave embed_dim out")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: pass 1 or more")
-    if pad_id != PAD_ID:
-        raise ValueError(f"pad_id {pad_id}: chunk arrays are padded with {PAD_ID}")
+    if pad_id not in (None, special_ids(chunks_memmap_path).pad):
+        raise ValueError(f"pad_id {pad_id}: this array is padded with {special_ids(chunks_memmap_path).pad}")
+    tokenizer, berts = store_tokenizer(chunks_memmap_path, bert), get_tokenizer(bert)
     chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
     device = torch.device(device or best_device())
     settings = {
@@ -328,6 +363,7 @@ def chunks_to_embeddings_(
         "num_chunks": num_chunks,
         "bert": bert_fingerprint(bert),
         "pooling": "cls" if use_cls_repr else "mean",
+        "tokenizers": [tokenizer.fingerprint, berts.fingerprint],
     }
     sizes = ON_GPU if device.type == "cuda" else ON_CPU
 
@@ -339,7 +375,8 @@ def chunks_to_embeddings_(
         with bar, ThreadPoolExecutor(1) as writer:
             for block in blocks:
                 model, batch = get_bert(bert, device), batch_size or sizes.batch
-                vectors = _begin_block(model, chunks[block, :-1], batch, use_cls_repr, bar.update)
+                frames = frames_for_bert(torch.from_numpy(chunks[block, :-1].astype(np.int32)), tokenizer, bert=bert)
+                vectors = _begin_block(model, frames, berts.ids.pad, batch, use_cls_repr, bar.update)
                 writes.append(writer.submit(lambda block, vectors: rows.write(block, vectors()), block, vectors))
                 if len(writes) > sizes.ahead:
                     writes.popleft().result()

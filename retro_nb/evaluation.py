@@ -31,7 +31,7 @@ from retro_nb.dataset import RETRODataset
 from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.model import RETRO
 from retro_nb.storage import PathLike, open_array
-from retro_nb.tokens import EOS_ID
+from retro_nb.tokens import TextTokenizer
 from retro_nb.training import of_documents
 
 MODES = ("on", "off", "shuffled", "N only", "F only")
@@ -75,28 +75,31 @@ def token_losses(
     retro.eval()
     try:
         for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
-            for nats, row in zip(retro.token_losses(seq, _read(retrieved, mode)).cpu().float(), seq, strict=True):
-                _put(losses, nats, row, next(firsts))
+            nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
+            for nats, row in zip(nats_of_batch, seq, strict=True):
+                _put(losses, nats, row, next(firsts), dataset.eos_id)
     finally:
         retro.train(was_training)
     return losses
 
 
-def _read(retrieved: Int[Tensor, "b l k r"], mode: str) -> Int[Tensor, "b l k r"] | None:
+def _read(retrieved: Int[Tensor, "b l k r"], mode: str, pad_id: int) -> Int[Tensor, "b l k r"] | None:
     """What the model gets to read of the neighbours; padding where it does not."""
     if mode == "off":
         return None
     m = retrieved.shape[-1] // 2
     if mode == "N only":
-        retrieved[..., m:] = 0
+        retrieved[..., m:] = pad_id
     elif mode == "F only":
-        retrieved[..., :m] = 0
+        retrieved[..., :m] = pad_id
     return retrieved
 
 
-def _put(losses: np.ndarray, nats: Float32[Tensor, " n"], seq: Int[Tensor, " n_plus_1"], first: int) -> None:
+def _put(
+    losses: np.ndarray, nats: Float32[Tensor, " n"], seq: Int[Tensor, " n_plus_1"], first: int, eos_id: int
+) -> None:
     """Nats of the labels of a sequence that begins with chunk `first`: the label i belongs to token i + 1."""
-    text = (seq[1:] != EOS_ID) & ~nats.isnan()
+    text = (seq[1:] != eos_id) & ~nats.isnan()
     places = first * losses.shape[1] + 1 + text.nonzero()[:, 0]
     losses.reshape(-1)[places.numpy()] = nats[text].numpy()
 
@@ -189,11 +192,19 @@ def interval(first: Score, second: Score | None = None, *, share: float = 0.95, 
 # the almanac
 
 
-def fact_tokens(corpus: Iterable[Document], doc_ids: Int[np.ndarray, " c"], m: int) -> Bool[np.ndarray, "c m"]:
-    """Which tokens of the chunk array tell a fact of the almanac (its documents know where they stand)."""
+def fact_tokens(
+    corpus: Iterable[Document],
+    doc_ids: Int[np.ndarray, " c"],
+    m: int,
+    tokenizer: PathLike | TextTokenizer | None = None,
+) -> Bool[np.ndarray, "c m"]:
+    """Which tokens of the chunk array tell a fact of the almanac (its documents know where they stand).
+
+    Of a fact of several tokens it is the first one. `tokenizer` is the array's.
+    """
     told = np.zeros((len(doc_ids), m), dtype=bool)
     for number, document in enumerate(corpus):
-        spans = np.concatenate([tokens.spans for tokens in document_tokens(document.text)])
+        spans = np.concatenate([tokens.spans for tokens in document_tokens(document.text, tokenizer=tokenizer)])
         starts = {start for start, _ in document.facts}
         places = np.flatnonzero([start in starts and stop > start for start, stop in spans.tolist()])
         first = np.searchsorted(doc_ids, number)

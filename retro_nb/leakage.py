@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64, Integer
 from tqdm.auto import tqdm
 
 from retro_nb.dataset import knn_to_retrieved_chunks
 from retro_nb.evaluation import Score, bits_per_byte, interval
-from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID
+from retro_nb.tokens import BERTS_IDS, SpecialIds
 
 ALPHAS = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1)  # limits of r: 8, 16, … of 64 tokens
 
@@ -87,15 +87,16 @@ class SuffixAutomaton:
 
 
 def shared_runs(
-    chunk: Int[np.ndarray, " m"],
+    chunk: Integer[np.ndarray, " m"],
     texts: Sequence[Int[np.ndarray, " _"]] | Int[np.ndarray, "k r"],
-    pad_id: int = PAD_ID,
+    special: SpecialIds = BERTS_IDS,
 ) -> Int64[np.ndarray, " m"]:
     """For each token of the chunk the length of the longest run around it that is in one of the texts as well.
 
-    The maximum is the paper's s (§2.6). Padding, [CLS] and [SEP] are in no run. Time and memory grow with m + Σ r.
+    The maximum is the paper's s (§2.6). Padding, [CLS] and [SEP] are in no run; nor are the
+    `special` ids of another tokenizer. Time and memory grow with m + Σ r.
     """
-    wanted = set(chunk.tolist()) - {pad_id, SOS_ID, EOS_ID}
+    wanted = set(chunk.tolist()) - set(special)
     runs = SuffixAutomaton()
     for text in texts:  # a token that the chunk does not have is in no shared run: texts are cut there
         for shared, piece in groupby(text.tolist(), wanted.__contains__):
@@ -122,18 +123,20 @@ def _longest_around(endings: list[int]) -> list[int]:
 
 
 def overlaps(
-    chunks: Int[np.ndarray, "c m_plus_1"],
+    chunks: Integer[np.ndarray, "c m_plus_1"],
     rows: Int[np.ndarray, " e"],
     neighbours: Int[np.ndarray, "e k"],
     doc_ids: Int[np.ndarray, " c"],
     *,
+    special: SpecialIds = BERTS_IDS,
     progress: bool = True,
 ) -> Float64[np.ndarray, " e"]:
     """r(C) of the e chunks `rows`: the longest run shared with a neighbour, as a share of the chunk (§2.6).
 
     `neighbours` are chunk ids, 10 in the paper, −1 for none; each is compared as the model reads it, N and F. The
     paper divides by m. Here a chunk has the length of its text, without padding, [CLS] and [SEP]: the few tokens
-    that close a document can be copied whole, too. A chunk without text has r = 0.
+    that close a document can be copied whole, too. A chunk without text has r = 0. `special` are the ids of another
+    tokenizer than BERT's (`chunking.special_ids`).
 
     Raises:
         ValueError: the sizes do not belong together.
@@ -146,9 +149,10 @@ def overlaps(
         raise IndexError(f"rows {rows.min()} … {rows.max()} of {len(chunks)} chunks: of another corpus?")
     found = np.zeros(len(rows))
     for i, row in enumerate(tqdm(rows, desc="comparing", unit=" chunks", disable=not progress)):
-        chunk, texts = chunks[row, :-1], knn_to_retrieved_chunks(neighbours[i], chunks, doc_ids=doc_ids)
-        length = np.isin(chunk, (PAD_ID, SOS_ID, EOS_ID), invert=True).sum()
-        found[i] = shared_runs(chunk, texts).max(initial=0) / max(length, 1)
+        texts = knn_to_retrieved_chunks(neighbours[i], chunks, pad_id=special.pad, doc_ids=doc_ids)
+        chunk = chunks[row, :-1]
+        length = np.isin(chunk, special, invert=True).sum()
+        found[i] = shared_runs(chunk, texts, special).max(initial=0) / max(length, 1)
     return found
 
 

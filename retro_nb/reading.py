@@ -12,13 +12,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Int32, Integer
 from torch import Tensor
 
 from retro_nb.chunking import document_tokens, tokens_to_chunks
 from retro_nb.layers import ChunkedCrossAttention, Memory, hiding, rotary
 from retro_nb.model import RETRO
 from retro_nb.storage import PathLike
+from retro_nb.tokens import TextTokenizer, get_tokenizer
 
 
 @torch.no_grad()
@@ -73,19 +74,19 @@ def _weights(
     return weights
 
 
-def pieces(text: str, *, bert: PathLike | None = None) -> list[str]:
+def pieces(text: str, *, tokenizer: PathLike | TextTokenizer | None = None) -> list[str]:
     """The text of each token of a document, with the white space after it: [CLS] has none, [SEP] is left out."""
-    starts = [start for part in document_tokens(text, bert=bert) for start, _ in part.spans.tolist()]
+    starts = [start for part in document_tokens(text, tokenizer=tokenizer) for start, _ in part.spans.tolist()]
     return [text[start:stop] for start, stop in pairwise(starts)]
 
 
 def rewritten(
-    chunks: Int[np.ndarray, "c m_plus_1"],
+    chunks: Integer[np.ndarray, "c m_plus_1"],
     first: int | np.integer,
     text: str,
     words: Mapping[tuple[int, int], str],
     *,
-    bert: PathLike | None = None,
+    tokenizer: PathLike | TextTokenizer | None = None,
 ) -> Int32[np.ndarray, "c m_plus_1"]:
     """The chunk array as it would be if some words of a document were others: a database that has been edited.
 
@@ -97,7 +98,7 @@ def rewritten(
         first: the number of the document's first chunk.
         text: the document's text.
         words: what is to stand in place of the characters [start, stop).
-        bert: whose tokenizer cuts (see `tokens.bert_folder`).
+        tokenizer: the chunk array's (see `tokens.get_tokenizer`).
 
     Raises:
         ValueError: not exactly one token changes for each word. If their number did, all later tokens would move.
@@ -105,7 +106,9 @@ def rewritten(
     edited, m = text, chunks.shape[1] - 1
     for (start, stop), word in sorted(words.items(), reverse=True):  # from the end: the places before stay
         edited = edited[:start] + word + edited[stop:]
-    rows = np.concatenate([part.rows for part in tokens_to_chunks(document_tokens(edited, bert=bert), m)])
+    tokenizer = get_tokenizer(tokenizer)
+    cut = tokens_to_chunks(document_tokens(edited, tokenizer=tokenizer), m, tokenizer.ids.pad)
+    rows = np.concatenate([part.rows for part in cut])
     old = chunks[first : first + len(rows)]
     changed = int((rows[:, :-1] != old[:, :-1]).sum()) if rows.shape == old.shape else rows.size
     if changed != len(words):

@@ -16,13 +16,13 @@ from einops import rearrange
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from retro_nb.chunking import read_documents
+from retro_nb.chunking import read_documents, special_ids, store_tokenizer
 from retro_nb.dataset import knn_to_retrieved_chunks
 from retro_nb.embedding import embed_chunks
 from retro_nb.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
 from retro_nb.knn import document_ranges
 from retro_nb.storage import PathLike, open_array
-from retro_nb.tokens import decode
+from retro_nb.tokens import TextTokenizer
 
 DocumentName = int | np.integer | str  # its number or its title
 
@@ -33,12 +33,14 @@ def nearest_chunks(
     knn: int,
     faiss_index: faiss.Index,
     exclude: Ranges = (),
+    tokenizer: TextTokenizer | None = None,
     use_cls_repr: bool = False,
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Distances, Neighbours]:
     """Squared L2 distances and ids of the chunks nearest to these, ranges of ids left out; −1 is no chunk."""
-    vectors = embed_chunks(seq_chunks.cpu(), use_cls_repr=use_cls_repr, bert=bert, device=device)
+    ids = seq_chunks.cpu()
+    vectors = embed_chunks(ids, tokenizer=tokenizer, use_cls_repr=use_cls_repr, bert=bert, device=device)
     return search(faiss_index, vectors.numpy(), knn, exclude=exclude)
 
 
@@ -65,11 +67,13 @@ def knn_chunks_from_seq_chunks(
     Returns:
         Their tokens, on the device of `seq_chunks`; padding where there are fewer than k.
     """
-    _, ids = nearest_chunks(seq_chunks, knn=knn, faiss_index=faiss_index, **options)
+    tokenizer = store_tokenizer(chunks_memmap_path, options.get("bert"))
+    _, ids = nearest_chunks(seq_chunks, knn=knn, faiss_index=faiss_index, tokenizer=tokenizer, **options)
     retrieved = knn_to_retrieved_chunks(
         ids,
         open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1)),
         num_chunks=num_chunks,
+        pad_id=special_ids(chunks_memmap_path).pad,
         doc_ids=None if doc_ids_memmap_path is None else open_array(doc_ids_memmap_path, shape=(num_chunks,)),
     )
     return torch.from_numpy(retrieved).to(seq_chunks.device)
@@ -137,6 +141,7 @@ class Retriever:
     ) -> None:
         self.index, self.knn, self.chunk_size = faiss_index, knn, chunk_size
         self.use_cls_repr, self.bert = use_cls_repr, bert
+        self.tokenizer = store_tokenizer(chunks_memmap_path, bert)
         self.chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
         self.doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
         self.documents, self.keep_out = read_documents(chunks_memmap_path), list(keep_out)
@@ -150,13 +155,15 @@ class Retriever:
             knn=self.knn,
             faiss_index=self.index,
             exclude=self.excluded(exclude),
+            tokenizer=self.tokenizer,
             use_cls_repr=self.use_cls_repr,
             bert=self.bert,
         )
 
     def tokens(self, ids: Int[np.ndarray, "b k"]) -> Int64[Tensor, "b k r"]:
         """N and F of retrieved chunks, as the model reads them; padding where an id is −1."""
-        return torch.from_numpy(knn_to_retrieved_chunks(ids, self.chunks, doc_ids=self.doc_ids))
+        pad = self.tokenizer.ids.pad
+        return torch.from_numpy(knn_to_retrieved_chunks(ids, self.chunks, pad_id=pad, doc_ids=self.doc_ids))
 
     def excluded(self, documents: Sequence[DocumentName]) -> list[tuple[int, int]]:
         """The chunk ids [first, stop) of all these documents, and of those that are always kept out."""
@@ -185,7 +192,7 @@ class Retriever:
     def neighbour(self, chunk: int, distance: float = float("nan")) -> Neighbour:
         """What is known of a chunk of the corpus: its document, its text, what follows."""
         both = self.tokens(np.array([[chunk]]))[0, 0]
-        text, continuation = (decode(half, bert=self.bert) for half in both.split(self.chunk_size))
+        text, continuation = (self.tokenizer.decode(half) for half in both.split(self.chunk_size))
         document = int(self.doc_ids[chunk])
         about = self.documents[document]
         return Neighbour(chunk, document, about["title"], about["source"], distance, text, continuation)
@@ -204,5 +211,5 @@ class Retriever:
         for u, part in enumerate(tokens.split(self.chunk_size)):
             hits = zip(*found.get(u, ((), ())), strict=True)
             near = (self.neighbour(int(i), float(d)) for d, i in hits if i != NO_NEIGHBOUR)
-            passages.append(Passage(decode(part, bert=self.bert), tuple(near)))
+            passages.append(Passage(self.tokenizer.decode(part), tuple(near)))
         return tuple(passages)

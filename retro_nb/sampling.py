@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retro_nb.model import RETRO
-
-EOS_ID = 102  # [SEP] in BERT's vocabulary
+from retro_nb.tokens import EOS_ID
 
 FetchNeighbours = Callable[[Tensor, int], Tensor]  # (b, m) tokens of a chunk, its number -> (b, k, r)
 OnToken = Callable[[int, Tensor], object]  # position, (b,) tokens

@@ -1,25 +1,87 @@
-"""Text to token ids and back, with BERT's word pieces (notebook 01).
+"""Text to token ids and back, with any Hugging Face tokenizer; BERT's word pieces where none is named (notebook 01).
 
-One tokenizer serves the language model and the embedder of the keys, and both take a BERT by folder or name.
+Ids 0 … v−1, padding among them. A document is `start text end`; which ids these are, the tokenizer says:
+
+    BERT      [CLS] text [SEP], padded with [PAD]
+    GPT-2     <|endoftext|> text <|endoftext|>, padded with an id of ours, the first after its vocabulary
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
-from tokenizers import Tokenizer
+from jaxtyping import Int, Int64, Integer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from retro_nb.storage import PathLike
+from retro_nb.storage import PathLike, replacing, write_json
 
-PAD_ID = 0  # [PAD]
-SOS_ID = 101  # [CLS], opens every document
-EOS_ID = 102  # [SEP], closes it
+PAD_ID = 0  # BERT's [PAD]
+SOS_ID = 101  # its [CLS], opens every document
+EOS_ID = 102  # its [SEP], closes it
+
+ADDED = {"pad_token": "<|pad|>", "bos_token": "<|start|>", "eos_token": "<|end|>"}  # 0, 1, 2 in a trained tokenizer
+SMALLEST = len(ADDED) + 256  # a byte-level vocabulary holds every byte
+
+
+class SpecialIds(NamedTuple):
+    """The ids that are no text: padding, and what opens and closes a document (which may be the same)."""
+
+    pad: int = PAD_ID
+    sos: int = SOS_ID
+    eos: int = EOS_ID
+
+
+BERTS_IDS = SpecialIds()
+
+
+class TextTokenizer:
+    """A tokenizer without truncation or padding, and its special ids.
+
+    A literal "[SEP]" in a text is three word pieces, never the special token, so that text cannot end a
+    document or look like padding.
+    """
+
+    def __init__(self, backend: Tokenizer, ids: SpecialIds) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self.backend, self.ids = backend, ids
+
+    @property
+    def size(self) -> int:
+        """v, ids of which padding is one."""
+        return max(self.backend.get_vocab_size(), *(each + 1 for each in self.ids))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest type that chunk arrays can hold these ids in."""
+        return np.dtype(np.uint16 if self.size <= 2**16 else np.int32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of a tokenizer: the same for the same vocabulary, rules and special ids, wherever it lies."""
+        return hashlib.sha256(json.dumps([self.backend.to_str(), self.ids]).encode()).hexdigest()[:16]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without special ones."""
+        return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int] | Int[Tensor, " n"] | Integer[np.ndarray, " n"]) -> str:
+        """Text of token ids, without special ones."""
+        text = [token for token in map(int, ids) if token not in self.ids]
+        return self.backend.decode(text, skip_special_tokens=True)
+
+    def token(self, id: int) -> str:
+        """The name of a token, such as "##ing" in BERT's vocabulary."""
+        return self.backend.id_to_token(id) or "[PAD]"
 
 
 def bert_folder(bert: PathLike | None = None) -> str:
@@ -40,70 +102,116 @@ def bert_folder(bert: PathLike | None = None) -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def get_tokenizer(bert: PathLike | None = None) -> Tokenizer:
-    """The word-piece tokenizer that belongs to a BERT (see `bert_folder`), without truncation or padding.
+def get_tokenizer(tokenizer: PathLike | TextTokenizer | None = None) -> TextTokenizer:
+    """A Hugging Face tokenizer by the folder it lies in, or by its hub name; the default BERT's if left out.
 
-    A literal "[SEP]" in a text is three word pieces, never the special token, so that text cannot end a
-    document or look like padding.
+    It opens and closes documents with [CLS] and [SEP] if it has them, else with its tokens for beginning and end;
+    with the end alone, documents begin with it too.
 
     Raises:
-        FileNotFoundError: the folder has no tokenizer.json, or a name is no folder and the hub cannot be asked.
-        ValueError: its special tokens are not BERT's.
+        FileNotFoundError: the folder has no tokenizer, or a name is no folder and the hub cannot be asked.
+        ValueError: it is one in Python, which cannot say where in the text a token stands, or it knows no end.
     """
-    source = bert_folder(bert)
-    file = Path(source) / "tokenizer.json"
-    if Path(source).is_dir() and not file.exists():
-        raise FileNotFoundError(
-            f"{file} is missing: AutoTokenizer.from_pretrained(…).save_pretrained({source!r}) writes it"
-        )
-    return _load_tokenizer(source, file.stat().st_mtime_ns if file.exists() else None)
+    if isinstance(tokenizer, TextTokenizer):
+        return tokenizer
+    source = bert_folder(tokenizer)
+    files = sorted(Path(source).glob("*token*.json"))
+    return _load_tokenizer(source, tuple((file.name, file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=4)
-def _load_tokenizer(source: str, changed: int | None) -> Tokenizer:
-    """Load once, and again when the file has changed."""
-    if changed is None:
-        tokenizer = _from_hub(source)
-    else:
-        tokenizer = Tokenizer.from_file(str(Path(source) / "tokenizer.json"))
-    special = {"[PAD]": PAD_ID, "[CLS]": SOS_ID, "[SEP]": EOS_ID}
-    if (found := {token: tokenizer.token_to_id(token) for token in special}) != special:
-        raise ValueError(f"{source} numbers its special tokens {found}, not {special}: pass a BERT")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+def _load_tokenizer(source: str, files: tuple[tuple[str, int], ...]) -> TextTokenizer:
+    """Load once, and again when `files` have changed."""
+    from transformers import AutoTokenizer  # takes seconds: only where one is really wanted
 
-
-def _from_hub(name: str) -> Tokenizer:
-    """A tokenizer by its hub name, from the hub's cache on this machine or from the network."""
     try:
-        return Tokenizer.from_pretrained(name)
-    except Exception as error:  # of a dozen kinds, some out of Rust; its last line is kept in the chain
-        raise FileNotFoundError(
-            f"BERT {name!r} is not on this machine: pass a folder, or set HF_HUB_OFFLINE=0 and have a network"
-        ) from error
+        loaded = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # of a dozen kinds, some out of Rust; it is kept in the chain
+        if Path(source).is_dir():
+            mend = f"AutoTokenizer.from_pretrained(…).save_pretrained({source!r}) writes one"
+        else:
+            mend = "pass a folder, or set HF_HUB_OFFLINE=0 and have a network"
+        raise FileNotFoundError(f"there is no tokenizer {source!r} on this machine: {mend}") from error
+    if not loaded.is_fast:
+        raise ValueError(f"{source} has a tokenizer written in Python, {type(loaded).__name__}: pass one that is_fast")
+    eos = _first(loaded.sep_token_id, loaded.eos_token_id)
+    if eos is None:
+        raise ValueError(f"the tokenizer {source} names neither sep_token nor eos_token: set one, and save it anew")
+    sos, pad = _first(loaded.cls_token_id, loaded.bos_token_id, eos), loaded.pad_token_id
+    if pad in (None, sos, eos, loaded.unk_token_id):  # padding must be nothing that a text can hold
+        pad = len(loaded)
+    return TextTokenizer(loaded.backend_tokenizer, SpecialIds(pad, sos, eos))
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((each for each in ids if each is not None), None)
+
+
+def train_tokenizer(texts: Iterable[str], folder: PathLike, *, size: int = 8000, progress: bool = True) -> dict:
+    """Learn a byte-level BPE from texts: the pairs of symbols that are most frequent become symbols of their own.
+
+    It keeps case and white space, knows every character (as its bytes), and gives back exactly the text that it
+    was given. `folder` gets tokenizer.json and tokenizer_config.json, for `get_tokenizer` and for AutoTokenizer.
+
+    Args:
+        texts: what to learn from.
+        folder: where to write.
+        size: v, the entries of the vocabulary; fewer if the texts have no more pairs.
+        progress: show a progress bar.
+
+    Returns:
+        `size`, the entries there are.
+
+    Raises:
+        ValueError: less than 259 entries, too few for 256 bytes and 3 special tokens.
+    """
+    if size < SMALLEST:
+        raise ValueError(f"a vocabulary of {size} has no room for all bytes: pass {SMALLEST} or more, e.g. 8000")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(ADDED.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    seen = tqdm(texts, desc="reading for the tokenizer", unit=" documents", disable=not progress)
+    # Half a character (a lone surrogate) has no UTF-8: it is read as "?".
+    backend.train_from_iterator((text.encode("utf-8", "replace").decode() for text in seen), trainer)
+    with replacing(Path(folder) / "tokenizer.json") as temporary:
+        backend.save(str(temporary))
+    write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **ADDED})
+    return {"size": backend.get_vocab_size()}
 
 
 def tokenize(
-    texts: str | Sequence[str], add_special_tokens: bool = True, *, bert: PathLike | None = None
+    texts: str | Sequence[str],
+    add_special_tokens: bool = True,
+    *,
+    tokenizer: PathLike | TextTokenizer | None = None,
 ) -> Int64[Tensor, "b n"]:
-    """Token ids of one or more texts, each `[CLS] … [SEP]`, padded on the right with 0 to the longest."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    rows = [encoding.ids for encoding in get_tokenizer(bert).encode_batch(texts, add_special_tokens=False)]
+    """Token ids of one or more texts, each `start … end` (BERT: [CLS], [SEP]), padded on the right to the longest."""
+    texts, tokenizer = [texts] if isinstance(texts, str) else list(texts), get_tokenizer(tokenizer)
+    rows, ids = tokenizer.encode(texts), tokenizer.ids
     if add_special_tokens:
-        rows = [[SOS_ID, *row, EOS_ID] for row in rows]
-    ids = torch.full((len(rows), max(map(len, rows), default=0)), PAD_ID, dtype=torch.int64)
-    for row, out in zip(rows, ids, strict=True):
-        out[: len(row)] = torch.tensor(row, dtype=torch.int64)
-    return ids
+        rows = [[ids.sos, *row, ids.eos] for row in rows]
+    return padded(rows, ids.pad)
 
 
-def decode(ids: Iterable[int] | Int[Tensor, " n"] | Int[np.ndarray, " n"], *, bert: PathLike | None = None) -> str:
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Int64[Tensor, "b n"]:
+    """Rows of ids, padded on the right to the longest."""
+    out = torch.full((len(rows), max(map(len, rows), default=0)), pad_id, dtype=torch.int64)
+    for row, place in zip(rows, out, strict=True):
+        place[: len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out
+
+
+def decode(
+    ids: Iterable[int] | Int[Tensor, " n"] | Integer[np.ndarray, " n"],
+    *,
+    tokenizer: PathLike | TextTokenizer | None = None,
+) -> str:
     """Text of token ids, without special tokens. The default BERT is uncased: so is what comes back."""
-    return get_tokenizer(bert).decode([int(token) for token in ids], skip_special_tokens=True)
-
-
-def tokenizer_fingerprint(bert: PathLike | None = None) -> str:
-    """Identity of a tokenizer: the same for the same vocabulary and rules, wherever it lies."""
-    return hashlib.sha256(get_tokenizer(bert).to_str().encode()).hexdigest()[:16]
+    return get_tokenizer(tokenizer).decode(ids)

@@ -23,11 +23,12 @@ from retro_nb.corpus import jsonl, text_folder
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
+from retro_nb.manifest import cached
 from retro_nb.model import RETRO
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, top_k
 from retro_nb.storage import WORK, PathLike, open_array, write_json
-from retro_nb.tokens import SOS_ID, decode, get_tokenizer, tokenize
+from retro_nb.tokens import TextTokenizer, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
 
 
@@ -45,6 +46,19 @@ def _as_corpus(documents_path: Any, glob: str) -> tuple[Any, Path | None]:
     path = Path(documents_path)
     corpus = jsonl(path) if path.suffix == ".jsonl" else text_folder(path, glob)
     return corpus, _default_work_dir(corpus, [str(path.resolve()), glob])
+
+
+def _trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> Path:
+    """A folder with a byte-level BPE of this corpus; trained once, for as long as the corpus stays what it is."""
+    fingerprint = getattr(corpus, "fingerprint", None)
+    cached(
+        folder / "tokenizer.json",
+        {"corpus": fingerprint() if fingerprint else None, "size": size},
+        lambda: train_tokenizer((each.text for each in corpus), folder, size=size, progress=progress),
+        files=(folder / "tokenizer_config.json",),
+        force_reprocess=fingerprint is None,
+    )
+    return folder
 
 
 def _numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
@@ -77,15 +91,17 @@ class TrainingWrapper(nn.Module):
         processed_stats_json_path: where to write `.stats`, if anywhere.
         faiss_index_filename: name of the index, beside the chunks.
         work_dir: one folder for all files; left out, a folder of this corpus's own under data/work.
-        bert: which BERT embeds and whose tokenizer cuts (see `tokens.bert_folder`).
+        bert: which BERT embeds (see `tokens.bert_folder`).
+        tokenizer: what cuts the texts: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE with
+            so many entries, trained on this corpus (see `tokens.train_tokenizer`); None for the BERT's.
         progress: show progress bars.
         **index_kwargs: of `knn.chunks_to_precalculated_knn_`: `index`, `max_similarity`, `use_cls_repr`,
             `max_index_memory_usage`, …
 
     Raises:
         TypeError: `retro` is no RETRO.
-        ValueError: sizes of model and corpus do not go together, `knn` is less than 1, or an iterable comes
-            without `work_dir`.
+        ValueError: sizes of model and corpus or model and tokenizer do not go together, `knn` is less than 1, or
+            an iterable comes without `work_dir`.
     """
 
     def __init__(
@@ -107,16 +123,22 @@ class TrainingWrapper(nn.Module):
         faiss_index_filename: str = "knn.index",
         work_dir: PathLike | None = None,
         bert: PathLike | None = None,
+        tokenizer: PathLike | int | None = None,
         progress: bool = True,
         **index_kwargs: Any,
     ) -> None:
         super().__init__()
-        self._check(retro, chunk_size, knn, bert)
+        self._check(retro, chunk_size, knn)
         corpus, default = _as_corpus(documents_path, glob)
         if work_dir is None and default is None:
             raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
         self.retro, self.bert, self.chunk_size, self.max_seq_len = retro, bert, chunk_size, retro.seq_len
         self.work_dir = Path(work_dir) if work_dir is not None else default
+        if isinstance(tokenizer, int):
+            self.tokenizer = get_tokenizer(_trained_tokenizer(corpus, self.work_dir / "tokenizer", tokenizer, progress))
+        else:
+            self.tokenizer = get_tokenizer(bert if tokenizer is None else tokenizer)
+        self._check_tokenizer(retro, self.tokenizer)
         paths = {
             "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / "chunks.npy"),
             "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / "seqs.npy"),
@@ -129,7 +151,7 @@ class TrainingWrapper(nn.Module):
             seq_len=retro.seq_len,
             max_chunks=max_chunks,
             max_seqs=max_seqs,
-            bert=bert,
+            tokenizer=self.tokenizer,
             progress=progress,
         )
         self.kept_out = _numbers(keep_out, chunk_stats["docs"])
@@ -175,18 +197,21 @@ class TrainingWrapper(nn.Module):
         self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database, exclude=exclude)
 
     @staticmethod
-    def _check(retro: RETRO, chunk_size: int, knn: int, bert: PathLike | None) -> None:
+    def _check(retro: RETRO, chunk_size: int, knn: int) -> None:
         if not isinstance(retro, RETRO):
             raise TypeError(f"retro is a {type(retro).__name__}: pass a retro_nb.RETRO")
         if chunk_size != retro.chunk_size:
             raise ValueError(f"chunk_size {chunk_size}, but the model was made for {retro.chunk_size}: make them equal")
         if knn < 1:
             raise ValueError(f"knn is {knn}: it must be at least 1")
-        vocabulary = get_tokenizer(bert).get_vocab_size()
-        if retro.token_emb.num_embeddings < vocabulary:
+
+    @staticmethod
+    def _check_tokenizer(retro: RETRO, tokenizer: TextTokenizer) -> None:
+        size, pad = tokenizer.size, tokenizer.ids.pad
+        if retro.num_tokens < size or retro.pad_id != pad:
             raise ValueError(
-                f"the model knows {retro.token_emb.num_embeddings} tokens, the tokenizer gives {vocabulary}: "
-                f"make it with RETRO(num_tokens={vocabulary}, …)"
+                f"the model knows {retro.num_tokens} tokens and pads with {retro.pad_id}, the tokenizer gives {size} "
+                f"and pads with {pad}: make it with RETRO(num_tokens={size}, pad_id={pad}, …)"
             )
 
     def forward(self, seq: Int[Tensor, "b n"], retrieved: Tensor | None = None, return_loss: bool = False) -> Tensor:
@@ -245,7 +270,7 @@ class TrainingWrapper(nn.Module):
         """Sample from the model, retrieving for every chunk as it is completed.
 
         Args:
-            start: prompts; a [CLS] alone if left out.
+            start: prompts; the token that opens documents alone if left out.
             retrieved: neighbours of the prompt's complete chunks, to be used instead of retrieving them.
             filter_fn, filter_thres, temperature: `top_k` or `top_p`, the share that it filters out, and the
                 temperature of what is left (0: the likeliest token).
@@ -254,11 +279,11 @@ class TrainingWrapper(nn.Module):
             **options: `max_new_tokens`, `generator`, `prompt_lengths`, `on_token` of `sampling.generate`.
 
         Returns:
-            Prompts and samples, at most n tokens; a row ends with its own [SEP], then padding.
+            Prompts and samples, at most n tokens; a row ends with the token that closes documents, then padding.
         """
         device = next(self.retro.parameters()).device
         if start is None:
-            start = torch.full((1, 1), SOS_ID)
+            start = torch.full((1, 1), self.tokenizer.ids.sos)
         self.retriever.excluded(exclude)  # an unknown document is met here, not after the first chunk
 
         def fetch(chunk: Tensor, u: int) -> Tensor:
@@ -275,6 +300,7 @@ class TrainingWrapper(nn.Module):
             filter_fn=filter_fn,
             filter_thres=filter_thres,
             temperature=temperature,
+            eos_id=self.tokenizer.ids.eos,
             **options,
         )
 
@@ -295,16 +321,17 @@ class TrainingWrapper(nn.Module):
             **options: those of `generate`, but `on_token` and `on_retrieved`. Chunks that `retrieved` covers
                 look for no neighbours, so none are named; nor has a chunk any that no token follows.
         """
-        start = tokenize(prompt, bert=self.bert)[:, :-1]  # [CLS] and the prompt, but no [SEP]: it goes on
+        start = tokenize(prompt, tokenizer=self.tokenizer)[:, :-1]  # without what closes a document: it goes on
         written, found = start[0].tolist(), {}
 
         def stream(position: int, tokens: Tensor) -> None:
             written.append(int(tokens[0]))
-            on_text(decode(written, bert=self.bert))
+            on_text(decode(written, tokenizer=self.tokenizer))
 
         def note(u: int, distances: Distances, ids: Neighbours) -> None:
             found[u] = distances[0], ids[0]
 
         on_token = None if on_text is None else stream  # to look at a token makes a GPU wait
         row = self.generate(start, exclude=exclude, on_token=on_token, on_retrieved=note, **options)[0].cpu()
-        return Generation(decode(row, bert=self.bert), tuple(row.tolist()), self.retriever.annotate(row, found))
+        text = decode(row, tokenizer=self.tokenizer)
+        return Generation(text, tuple(row.tolist()), self.retriever.annotate(row, found))

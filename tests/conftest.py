@@ -1,5 +1,6 @@
 """Fixtures that several test modules use."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -11,9 +12,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core; and no warning about
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from retro_nb.corpus import Document
-from retro_nb.tokens import bert_folder
+from retro_nb.tokens import bert_folder, train_tokenizer
 
 
 def pytest_configure() -> None:
@@ -48,6 +51,50 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(file, folder)
     shutil.copy(Path(bert_folder()) / "vocab.txt", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with tokenizers as language models have them, of a few hundred entries.
+
+    bpe      byte-level, as `train_tokenizer` makes it
+    gpt2     the same with GPT-2's single special token, which opens and closes documents, and no padding
+    llama3   byte-level, split by Llama 3's rule, no padding either
+    llama2   SentencePiece's "▁" before the whole text: pieces of a text are not what the text is
+    """
+    texts = ["the people of every state --- and the union.. it's 1862, 12 345 !! \t\tthe  thé 中文 " * 3, "a b ab abab"]
+    root = tmp_path_factory.mktemp("tokenizers")
+    train_tokenizer(texts, root / "bpe", size=300, progress=False)
+    changed = {
+        "gpt2": {"bos_token": "<|end|>", "eos_token": "<|end|>"},
+        "llama3": {"bos_token": "<|start|>", "eos_token": "<|end|>"},
+    }
+    for name, special in changed.items():
+        (root / name).mkdir()
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+        (root / name / "tokenizer_config.json").write_text(json.dumps(about))
+        rules = json.loads((root / "bpe" / "tokenizer.json").read_text(encoding="utf-8"))
+        if name == "llama3":
+            by = {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False}
+            bytes_ = {**rules["pre_tokenizer"], "use_regex": False}
+            rules["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [by, bytes_]}
+        (root / name / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(root / "llama2")
+    return {name: root / name for name in ("bpe", "gpt2", "llama3", "llama2")}
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def corpus(tmp_path_factory, tiny_bert):
     folder = tmp_path_factory.mktemp("corpus")
     paths = {f"{name}_memmap_path": folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
     documents = [Document(text, str(number), "here") for number, text in enumerate(TEXTS)]
-    stats = documents_to_chunks_(documents, **paths, chunk_size=M, seq_len=N, bert=tiny_bert, progress=False)
+    stats = documents_to_chunks_(documents, **paths, chunk_size=M, seq_len=N, tokenizer=tiny_bert, progress=False)
     doc_ids, rng = np.load(folder / "doc_ids.npy"), np.random.default_rng(0)
     knns = [rng.choice(np.flatnonzero(doc_ids != document), K) for document in doc_ids]
     np.save(folder / "knns.npy", np.array(knns, np.int32))
@@ -74,7 +74,7 @@ def retro():
 
 def plain_nats(retro, dataset, text, number, bert, mode) -> tuple[float, int]:
     """Nats and tokens of one document: its own tokens, cut into sequences, neighbours fetched one by one."""
-    tokens, first = tokenize(text, bert=bert)[0], int(np.searchsorted(dataset.doc_ids, number))
+    tokens, first = tokenize(text, tokenizer=bert)[0], int(np.searchsorted(dataset.doc_ids, number))
     chunks, total, count = open_array(dataset._paths["chunks"][0]), 0.0, 0
     for start in range(0, len(tokens) - 1, N):
         seq = tokens[start : start + N]

@@ -200,7 +200,7 @@ def prepare(folder, documents, bert) -> dict:
         doc_ids_memmap_path=folder / "doc_ids.npy",
         chunk_size=M,
         seq_len=2 * M,
-        bert=bert,
+        tokenizer=bert,
         progress=False,
     )
     return dict(num_chunks=stats["chunks"], chunk_size=M, chunk_memmap_path=folder / "chunks.npy", bert=bert)

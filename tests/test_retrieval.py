@@ -46,13 +46,14 @@ def database(tmp_path_factory, tiny_bert) -> dict:
     """The arguments of `knn_chunks_from_seq_chunks` and of `Retriever`."""
     folder = tmp_path_factory.mktemp("corpus")
     chunks, doc_ids = folder / "chunks.npy", folder / "doc_ids.npy"
-    sizes = dict(chunk_size=M, bert=tiny_bert, progress=False)
+    sizes = dict(chunk_size=M, progress=False)
     stats = documents_to_chunks_(
         DOCUMENTS,
         chunks_memmap_path=chunks,
         seqs_memmap_path=folder / "seqs.npy",
         doc_ids_memmap_path=doc_ids,
         seq_len=2 * M,
+        tokenizer=tiny_bert,
         **sizes,
     )
     _, index = chunks_to_precalculated_knn_(
@@ -60,6 +61,7 @@ def database(tmp_path_factory, tiny_bert) -> dict:
         num_chunks=stats["chunks"],
         chunk_memmap_path=chunks,
         doc_ids_memmap_path=doc_ids,
+        bert=tiny_bert,
         **sizes,
     )
     return dict(
@@ -186,7 +188,7 @@ def test_passages_of_a_text(retriever, chunks, length):
     tokens = chunks.flatten()[:length]
     passages = retriever.passages(tokens, exclude=[0])
     assert [passage.text for passage in passages] == [
-        decode(tokens[start : start + M], bert=retriever.bert) for start in range(0, length, M)
+        decode(tokens[start : start + M], tokenizer=retriever.tokenizer) for start in range(0, length, M)
     ]
     for u, passage in enumerate(passages):
         if (u + 1) * M > length:

@@ -18,18 +18,17 @@ from retro_nb.tokens import (
     decode,
     get_tokenizer,
     tokenize,
-    tokenizer_fingerprint,
 )
 
 
 def test_special_tokens_are_where_bert_expects_them():
-    names = [get_tokenizer().id_to_token(token) for token in (PAD_ID, SOS_ID, EOS_ID)]
+    names = [get_tokenizer().token(token) for token in (PAD_ID, SOS_ID, EOS_ID)]
     assert names == ["[PAD]", "[CLS]", "[SEP]"]
 
 
 def wordpiece(text):
     """BERT's tokenizer for plain ASCII, from its paper: split, then take the longest piece that is known."""
-    vocabulary = get_tokenizer().get_vocab()
+    vocabulary = get_tokenizer().backend.get_vocab()
     for word in re.findall(r"[a-z0-9]+|[^a-z0-9\s]", text.lower()):
         start = 0
         while start < len(word):
@@ -59,15 +58,16 @@ def test_decode_is_the_way_back_for_plain_text():
 
 def test_a_tokenizer_is_loaded_once_and_again_when_it_has_changed(tmp_path):
     file = tmp_path / "tokenizer.json"
-    shutil.copy(bert_folder() + "/tokenizer.json", file)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{bert_folder()}/{name}", tmp_path)
     assert get_tokenizer(tmp_path) is get_tokenizer(str(tmp_path))
-    assert tokenizer_fingerprint(tmp_path) == tokenizer_fingerprint()
+    assert get_tokenizer(tmp_path).fingerprint == get_tokenizer().fingerprint
     about = json.loads(file.read_text(encoding="utf-8"))
     about["normalizer"]["lowercase"] = False
     file.write_text(json.dumps(about), encoding="utf-8")
     os.utime(file, ns=(1, 1))
-    assert tokenizer_fingerprint(tmp_path) != tokenizer_fingerprint()
-    assert tokenize("The", bert=tmp_path).tolist() != tokenize("The").tolist()
+    assert get_tokenizer(tmp_path).fingerprint != get_tokenizer().fingerprint
+    assert tokenize("The", tokenizer=tmp_path).tolist() != tokenize("The").tolist()
 
 
 def test_a_folder_without_tokenizer_and_one_that_is_no_bert_are_refused(tmp_path):

@@ -381,13 +381,14 @@ def test_generated_text_says_what_was_read(wrapped, monkeypatch):
     prompt = "the treaty of peace and the law of the land"
     generation = wrapped.generate_text(prompt, exclude=["second"], temperature=0)
     tokens = torch.tensor(generation.tokens)
-    assert generation.text == str(generation) == decode(tokens, bert=wrapped.bert) and generation.text.startswith(
+    text = decode(tokens, tokenizer=wrapped.tokenizer)
+    assert generation.text == str(generation) == text and text.startswith(
         prompt
     )
     assert len(read) == (len(tokens) - 1) // M  # of no chunk twice, nor of a last one that no token follows
     assert len(generation.passages) == -(-len(tokens) // M)
     for u, passage in enumerate(generation.passages):
-        assert passage.text == decode(tokens[u * M : (u + 1) * M], bert=wrapped.bert)
+        assert passage.text == decode(tokens[u * M : (u + 1) * M], tokenizer=wrapped.tokenizer)
         if u >= len(read):
             assert passage.neighbours == ()
             continue
@@ -403,7 +404,7 @@ def test_prompts_of_any_length(wrapped, words):
     """[CLS] and m − 1 words are a whole chunk; nothing at all is [CLS] alone."""
     prompt = " ".join((WORDS * 2)[:words])
     generation = wrapped.generate_text(prompt, max_new_tokens=2, temperature=0)
-    assert list(generation.tokens[: words + 1]) == tokenize(prompt, bert=wrapped.bert)[0, :-1].tolist()
+    assert list(generation.tokens[: words + 1]) == tokenize(prompt, tokenizer=wrapped.tokenizer)[0, :-1].tolist()
     assert len(generation.tokens) == words + 3
     complete = [bool(passage.neighbours) for passage in generation.passages]
     assert complete == [(u + 1) * M <= words + 2 for u in range(len(complete))]
@@ -416,7 +417,7 @@ def test_text_streams(wrapped):
     generation = wrapped.generate_text("law and", max_new_tokens=12, temperature=0, on_text=texts.append)
     assert len(texts) == 12 and texts[-1] == generation.text
     assert all(text.startswith("law and") for text in texts)
-    assert texts[0] == decode(generation.tokens[:4], bert=wrapped.bert)
+    assert texts[0] == decode(generation.tokens[:4], tokenizer=wrapped.tokenizer)
 
 
 def test_text_is_reproducible(wrapped):
