@@ -13,8 +13,9 @@ from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.libraries import docstrings
 from retro_nb.model import RETRO
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
-from retro_nb.sampling import generate, gumbel_sample, top_k, top_p
-from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, tokenize
+from retro_nb.retrofit import RETROfit, retrofit
+from retro_nb.sampling import generate, gumbel_sample, left_pad, top_k, top_p
+from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.towns import almanac
 from retro_nb.training import evaluate_loss, fit, get_optimizer, split_by_document
 from retro_nb.wrapper import TrainingWrapper
@@ -27,6 +28,7 @@ __all__ = [
     "SOS_ID",
     "Document",
     "RETRODataset",
+    "RETROfit",
     "Retriever",
     "TrainingWrapper",
     "almanac",
@@ -44,11 +46,14 @@ __all__ = [
     "fit",
     "generate",
     "get_optimizer",
+    "get_tokenizer",
     "gumbel_sample",
     "jsonl",
     "knn_chunks_from_seq_chunks",
     "knn_to_retrieved_chunks",
+    "left_pad",
     "neighbours",
+    "retrofit",
     "search",
     "speeches",
     "split_by_document",
@@ -57,4 +62,5 @@ __all__ = [
     "tokenize",
     "top_k",
     "top_p",
+    "train_tokenizer",
 ]

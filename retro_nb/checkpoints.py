@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from retro_nb.pretrained import load_weights
 from retro_nb.storage import PathLike, replacing, write_json
 
 
@@ -160,7 +160,7 @@ class Checkpoints:
         return saved["step"]
 
     # Accelerate would save the model as several processes wrap it, with other names for its weights. Saved on
-    # its own, it can go on with another number of processes, and RETRO.from_pretrained reads it.
+    # its own, it can go on with another number of processes, and from_pretrained reads it.
     def _save_model(self, models: list, weights: list, folder: str) -> None:
         weights.clear()
         if self.accelerator.is_main_process:
@@ -168,7 +168,7 @@ class Checkpoints:
 
     def _load_model(self, models: list, folder: str) -> None:
         models.clear()
-        load_model(self.retro, Path(folder) / "model.safetensors")
+        load_weights(self.retro.own_weights, folder)
 
     def load(self) -> None:
         if self.newest:

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from retro_nb.chunked import ChunkedLM
 from retro_nb.chunking import companion, document_tokens
 from retro_nb.corpus import Document
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import NO_NEIGHBOUR
-from retro_nb.model import RETRO
 from retro_nb.storage import PathLike, open_array
 from retro_nb.tokens import TextTokenizer
 from retro_nb.training import of_documents
@@ -41,7 +41,7 @@ RESAMPLES = 10_000
 
 
 def token_losses(
-    retro: RETRO,
+    retro: ChunkedLM,
     dataset: RETRODataset,
     documents: Sequence[int],
     mode: str = "on",
@@ -221,7 +221,7 @@ def found_twins(knns: Int[np.ndarray, "c k"], doc_ids: Int[np.ndarray, " c"]) ->
 
 
 def evaluate(
-    models: Mapping[str, tuple[RETRO, str]],
+    models: Mapping[str, tuple[ChunkedLM, str]],
     dataset: RETRODataset,
     documents: Sequence[int],
     chunk_bytes: Int[np.ndarray, " c"],

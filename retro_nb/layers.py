@@ -356,8 +356,10 @@ class ChunkedCrossAttention(nn.Module):
         bias = hiding(~F.pad(mask, (1, 0), value=True), keys.dtype)
         return OpenMemory(*self.attn.with_null(keys, values), rearrange(bias, "b r -> b 1 1 r"))
 
-    def read(self, x: Float[Tensor, "b n d"], memory: OpenMemory | None, place: Place) -> Float[Tensor, "b n d"]:
-        """What tokens of one attending chunk read, zero where it has no neighbours."""
+    def read(
+        self, x: Float[Tensor, "b n d"], memory: OpenMemory | None, turn: Float[Tensor, "2 n _"]
+    ) -> Float[Tensor, "b n d"]:
+        """What tokens of one attending chunk read, zero where it has no neighbours; `turn` is their rotary."""
         if memory is None:
             return torch.zeros_like(x)
-        return self.attn.look(self.attn.queries(x, place.reader), *memory)
+        return self.attn.look(self.attn.queries(x, turn), *memory)

@@ -60,7 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         w, b = _even(weight, x), _even(bias, x, value=float("-inf"))  # words that never come
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        dx, dw, db = (torch.zeros_like(t, dtype=s.dtype) for t, s in ((x, x), (w, total), (b, total)))
+        learns = with_gradients and any(ctx.needs_input_grad[1:3])  # the output layer may be frozen
+        dx = torch.zeros_like(x)
+        dw, db = (torch.zeros_like(t, dtype=total.dtype) if learns else None for t in (w, b))
         block = _tokens_at_once(x, w)
         softmax_loss = _fused_softmax_loss() if x.is_cuda and can_compile("cuda") else _softmax_loss
         with torch.autocast(x.device.type, enabled=False):
@@ -69,16 +71,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += loss
                 if with_gradients:
                     torch.mm(slope, w, out=dx_block)
+                if learns:
                     dw += slope.T @ x_block
                     db += slope.sum(dim=0, dtype=db.dtype)
-        ctx.save_for_backward(dx, dw[: len(weight)].to(weight.dtype), db[: len(bias)].to(bias.dtype))
+        if learns:
+            dw, db = dw[: len(weight)].to(weight.dtype), db[: len(bias)].to(bias.dtype)
+        ctx.save_for_backward(dx, dw, db)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
-        return dx * upstream.to(dx.dtype), dw * upstream, db * upstream, None, None
+        return *(None if t is None else t * upstream.to(t.dtype) for t in (dx, dw, db)), None, None
 
 
 def _tokens_at_once(x: Tensor, weight: Tensor) -> int:

@@ -4,26 +4,22 @@ Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k ne
 per neighbour, d width, v vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retro_nb.devices import send
+from retro_nb.chunked import ChunkedLM, Retrieved
 from retro_nb.layers import Past, PostNorm, PreNorm, rotary
-from retro_nb.loss import linear_cross_entropy, token_cross_entropy
 from retro_nb.presets import AS_IN_THE_PAPER, PRESETS
-from retro_nb.pretrained import load, plain_config, renamed, save
+from retro_nb.pretrained import load, plain_config, renamed
 from retro_nb.transformer import Decoder, DecodingState, Encoder, deepnet_init, norm_of
 
-Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
 
-
-class RETRO(nn.Module):
+class RETRO(ChunkedLM):
     """A causal language model that reads, after every chunk, the neighbours retrieved for it.
 
     The arguments are those of retro-pytorch 0.3.9; the last seven are the paper's and, at their defaults,
@@ -154,52 +150,10 @@ class RETRO(nn.Module):
 
     # whole sequences
 
-    def forward(
-        self, seq: Int[Tensor, "b _"], retrieved: Retrieved | None = None, return_loss: bool = False
-    ) -> Float[Tensor, "b n v"] | Float[Tensor, ""]:
-        """Logits of the next token at every position, or the mean loss.
-
-        Args:
-            seq: (b, n) token ids; (b, n+1) with return_loss, whose last n tokens are then the labels. Like
-                `retrieved` it may lie on the CPU: then a GPU need not be asked which of it is padding.
-            retrieved: (b, l, k, r) the neighbours of the l = n // m complete chunks, r ≥ m; (b, l, r) for a
-                single neighbour. None is the model without retrieval, RETRO[OFF].
-            return_loss: return the mean cross-entropy in nats over all labels that are not padding
-                (0 if all are), in training and evaluation mode alike.
-
-        Raises:
-            ValueError: a sequence that is empty or longer than max_seq_len, neighbours of another number of
-                chunks or shorter than a chunk, a token outside the vocabulary (looked for on the CPU only;
-                on a GPU the check would hold up every step).
-        """
-        if not return_loss:
-            return self.to_logits(self._hidden(seq, retrieved))
-        labels = rearrange(seq[:, 1:], "b n -> (b n)")
-        asked = (labels != self.pad_id).nonzero()[:, 0]
-        x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")[self._here(asked)]
-        total = linear_cross_entropy(x, self.to_logits.weight, self.to_logits.bias, self._here(labels[asked].long()))
-        return total / max(1, len(asked))
-
-    @torch.no_grad()
-    def token_losses(self, seq: Int[Tensor, "b _"], retrieved: Retrieved | None = None) -> Float[Tensor, "b n"]:
-        """The loss of every label of its own, in nats, NaN where that is padding; without gradients.
-
-        Args and errors as `forward`'s with return_loss: seq is (b, n+1).
-        """
-        labels = self._here(seq[:, 1:].long())
-        x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")
-        losses = token_cross_entropy(x, self.to_logits.weight, self.to_logits.bias, rearrange(labels, "b n -> (b n)"))
-        return losses.reshape(labels.shape).masked_fill(labels == self.pad_id, float("nan"))
-
     def _hidden(self, seq: Int[Tensor, "b n"], retrieved: Retrieved | None) -> Float[Tensor, "b n _"]:
         """What the output layer reads."""
-        n = seq.shape[1]
-        if not 1 <= n <= self.seq_len:
-            raise ValueError(
-                f"the model was given {n} tokens (labels not counted) and takes 1 to {self.seq_len}: pass another "
-                f"length or build RETRO with a larger max_seq_len"
-            )
-        retrieved = self._check_retrieved(retrieved, chunks=n // self.chunk_size)
+        self._check_length(seq.shape[1])
+        retrieved = self._check_retrieved(retrieved, chunks=seq.shape[1] // self.chunk_size)
         retrieved, kept = self._with_neighbours(retrieved)
         return self.decoder(self._embed(seq), self.encoder, *self._embed_retrieved(retrieved), self._here(kept))
 
@@ -214,10 +168,7 @@ class RETRO(nn.Module):
                 so many places, filled or not.
             retrieval: False for RETRO[OFF], the model of forward(retrieved=None).
         """
-        capacity = self.seq_len if capacity is None else capacity
-        if not 1 <= capacity <= self.seq_len:
-            raise ValueError(f"capacity {capacity} is not in 1 … max_seq_len {self.seq_len}")
-        weight, m = self.to_logits.weight, self.chunk_size
+        capacity, weight, m = self._capacity(capacity), self.to_logits.weight, self.chunk_size
         positions = torch.arange(max(capacity, 2 * m), device=weight.device)
         return DecodingState(
             capacity, retrieval,
@@ -227,14 +178,6 @@ class RETRO(nn.Module):
             # On a CPU, feature by feature: then one token meets all v words three times sooner.
             words=weight.T.contiguous().T if weight.is_cpu else weight,
         )  # fmt: skip
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cut the positions start … stop−1 before each chunk's last token, into pieces for `decode`."""
-        m = self.chunk_size
-        while start < stop:
-            end = min(stop, (start + 1) // m * m + m - 1)
-            yield start, end
-            start = end
 
     def decode(
         self, seq: Int[Tensor, "b n"], state: DecodingState, retrieved: Int[Tensor, "b k r"] | None = None
@@ -258,20 +201,8 @@ class RETRO(nn.Module):
             ValueError: a piece that crosses into the next attending chunk, neighbours where no chunk ends
                 or in a state without retrieval, more tokens than the state has room for.
         """
-        m, start, stop = self.chunk_size, state.length, state.length + seq.shape[1]
-        if stop > state.capacity:
-            raise ValueError(f"{stop} tokens exceed the state's capacity {state.capacity}: start with more")
-        pieces = list(self.pieces(start, stop))
-        if len(pieces) != 1:
-            raise ValueError(f"positions {start} … {stop - 1} are not one piece: feed {pieces} one by one")
-        if retrieved is not None:
-            if not state.retrieval or (start + 1) % m:
-                raise ValueError(
-                    f"no neighbours are read at position {start} (retrieval={state.retrieval}): they come "
-                    f"with a chunk's last token, {m - 1}, {2 * m - 1}, …, after start_decoding(retrieval=True)"
-                )
-            retrieved = self._check_retrieved(rearrange(retrieved, "b k r -> b 1 k r"), chunks=1)
-        x = self._embed(seq, start)
+        retrieved = self._check_piece(seq, state, retrieved)
+        x = self._embed(seq, state.length)
         x = self.decoder.decode(x, state, self.encoder, *self._embed_retrieved(retrieved))
         return F.linear(x, state.words) + self.to_logits.bias
 
@@ -283,23 +214,6 @@ class RETRO(nn.Module):
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[start : start + seq.shape[1]]
         return self.to_dec_dim(x)
-
-    def _with_neighbours(
-        self, retrieved: Int[Tensor, "b l k r"] | None
-    ) -> tuple[Int[Tensor, "_ _ k r"] | None, Int[Tensor, " c"] | None]:
-        """Leave out the chunks that have no neighbours, such as padding: there is nothing to encode.
-
-        Returns the neighbours of the others, (c, 1, k, r), and which of the b·l chunks these are; or all
-        neighbours and None, if no chunk is without.
-        """
-        if retrieved is None:
-            return None, None
-        chunks = rearrange(retrieved, "b l k r -> (b l) 1 k r")
-        kept = (chunks != self.pad_id).any(dim=(1, 2, 3)).nonzero()[:, 0]
-        if len(kept) == len(chunks):
-            return retrieved, None
-        kept = kept if len(kept) else kept.new_zeros(1)  # layers need not be made for empty batches
-        return chunks[kept], kept
 
     def _embed_retrieved(
         self, retrieved: Int[Tensor, "b l k r"] | None
@@ -313,36 +227,10 @@ class RETRO(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x, retrieved != self.pad_id
 
-    def _here(self, ids: Int[Tensor, "..."] | None) -> Int[Tensor, "..."] | None:
-        return None if ids is None else send(ids, self.to_logits.weight.device)
-
-    def _check_tokens(self, ids: Int[Tensor, "..."], name: str) -> None:
-        if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
-            return
-        low, high = ids.aminmax()
-        if low < 0 or high >= self.num_tokens:
-            raise ValueError(
-                f"{name} holds token {low if low < 0 else high}, the vocabulary is 0 … {self.num_tokens - 1}: "
-                f"build RETRO with the tokenizer's num_tokens (a missing neighbour is all {self.pad_id})"
-            )
-
-    def _check_retrieved(self, retrieved: Retrieved | None, chunks: int) -> Int[Tensor, "b l k r"] | None:
-        if retrieved is None:
-            return None
-        if retrieved.ndim == 3:
-            retrieved = rearrange(retrieved, "b l r -> b l 1 r")
-        _, l, _, r = retrieved.shape
-        if l != chunks:
-            raise ValueError(
-                f"retrieved holds the neighbours of {l} chunks, but the sequence has {chunks} complete "
-                f"chunks of {self.chunk_size} tokens: pass retrieved of shape (b, {chunks}, k, r)"
-            )
-        if r < self.chunk_size:
-            raise ValueError(
-                f"retrieved holds {r} tokens a neighbour, fewer than chunk_size {self.chunk_size}: pass each "
-                f"neighbour's chunk, with its continuation ({2 * self.chunk_size} tokens) or padded"
-            )
-        return retrieved
+    @property
+    def compilable(self) -> tuple[nn.Module, ...]:
+        """The decoder, and with it the encoder, which it calls."""
+        return (self.decoder,)
 
     # sizes, weights
 
@@ -381,10 +269,6 @@ class RETRO(nn.Module):
             raise ValueError(f"these are not the weights of retro_pytorch.RETRO(**{config}): {error}") from error
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json into `folder`, each replaced as a whole or not at all."""
-        save(self, folder)
-
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "RETRO":
         """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
@@ -396,7 +280,7 @@ class RETRO(nn.Module):
             ValueError: the configuration is not RETRO's, the weights are damaged, or the two do not belong
                 together.
         """
-        return load(cls, folder, device)
+        return load(lambda config: cls(**config), RETRO.__name__, folder, device)
 
 
 def _layers(name: str, layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from retro_nb.storage import ROOT, replacing, write_json
+from retro_nb.storage import ROOT, PathLike, replacing, write_json
 
-KIND = "retro_nb.RETRO"
 INCLUDED = ROOT / "data" / "checkpoints"  # models that come with the project
 
 # Regular expressions from the names of retro-pytorch's parameters to ours.
@@ -51,34 +50,43 @@ def plain_config(arguments: dict) -> dict:
     return config
 
 
-def _read_config(path: Path) -> dict:
+def _kind(name: str) -> str:
+    return f"retro_nb.{name}"
+
+
+def _read_config(path: Path, name: str) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model") != KIND:
-        raise ValueError(f"{path} is not the configuration of a RETRO saved with save_pretrained")
+    if not isinstance(config, dict) or config.get("model") != _kind(name):
+        raise ValueError(f"{path} is not the configuration of a {name} saved with save_pretrained")
     return config
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
-    """Write a model that has a `.config`: model.safetensors and config.json, each whole or not at all."""
-    config = {"model": KIND, **model.config}
+def save(weights: nn.Module, config: dict, name: str, folder: str | Path) -> None:
+    """Write a model of the class `name`: model.safetensors and config.json, each whole or not at all."""
+    config = {"model": _kind(name), **config}
     with replacing(Path(folder) / "model.safetensors") as temporary:
-        save_model(model, str(temporary), metadata={"config": json.dumps(config)})
+        save_model(weights, str(temporary), metadata={"config": json.dumps(config)})
     write_json(Path(folder) / "config.json", config)
 
 
-def _find(folder: str | Path) -> Path:
-    """The folder itself, or of that name among the models that are included."""
-    if Path(folder).is_dir() or not (INCLUDED / folder).is_dir():
-        return Path(folder)
-    return INCLUDED / folder
+def find_included(name: PathLike) -> PathLike:
+    """The folder of that name among the models that are included; anything else as it is."""
+    return INCLUDED / name if (INCLUDED / name).is_dir() and not Path(name).is_dir() else name
 
 
-def load(cls: type[nn.Module], folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The model that `save` wrote, built as `cls(**config)`, in evaluation mode; errors as `from_pretrained`."""
-    folder = _find(folder)
+def load_weights(weights: nn.Module, folder: str | Path, device: str | torch.device = "cpu") -> None:
+    """Fill a module with the weights that `save` wrote of one like it."""
+    load_model(weights, Path(folder) / "model.safetensors", device=str(device))
+
+
+def load(
+    build: Callable[[dict], nn.Module], name: str, folder: str | Path, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The model that `save` wrote, made by `build(config)`, in evaluation mode; errors as `from_pretrained`."""
+    folder = Path(find_included(folder))
     if not folder.is_dir():
         names = ", ".join(sorted(path.name for path in INCLUDED.glob("*/"))) or "none"
         raise FileNotFoundError(f"{folder} is no folder with a model, nor the name of an included one ({names})")
@@ -86,14 +94,14 @@ def load(cls: type[nn.Module], folder: str | Path, device: str | torch.device = 
     for path in (config_path, weights_path):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: save_pretrained({str(folder)!r}) writes it")
-    config = _read_config(config_path)
+    config = _read_config(config_path, name)
     try:
         with safe_open(weights_path, "pt") as weights:
             saved_with = json.loads((weights.metadata() or {}).get("config", "null"))
         if saved_with != config:
             raise ValueError("they were saved with another configuration")
-        model = cls(**{key: value for key, value in config.items() if key != "model"})
-        load_model(model, weights_path, device=str(device))
+        model = build({key: value for key, value in config.items() if key != "model"})
+        load_weights(model.own_weights, folder, device)
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{weights_path} does not hold the weights of the model in {config_path}: {error}. Save both "

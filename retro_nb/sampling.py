@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retro_nb.model import RETRO
+from retro_nb.chunked import ChunkedLM
 from retro_nb.tokens import EOS_ID
 
 FetchNeighbours = Callable[[Tensor, int], Tensor]  # (b, m) tokens of a chunk, its number -> (b, k, r)
@@ -72,7 +72,7 @@ def gumbel_sample(
 
 
 def generate(
-    retro: RETRO,
+    retro: ChunkedLM,
     prompt: Int[Tensor, "b _"],
     fetch_neighbours: FetchNeighbours | None = None,
     *,
@@ -141,8 +141,18 @@ def generate(
     return seq[:, : int(ends.max())]
 
 
+def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Tensor, "b _"]:
+    """Prompts with so much padding before them that they end with a chunk.
+
+    Then the first token that is written reads what was retrieved for the whole prompt, however short it is: the
+    paper's recipe for answering questions (§4.3). It is for models that do not attend to padding before a text,
+    which is what `retrofit` makes.
+    """
+    return F.pad(prompt, (-prompt.shape[1] % chunk_size, 0), value=pad_id)
+
+
 @contextmanager
-def _evaluating(retro: RETRO) -> Iterator[None]:
+def _evaluating(retro: ChunkedLM) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the mode is what it was."""
     was_training = retro.training
     retro.eval()
@@ -154,7 +164,7 @@ def _evaluating(retro: RETRO) -> Iterator[None]:
 
 
 def _row_limits(
-    retro: RETRO, prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"] | None, max_new_tokens: int | None
+    retro: ChunkedLM, prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"] | None, max_new_tokens: int | None
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
     """Of each row: how many tokens are its prompt, and at how many it ends at the latest."""
     b, p = prompt.shape
@@ -171,7 +181,7 @@ def _row_limits(
     return lengths, (lengths + new).clamp(max=retro.seq_len)
 
 
-def _patience(retro: RETRO, seq: Int[Tensor, "b n"]) -> int:
+def _patience(retro: ChunkedLM, seq: Int[Tensor, "b n"]) -> int:
     """After how many tokens to look whether all rows have ended, and always before neighbours are fetched.
 
     A look makes a GPU wait. Without, some padding too many is written behind the rows and cut away.
@@ -179,9 +189,7 @@ def _patience(retro: RETRO, seq: Int[Tensor, "b n"]) -> int:
     return 1 if seq.is_cpu else math.gcd(16, retro.chunk_size)
 
 
-def _room(
-    prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"], n: int, pad_id: int
-) -> Int[Tensor, "b {n}"]:
+def _room(prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"], n: int, pad_id: int) -> Int[Tensor, "b {n}"]:
     """The prompts at the beginning of rows of n tokens, the rest padding."""
     seq = F.pad(prompt.long(), (0, n - prompt.shape[1]), value=pad_id)  # a negative number cuts
     positions = torch.arange(n, device=prompt.device)
@@ -189,7 +197,7 @@ def _room(
 
 
 def _neighbours(
-    retro: RETRO,
+    retro: ChunkedLM,
     seq: Int[Tensor, "b n"],
     fetch: FetchNeighbours | None,
     given: Int[Tensor, "b l k r"] | None,

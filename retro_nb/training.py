@@ -26,6 +26,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.checkpoints import Checkpoints, History, Log, interrupt_between_steps, read_log  # noqa: F401
+from retro_nb.chunked import ChunkedLM
 from retro_nb.devices import can_compile, send
 from retro_nb.storage import PathLike
 
@@ -190,7 +191,7 @@ class _Trainer:
         self.accelerator, self.retro, self.run, self.was_training = accelerator, retro, run, retro.training
         retro.train().to(accelerator.device)
         optimizer = get_optimizer(retro.parameters(), run["lr"], run["wd"], filter_by_requires_grad=True)
-        self.compiled = [retro.decoder] if compile else []  # and with it the encoder, which it calls
+        self.compiled = retro.compilable if compile else ()
         for module in self.compiled:
             module.compile()
         self.model, self.optimizer = accelerator.prepare(retro, optimizer)
@@ -275,7 +276,7 @@ def _resolve(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def fit(
-    retro: nn.Module,
+    retro: ChunkedLM,
     train: Dataset,
     valid: Dataset | None = None,
     *,
@@ -325,9 +326,12 @@ def fit(
     several leave the newest regular checkpoint).
 
     Raises:
-        ValueError: a setting out of range, or a checkpoint of another model or of other settings.
+        ValueError: a setting out of range, a frozen language model to train without retrieval, or a checkpoint of
+            another model or of other settings.
         FloatingPointError: a loss or gradient that is not finite, naming the step.
     """
+    if not retrieval and retro.frozen:
+        raise ValueError("retrieval is off and the model frozen: nothing would be trained. Pass retrieval=True")
     accelerator = _new_accelerator(retrieval)
     asked = dict(
         steps=steps, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, wd=wd,

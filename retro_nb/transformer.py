@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from retro_nb import kernels
@@ -33,6 +33,15 @@ class Layer(nn.Module):
     def __init__(self, attn: nn.Module, cross_attn: nn.Module | None, ff: nn.Module):
         super().__init__()
         self.attn, self.cross_attn, self.ff = attn, cross_attn, ff
+
+
+def of_chunks(
+    x: Shaped[Tensor, "b n *d"], m: int, kept: Int[Tensor, " c"] | None = None
+) -> Shaped[Tensor, "_ _ {m} *d"]:
+    """What belongs to the l complete chunks of each sequence, (b, l, m); or to the chunks `kept` of all, (c, 1, m)."""
+    l = x.shape[1] // m
+    chunks = rearrange(x[:, : l * m], "b (l m) ... -> b l m ...", m=m)
+    return chunks if kept is None else rearrange(chunks, "b l ... -> (b l) 1 ...")[kept]
 
 
 class Encoder(nn.Module):
@@ -68,9 +77,13 @@ class Encoder(nn.Module):
         self.project_out = nn.Linear(dim, out_dim) if out_dim else nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "b l k r _"], mask: Bool[Tensor, "b l k r"], chunks: Float[Tensor, "b l m _"]
+        self,
+        x: Float[Tensor, "b l k r _"],
+        mask: Bool[Tensor, "b l k r"],
+        chunks: Float[Tensor, "b l m _"],
+        chunk_mask: Bool[Tensor, "b l m"] | None = None,
     ) -> Float[Tensor, "b l k r _"]:
-        """Encode embedded neighbours `x`; `mask` is False on their padding, `chunks` holds H_1 … H_l."""
+        """Encode embedded neighbours `x`; `chunks` holds H_1 … H_l. The masks are False on padding."""
         b, l, k, r, _ = x.shape
         within = rotary(torch.arange(r, device=x.device), self.dim_head)
         across = repeat(within, "two r d -> two (k r) d", k=k)
@@ -79,11 +92,12 @@ class Encoder(nn.Module):
         x = rearrange(x, "b l k r d -> (b l k) r d")
         mask = rearrange(mask, "b l k r -> (b l k) r")
         chunks = rearrange(chunks, "b l m d -> (b l) m d")
+        chunk_mask = None if chunk_mask is None else rearrange(chunk_mask, "b l m -> (b l) m")
         for layer in self.layers:
             x = layer.attn(x, mask=mask, q_rotary=within, k_rotary=within)
             if layer.cross_attn is not None:  # the k neighbours of a chunk share its keys and values
                 x = rearrange(x, "(c k) r d -> c (k r) d", k=k)
-                x = layer.cross_attn(x, context=chunks, q_rotary=across, k_rotary=chunk)
+                x = layer.cross_attn(x, context=chunks, mask=chunk_mask, q_rotary=across, k_rotary=chunk)
                 x = rearrange(x, "c (k r) d -> (c k) r d", k=k)
             x = layer.ff(x)
         return rearrange(self.project_out(self.norm_out(x)), "(b l k) r d -> b l k r d", b=b, l=l)
@@ -113,7 +127,7 @@ class WithModules:
 
     @staticmethod
     def read(block: nn.Module, x: Tensor, memory: OpenMemory | None, place: Place) -> Tensor:
-        return block.around(block.fn.read, x, memory, place)
+        return block.around(block.fn.read, x, memory, place.reader)
 
     @staticmethod
     def feed(block: nn.Module, x: Tensor) -> Tensor:
@@ -169,10 +183,7 @@ class Decoder(nn.Module):
             if layer.cross_attn is not None and retrieved is not None:
                 l, m = x.shape[1] // self.chunk_size, self.chunk_size
                 if encoded is None and l > 0:  # layer min(P)
-                    chunks = rearrange(x[:, : l * m], "b (l m) d -> b l m d", m=m)
-                    if kept is not None:
-                        chunks = rearrange(chunks, "b l m d -> (b l) 1 m d")[kept]
-                    encoded = encoder(retrieved, mask, chunks)
+                    encoded = encoder(retrieved, mask, of_chunks(x, m, kept))
                 x = layer.cross_attn(x, layer.cross_attn.fn.remember(encoded, mask), kept=kept)
             x = layer.ff(x)
         return self.norm_out(x)

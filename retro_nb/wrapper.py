@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from retro_nb.checkpoints import History
+from retro_nb.chunked import ChunkedLM
 from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import jsonl, text_folder
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.manifest import cached
-from retro_nb.model import RETRO
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, top_k
 from retro_nb.storage import WORK, PathLike, open_array, write_json
@@ -93,13 +93,14 @@ class TrainingWrapper(nn.Module):
         work_dir: one folder for all files; left out, a folder of this corpus's own under data/work.
         bert: which BERT embeds (see `tokens.bert_folder`).
         tokenizer: what cuts the texts: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE with
-            so many entries, trained on this corpus (see `tokens.train_tokenizer`); None for the BERT's.
+            so many entries, trained on this corpus (see `tokens.train_tokenizer`); None for the model's own, if it has
+            one (as what `retrofit` makes), else the BERT's.
         progress: show progress bars.
         **index_kwargs: of `knn.chunks_to_precalculated_knn_`: `index`, `max_similarity`, `use_cls_repr`,
             `max_index_memory_usage`, …
 
     Raises:
-        TypeError: `retro` is no RETRO.
+        TypeError: `retro` is neither a RETRO nor made by `retrofit`.
         ValueError: sizes of model and corpus or model and tokenizer do not go together, `knn` is less than 1, or
             an iterable comes without `work_dir`.
     """
@@ -107,7 +108,7 @@ class TrainingWrapper(nn.Module):
     def __init__(
         self,
         *,
-        retro: RETRO,
+        retro: ChunkedLM,
         chunk_size: int,
         documents_path: Any,
         knn: int,
@@ -137,7 +138,7 @@ class TrainingWrapper(nn.Module):
         if isinstance(tokenizer, int):
             self.tokenizer = get_tokenizer(_trained_tokenizer(corpus, self.work_dir / "tokenizer", tokenizer, progress))
         else:
-            self.tokenizer = get_tokenizer(bert if tokenizer is None else tokenizer)
+            self.tokenizer = get_tokenizer(tokenizer or retro.tokenizer or bert)
         self._check_tokenizer(retro, self.tokenizer)
         paths = {
             "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / "chunks.npy"),
@@ -197,17 +198,22 @@ class TrainingWrapper(nn.Module):
         self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database, exclude=exclude)
 
     @staticmethod
-    def _check(retro: RETRO, chunk_size: int, knn: int) -> None:
-        if not isinstance(retro, RETRO):
-            raise TypeError(f"retro is a {type(retro).__name__}: pass a retro_nb.RETRO")
+    def _check(retro: nn.Module, chunk_size: int, knn: int) -> None:
+        if not isinstance(retro, ChunkedLM):
+            raise TypeError(f"retro is a {type(retro).__name__}: pass a retro_nb.RETRO, or what retrofit(…) returns")
         if chunk_size != retro.chunk_size:
             raise ValueError(f"chunk_size {chunk_size}, but the model was made for {retro.chunk_size}: make them equal")
         if knn < 1:
             raise ValueError(f"knn is {knn}: it must be at least 1")
 
     @staticmethod
-    def _check_tokenizer(retro: RETRO, tokenizer: TextTokenizer) -> None:
-        size, pad = tokenizer.size, tokenizer.ids.pad
+    def _check_tokenizer(retro: ChunkedLM, tokenizer: TextTokenizer) -> None:
+        size, pad, own = tokenizer.size, tokenizer.ids.pad, retro.tokenizer
+        if own is not None and own.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"the model has a tokenizer of its own ({own.size} ids), this one is another ({size} ids): leave "
+                f"tokenizer out, or pass the model's"
+            )
         if retro.num_tokens < size or retro.pad_id != pad:
             raise ValueError(
                 f"the model knows {retro.num_tokens} tokens and pads with {retro.pad_id}, the tokenizer gives {size} "

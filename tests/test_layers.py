@@ -240,7 +240,7 @@ def test_pieces_of_an_attending_chunk_equal_the_whole(m, u, data):
     memory = layer.open(encoded[:, u - 1 : u], mask[:, u - 1 : u])
     reader = angles(range(start - (u - 1) * m, stop - (u - 1) * m), 6)  # m−1 is where an attending chunk begins
     place = Place(torch.arange(start, stop), reader, reader, torch.zeros(stop - start, stop))
-    assert_close(layer.read(x[:, start:stop], memory, place), whole[:, start:stop])
+    assert_close(layer.read(x[:, start:stop], memory, place.reader), whole[:, start:stop])
 
 
 def test_no_memory_reads_nothing():
