@@ -23,20 +23,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from tqdm.auto import tqdm
 
 from retro_nb.corpus import Document, text_folder
-from retro_nb.manifest import cached, read_manifest
+from retro_nb.manifest import MANIFEST, cached, read_manifest
 from retro_nb.storage import ArrayWriter, PathLike, naming, writing
 from retro_nb.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, get_tokenizer
 
 # A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. They are
 # cut where a tokenizer begins a new word in any case, so that no token changes. BERT does before white space, ASCII
-# punctuation and Chinese characters; byte-level tokenizers do at least before a space between two words.
+# punctuation and Chinese characters; most others do at least before a space between two words, which SAMPLE tries.
 PIECE_CHARACTERS = 50_000
 PIECES_AT_ONCE = 16
 BERTS_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
 SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
+SAMPLE = "one two 3 four 56 7 é ж 中 x"
 
 
 # one document
@@ -58,16 +60,24 @@ class Chunks(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _boundary(tokenizer: TextTokenizer) -> re.Pattern | None:
-    """Where texts may be cut; None for a tokenizer that is known neither to split words as BERT's nor at spaces."""
-    rules = json.loads(tokenizer.backend.to_str())
-    steps = (rules["pre_tokenizer"] or {}).get("pretokenizers", [rules["pre_tokenizer"] or {}])
-    kinds = [step.get("type") for step in steps]
-    if kinds[0] == "BertPreTokenizer":
-        return BERTS_BOUNDARY
-    if kinds[-1] != "ByteLevel" or steps[-1]["add_prefix_space"] or "Prepend" in json.dumps(rules["normalizer"]):
-        return None
-    by_rule = steps[-1]["use_regex"] or any("Regex" in step.get("pattern", ()) for step in steps)
-    return SPACE_BETWEEN_WORDS if by_rule else None
+    """Where texts may be cut; None for a tokenizer that splits words neither as BERT's nor at every space."""
+    backend = tokenizer.backend
+    boundary = BERTS_BOUNDARY if isinstance(backend.pre_tokenizer, BertPreTokenizer) else SPACE_BETWEEN_WORDS
+    if boundary is SPACE_BETWEEN_WORDS:
+        parts = re.split(f"(?={boundary.pattern})", SAMPLE)
+        if _words(backend, SAMPLE) != [word for part in parts for word in _words(backend, part)]:
+            return None
+    for added in backend.get_added_tokens_decoder().values():  # a word of its own may reach over a boundary
+        reaches = added.single_word or added.lstrip or added.rstrip or boundary.search(added.content)
+        if reaches and not added.special:  # special ones are not looked for in a text
+            return None
+    return boundary
+
+
+def _words(backend: Tokenizer, text: str) -> list[str]:
+    """What a tokenizer splits a text into before it looks for tokens in each."""
+    normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal)] if backend.pre_tokenizer else [normal]
 
 
 def _pieces(text: str, word_boundary: re.Pattern | None) -> Iterator[tuple[int, str]]:
@@ -407,10 +417,19 @@ def read_documents(chunks_memmap_path: PathLike) -> list[dict]:
 
 
 def special_ids(chunks_memmap_path: PathLike) -> SpecialIds:
-    """The ids in a chunk array that are no text, from its manifest; BERT's for an array without, as the reference's."""
+    """The ids in a chunk array that are no text, from its manifest; BERT's for an array without, as the reference's.
+
+    Raises:
+        ValueError: the array has a tokenizer of its own, but the manifest does not know it.
+    """
     path = Path(chunks_memmap_path)
     recorded = read_manifest(path.parent).get(path.name, {}).get("stats", {}).get("special_ids")
-    return SpecialIds(**recorded) if recorded else BERTS_IDS
+    if recorded:
+        return SpecialIds(**recorded)
+    if companion(path, "tokenizer.json").exists():
+        where = path.parent / MANIFEST
+        raise ValueError(f"{where} does not say which ids in {path.name} are special: copy it too, or chunk again")
+    return BERTS_IDS
 
 
 def store_tokenizer(chunks_memmap_path: PathLike, otherwise: PathLike | None = None) -> TextTokenizer:

@@ -55,10 +55,10 @@ class TextTokenizer:
         backend.encode_special_tokens = True
         self.backend, self.ids = backend, ids
 
-    @property
+    @cached_property
     def size(self) -> int:
         """v, ids of which padding is one."""
-        return max(self.backend.get_vocab_size(), *(each + 1 for each in self.ids))
+        return max(_first_free(self.backend), *(each + 1 for each in self.ids))
 
     @property
     def dtype(self) -> np.dtype:
@@ -139,8 +139,13 @@ def _load_tokenizer(source: str, files: tuple[tuple[str, int], ...]) -> TextToke
         raise ValueError(f"the tokenizer {source} names neither sep_token nor eos_token: set one, and save it anew")
     sos, pad = _first(loaded.cls_token_id, loaded.bos_token_id, eos), loaded.pad_token_id
     if pad in (None, sos, eos, loaded.unk_token_id):  # padding must be nothing that a text can hold
-        pad = len(loaded)
+        pad = _first_free(loaded.backend_tokenizer)
     return TextTokenizer(loaded.backend_tokenizer, SpecialIds(pad, sos, eos))
+
+
+def _first_free(backend: Tokenizer) -> int:
+    """The first id after a vocabulary's, some of which leave ids out."""
+    return max(backend.get_vocab().values()) + 1
 
 
 def _first(*ids: int | None) -> int | None:
@@ -169,7 +174,7 @@ def train_tokenizer(texts: Iterable[str], folder: PathLike, *, size: int = 8000,
         raise ValueError(f"a vocabulary of {size} has no room for all bytes: pass {SMALLEST} or more, e.g. 8000")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,

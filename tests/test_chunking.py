@@ -3,15 +3,17 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from retro_nb import chunking
 from retro_nb.chunking import (
@@ -19,6 +21,8 @@ from retro_nb.chunking import (
     document_tokens,
     documents_to_chunks_,
     read_documents,
+    special_ids,
+    store_tokenizer,
     text_folder_to_chunks_,
     tokens_to_chunks,
 )
@@ -28,6 +32,8 @@ from retro_nb.tokens import (
     EOS_ID,
     PAD_ID,
     SOS_ID,
+    SpecialIds,
+    TextTokenizer,
     bert_folder,
     decode,
     get_tokenizer,
@@ -122,16 +128,22 @@ def test_special_tokens_written_out_in_a_text_are_text(tmp_path, literal):
 WHITE, JOINED = " \n\t\r\x0b\x0c\x1c\x85\u2028\u3000", "\u0301\u0e33\u200d👍🏽🇫\ufffd\0\xad"
 NASTY = st.text(st.sampled_from(WHITE + JOINED + "ab A.,[]#-'’…。中文字の한กขé") | st.characters(), max_size=60)
 
-KINDS = ["bert", "cased", "bpe", "gpt2", "llama3", "llama2"]
+KINDS = ["bert", "cased", "bpe", "gpt2", "llama3", "llama2", "qwen", "t5", "superwords"]
+OWN_WORDS = ["hyphen", "two words", "with space", "whole word"]
 
 
-@settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=NASTY, size=st.integers(1, 9), at_once=st.integers(1, 4), kind=st.sampled_from(KINDS))
+@settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=NASTY, size=st.integers(1, 9), at_once=st.integers(1, 4), kind=st.sampled_from(KINDS + OWN_WORDS))
 @example(text="ab\x0ccd\x85ef\x1cgh", size=2, at_once=1, kind="bert")  # white space to Python, nothing to BERT
 @example(text="x" * 40 + "👍" * 40 + "中" * 40 + "ก" * 40, size=3, at_once=2, kind="bert")  # no white space
 @example(text="e\u0301" * 30 + " \u0301e" * 5, size=2, at_once=3, kind="cased")
-def test_tokens_in_pieces_are_the_tokens_at_once(tokenizers, cased_bert, text, size, at_once, kind):
-    tokenizer = get_tokenizer({"bert": None, "cased": cased_bert, **tokenizers}[kind])
+@example(text="a b ab a b", size=1, at_once=2, kind="superwords")
+@example(text="a-b A-b", size=1, at_once=2, kind="hyphen")
+@example(text="a b ab", size=1, at_once=2, kind="two words")
+@example(text="a b ab a", size=1, at_once=2, kind="with space")
+@example(text="abab中 abab", size=1, at_once=2, kind="whole word")
+def test_tokens_in_pieces_are_the_tokens_at_once(all_tokenizers, text, size, at_once, kind):
+    tokenizer = get_tokenizer(all_tokenizers[kind])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunking, "PIECE_CHARACTERS", size)
         patch.setattr(chunking, "PIECES_AT_ONCE", at_once)
@@ -146,21 +158,66 @@ def test_tokens_in_pieces_are_the_tokens_at_once(tokenizers, cased_bert, text, s
 
 
 @pytest.fixture(scope="session")
-def cased_bert(tmp_path_factory):
-    """The default vocabulary with the rules of bert-base-cased: no lower case, accents kept."""
+def all_tokenizers(tokenizers, tmp_path_factory):
+    """The fixture's, BERT's, and more that split words in other ways or have words of their own.
+
+    cased        the default BERT's vocabulary with the rules of bert-base-cased: no lower case, accents kept
+    qwen         byte-level and normalised, with a space before the text, and a word "<A>" of its own
+    t5           SentencePiece's "▁" before each word
+    superwords   byte-level, where spaces do not split: "a b" may be one token
+    """
     folder = tmp_path_factory.mktemp("cased")
-    about = json.loads(open(bert_folder() + "/tokenizer.json", encoding="utf-8").read())
-    about["normalizer"]["lowercase"] = False
-    (folder / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
-    return folder
+    shutil.copy(f"{bert_folder()}/tokenizer.json", folder)
+    about = json.loads(Path(bert_folder(), "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"do_lower_case": False}))
+    bytes_ = get_tokenizer(tokenizers["bpe"])
+    splits = {
+        "qwen": pre_tokenizers.ByteLevel(add_prefix_space=True),
+        "t5": pre_tokenizers.Metaspace(),
+        "superwords": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+    }
+    made = {"bert": None, "cased": folder, **tokenizers}
+    for name, split in splits.items():
+        backend = Tokenizer(models.BPE(unk_token="?", fuse_unk=True))
+        backend.pre_tokenizer = split
+        if name == "qwen":
+            backend.normalizer = normalizers.NFC()
+            backend.add_tokens(["<A>"])
+        alphabet = [] if name == "t5" else pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=["?"], initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(["a b ab a b ab a b 中 ab"] * 3, trainer)
+        made[name] = TextTokenizer(backend, SpecialIds(500, 501, 502))
+    own = {
+        "hyphen": (get_tokenizer(), "a-b"),
+        "two words": (bytes_, "a b"),
+        "with space": (bytes_, AddedToken("b", rstrip=True)),
+        "whole word": (get_tokenizer(), AddedToken("abab", single_word=True)),
+    }
+    for name, (base, word) in own.items():
+        backend = Tokenizer.from_str(base.backend.to_str())
+        backend.add_tokens([word])
+        made[name] = TextTokenizer(backend, base.ids)
+    return made
 
 
-def test_pieces_are_as_long_as_meant_and_lose_nothing():
-    text = "antediluvian people, " * 20_000
-    pieces = list(chunking._pieces(text))
-    assert "".join(piece for _, piece in pieces) == text and len(pieces) == 9
-    assert [offset for offset, _ in pieces] == np.cumsum([0, *(len(piece) for _, piece in pieces[:-1])]).tolist()
-    assert max(len(piece) for _, piece in pieces) < chunking.PIECE_CHARACTERS + 20
+def test_long_documents_are_read_in_pieces(all_tokenizers):
+    """All those are that split at spaces; words of its own that reach over a space forbid it to a tokenizer."""
+    pieces = {kind: chunking._boundary(get_tokenizer(tokenizer)) for kind, tokenizer in all_tokenizers.items()}
+    assert {kind for kind, boundary in pieces.items() if boundary is None} == {"llama2", "superwords", *OWN_WORDS}
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [("bert", 9), ("bpe", 9), ("llama2", 1)])
+def test_pieces_are_as_long_as_meant_and_lose_nothing(all_tokenizers, kind, pieces):
+    text, boundary = "antediluvian people, old " * 17_000, chunking._boundary(get_tokenizer(all_tokenizers[kind]))
+    made = list(chunking._pieces(text, boundary))
+    assert "".join(piece for _, piece in made) == text and len(made) == pieces
+    assert [offset for offset, _ in made] == np.cumsum([0, *(len(piece) for _, piece in made[:-1])]).tolist()
+    assert pieces == 1 or max(len(piece) for _, piece in made) < chunking.PIECE_CHARACTERS + 30
 
 
 def test_half_a_character_is_read_as_a_question_mark(tmp_path):
@@ -214,6 +271,8 @@ def test_a_corpus_is_the_references(tmp_path, sample_corpus):
         "docs": 7,
         "seqs": len(seqs),
         "tokens": sum(len(reference_tokens(text)[0]) for text in texts),
+        "vocabulary": 30522,
+        "special_ids": {"pad": 0, "sos": 101, "eos": 102},
         "empty_docs": 2,
         "replaced_characters": 0,
         "complete": True,
@@ -248,7 +307,7 @@ def test_spans_are_the_characters_that_the_tokens_came_from(tmp_path, sample_cor
     build(tmp_path, sample_corpus)
     chunks, _, docs, spans = arrays(tmp_path)
     for row, document, (start, end) in zip(chunks, docs, spans, strict=True):
-        pieces = [get_tokenizer().token(token).removeprefix("##") for token in row[:-1] if token > 102]
+        pieces = [get_tokenizer().token(token).removeprefix("##") for token in row[:-1].tolist() if token > 102]
         assert "".join(pieces) == sample_corpus[document].text[start:end].lower().replace(" ", "")
 
 
@@ -263,6 +322,95 @@ def test_identical_documents_give_identical_chunks(tmp_path):
 def test_one_sequence_may_be_one_chunk(tmp_path):
     assert build(tmp_path, [of_tokens(30)], seq_len=M)["seqs"] == 4
     assert np.load(tmp_path / "seqs.npy").tolist() == [0, 1, 2, 3]
+
+
+# any tokenizer
+
+BYTE_LEVEL = ["bpe", "gpt2", "llama3"]
+EVERY = ["bert", "cased", *BYTE_LEVEL, "llama2", "t5"]
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(NASTY, max_size=3), kind=st.sampled_from(BYTE_LEVEL), m=st.integers(1, 9))
+@pytest.mark.filterwarnings("ignore:building", "ignore:documents without a token")
+def test_a_byte_level_store_gives_every_document_back(tmp_path, tokenizers, texts, kind, m):
+    texts = [text.encode("utf-8", "replace").decode() for text in ["a", *texts]]
+    documents, ids = [Document(text, "a", "a") for text in texts], get_tokenizer(tokenizers[kind]).ids
+    build(tmp_path, documents, chunk_size=m, seq_len=3 * m, tokenizer=tokenizers[kind])
+    chunks, _, docs, _ = arrays(tmp_path)
+    for number, text in enumerate(filter(None, texts)):
+        rows = chunks[docs == number]
+        tokens = [*rows[:, :-1].flatten().tolist(), int(rows[-1, -1])]
+        end = tokens.index(ids.eos, 1)
+        assert tokens[0] == ids.sos and set(tokens[end + 1 :]) <= {ids.pad} and ids.pad not in tokens[:end]
+        assert decode(tokens, tokenizer=tokenizers[kind]) == text
+        assert sum(np.load(tmp_path / "chunks.bytes.npy")[docs == number]) == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_bytes_of_chunks_add_up_to_the_texts(tmp_path, all_tokenizers, sample_corpus, kind):
+    texts = ["  naïve 中文 👍🏽 e\u0301 " * 9, "a\n\n b", *(document.text for document in sample_corpus)]
+    build(tmp_path, [Document(text, "a", "a") for text in texts], tokenizer=all_tokenizers[kind])
+    sizes, (chunks, _, docs, spans) = np.load(tmp_path / "chunks.bytes.npy"), arrays(tmp_path)
+    assert len(sizes) == len(chunks) and (sizes >= 0).all()
+    for number, text in enumerate(texts):
+        own = docs == number
+        edges = [0, *spans[own][1:, 0], len(text)]
+        assert sizes[own].tolist() == [len(text[start:stop].encode()) for start, stop in pairwise(edges)]
+        assert sizes[own].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_store_knows_its_tokenizer_wherever_it_lies(tmp_path, tokenizers, sample_corpus, kind):
+    made = get_tokenizer(tokenizers.get(kind))
+    stats = build(tmp_path / "here", sample_corpus, tokenizer=made)
+    (tmp_path / "here").rename(tmp_path / "there")
+    chunks = tmp_path / "there" / "chunks.npy"
+    again = store_tokenizer(chunks)
+    assert again is not made and again.fingerprint == made.fingerprint and again.ids == special_ids(chunks) == made.ids
+    assert again.encode(["a [SEP] <|end|>"]) == made.encode(["a [SEP] <|end|>"])
+    assert (stats["vocabulary"], stats["special_ids"]) == (made.size, made.ids._asdict())
+    assert store_tokenizer(chunks) is again, "read once"
+
+
+def test_an_array_without_a_tokenizer_is_berts(tmp_path, tokenizers):
+    """As the reference writes them."""
+    np.save(tmp_path / "chunks.npy", np.zeros((1, M + 1), np.int32))
+    assert special_ids(tmp_path / "chunks.npy") == (0, 101, 102)
+    assert store_tokenizer(tmp_path / "chunks.npy") is get_tokenizer()
+    other = get_tokenizer(tokenizers["gpt2"])
+    assert store_tokenizer(tmp_path / "chunks.npy", tokenizers["gpt2"]) is other
+
+
+def test_special_ids_are_not_guessed(tmp_path, tokenizers, sample_corpus):
+    build(tmp_path, sample_corpus, tokenizer=tokenizers["gpt2"])
+    (tmp_path / "manifest.json").unlink()
+    for ask in (special_ids, store_tokenizer):
+        with pytest.raises(ValueError, match=r"manifest\.json does not say which ids in chunks\.npy are special"):
+            ask(tmp_path / "chunks.npy")
+
+
+def test_another_tokenizer_chunks_again_and_a_damaged_one_is_written_again(tmp_path, tokenizers, sample_corpus):
+    build(tmp_path / "work", Corpus(sample_corpus), tokenizer=tokenizers["bpe"])
+    with pytest.warns(UserWarning, match=r"building chunks\.npy again: tokenizer was \w+ and is"):
+        build(tmp_path / "work", Corpus(sample_corpus), tokenizer=tokenizers["gpt2"])  # the same rules, other ids
+    build(tmp_path / "fresh", Corpus(sample_corpus), tokenizer=tokenizers["gpt2"])
+    assert contents(tmp_path / "work") == contents(tmp_path / "fresh")
+    (tmp_path / "work" / "chunks.tokenizer.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"again: chunks\.tokenizer\.json is truncated or corrupt"):
+        build(tmp_path / "work", Corpus(sample_corpus), tokenizer=tokenizers["gpt2"])
+    assert contents(tmp_path / "work") == contents(tmp_path / "fresh")
+
+
+def test_ids_beyond_two_bytes_are_stored_whole(tmp_path):
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(2**16 + 5)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    large = TextTokenizer(backend, SpecialIds(2**16 + 4, 1, 2))
+    stats = build(tmp_path, [Document("w65535 w65536 w65539 w3", "a", "a")], tokenizer=large)
+    rows = np.load(tmp_path / "chunks.npy")
+    assert rows.dtype == np.int32 and rows.tolist() == [[1, 65535, 65536, 65539, 3, 2, *[65540] * (M - 5)]]
+    assert stats["tokens"] == 6 and stats["vocabulary"] == 2**16 + 5
+    assert decode(rows[0], tokenizer=store_tokenizer(tmp_path / "chunks.npy")) == "w65535 w65536 w65539 w3"
 
 
 # bad input
