@@ -3,6 +3,7 @@
 Shapes: b batch, n sequence length, d width.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ATTENTIONS, SECOND_NORMS = ("self_attn", "attn", "attention"), ("post_attention_layernorm", "ln_2")
 SAMPLED = 16  # weights by which a language model is known again
+ROUNDING = 2**-8  # how far bfloat16 may move a weight, as a share of it
 
 Read = Callable[[int, Tensor], Tensor]  # a layer's number and h (b n d): what the layer reads (b n d)
 
@@ -42,12 +44,11 @@ def blocks(backbone: nn.Module) -> list[Block]:
     name = type(backbone).__name__
     if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is None:
         raise ValueError(f"{name} is no Hugging Face causal language model: load one by AutoModelForCausalLM")
-    depth = backbone.config.num_hidden_layers
-    lists = (part for part in backbone.base_model.children() if isinstance(part, nn.ModuleList) and len(part) == depth)
+    lists = (part for part in backbone.base_model.children() if isinstance(part, nn.ModuleList))
     found = [_block(layer) for layer in next(lists, ())]
     if not found or None in found:
         raise ValueError(
-            f"{name} has no {depth} layers with {' or '.join(ATTENTIONS)} and {' or '.join(SECOND_NORMS)}: "
+            f"{name} is not a row of layers with {' or '.join(ATTENTIONS)} and {' or '.join(SECOND_NORMS)}: "
             f"pass a decoder like GPT-2, Llama, Mistral or Qwen"
         )
     _try(backbone, found)
@@ -142,9 +143,9 @@ def load_backbone(name: PathLike) -> "PreTrainedModel":
 
 def identity(backbone: "PreTrainedModel", frozen: bool) -> dict[str, Any]:
     """What a language model is known again by: name, architecture and, if it stays as it is, some of its weights."""
-    architecture = backbone.config.to_diff_dict()
-    for name in ("transformers_version", "dtype", "torch_dtype", "_name_or_path"):
-        architecture.pop(name, None)
+    architecture = json.loads(backbone.config.to_json_string())  # with names for keys, as it is read again
+    for name in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"):
+        architecture.pop(name, None)  # what says no more, or may change
     name = backbone.config.name_or_path
     return {"name": name, "architecture": architecture, "sample": _sample(backbone) if frozen else None}
 
@@ -164,12 +165,12 @@ def check_same(backbone: "PreTrainedModel", known: dict[str, Any]) -> None:
     """Raise a ValueError if this is not the language model of this `identity`."""
     own = identity(backbone, frozen=known["sample"] is not None)
     same = own["architecture"] == known["architecture"]
-    if not same or (known["sample"] and not np.allclose(own["sample"], known["sample"], rtol=2e-2, atol=1e-4)):
+    if not same or (known["sample"] and not np.allclose(own["sample"], known["sample"], rtol=ROUNDING, atol=1e-7)):
         raise ValueError(f"this {type(backbone).__name__} is not {known['name'] or 'the one'} that the weights are for")
 
 
 def _sample(backbone: "PreTrainedModel") -> list[float]:
-    """Compared with a tolerance: the weights may be held in bfloat16 another time."""
+    """Compared with a tolerance: the weights may be held in 16 bits another time."""
     weights = list(backbone.parameters())
     picked = np.linspace(0, len(weights) - 1, SAMPLED).astype(int)
     return [float(weights[i].detach().flatten()[-1]) for i in picked]
