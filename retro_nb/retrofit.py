@@ -41,6 +41,19 @@ LONGEST = 2048  # tokens in a sequence, if nothing else is said: the paper's n
 # what is added
 
 
+def of_text(
+    read: Float[Tensor, "b n d"], real: Bool[Tensor, "b _"] | None, positions: Int[Tensor, " n"], m: int
+) -> Float[Tensor, "b n d"]:
+    """What tokens at `positions` have read: nothing where the chunk that it was retrieved for is padding only.
+
+    Such a chunk, before the text, is as if it were not there: a row is read as it would be without it.
+    """
+    if real is None:
+        return read
+    begun = real[:, (positions + 1) // m * m - 1]  # that chunk's last token; before the first there is none, nor E
+    return read.masked_fill(~rearrange(begun, "b n -> b n 1"), 0)
+
+
 class Reader(nn.Module):
     """All that RETROfit adds: the encoder, and chunked cross-attention for the layers P.
 
@@ -106,7 +119,8 @@ class WholeSequences:
             real = None if self.real is None else of_chunks(self.real, m, self.kept)
             self.encoded = self.reader.encode(self.x, self.mask, of_chunks(h, m, self.kept), real)
         memory = block.fn.remember(self.encoded, self.mask)
-        return block.fn(block.norm(h.to(block.norm.gamma.dtype)), memory, kept=self.kept).type_as(h)
+        read = block.fn(block.norm(h.to(block.norm.gamma.dtype)), memory, kept=self.kept)
+        return of_text(read, self.real, torch.arange(h.shape[1], device=h.device), m).type_as(h)
 
 
 @dataclass
@@ -131,7 +145,8 @@ class FittedState:
             self._follow(h, m)
         block, turn = self.reader.cross_attn[name], m - 1 + (positions + 1) % m
         normed = block.norm(h.to(block.norm.gamma.dtype))
-        return block.fn.read(normed, self.memories.get(name), rotary(turn, block.fn.attn.dim_head)).type_as(h)
+        read = block.fn.read(normed, self.memories.get(name), rotary(turn, block.fn.attn.dim_head))
+        return of_text(read, self.real if self.padded else None, positions, m).type_as(h)
 
     def _follow(self, h: Float[Tensor, "b n d"], m: int) -> None:
         """Take the activations down. If the first token ends its chunk, encode the chunk's neighbours."""
@@ -185,7 +200,9 @@ class RETROfit(ChunkedLM):
                 f"start={max(1, depth // 2)}, every=2, say"
             )
         if max_seq_len is not None and not 1 <= max_seq_len <= positions:
-            raise ValueError(f"max_seq_len {max_seq_len}, but the language model has {positions} positions: pass less")
+            raise ValueError(f"max_seq_len {max_seq_len} is not in 1 … {positions}, the language model's positions")
+        if dim_head % 2:
+            raise ValueError(f"dim_head {dim_head} is odd: rotary positions turn pairs of features, pass an even one")
         self.blocks = {number: every_block[number - 1] for number in range(start, depth + 1, every)}
         self.tokenizer = _own_tokenizer(backbone, tokenizer)
         self.words = backbone.get_input_embeddings().num_embeddings
@@ -225,7 +242,7 @@ class RETROfit(ChunkedLM):
                 x, mask = self._embed_retrieved(retrieved)
                 read = WholeSequences(self.reader, x, mask, self._here(kept), real, self.chunk_size)
                 stack.enter_context(reading(self.blocks, read))
-            return self._run(seq, real, use_cache=False).last_hidden_state
+            return self._run(self._ids(seq, "seq"), real, use_cache=False).last_hidden_state
 
     # piece by piece
 
@@ -246,37 +263,36 @@ class RETROfit(ChunkedLM):
     ) -> Float[Tensor, "b n v"]:
         """Feed the next tokens and return their logits; see `RETRO.decode`."""
         retrieved = self._check_piece(seq, state, retrieved)
-        start, stop = state.length, state.length + seq.shape[1]
+        ids, start, stop = self._ids(seq, "seq"), state.length, state.length + seq.shape[1]
+        state.neighbours = None if retrieved is None else self._embed_retrieved(retrieved)
         if state.padded or start == 0:  # padding before the text may end in a later piece
             real = self._real(seq, None if start == 0 else state.real[:, start - 1])
             state.padded |= real is not None
             if real is not None:
                 state.real[:, start:stop] = real
-        if retrieved is not None:
-            state.neighbours = self._embed_retrieved(retrieved)
         with ExitStack() as stack:
             if state.retrieval:
                 stack.enter_context(reading(self.blocks, state))
             real = state.real[:, :stop] if state.padded else None
-            hidden = self._run(seq, real, past_key_values=state.cache, use_cache=True).last_hidden_state
+            hidden = self._run(ids, real, past_key_values=state.cache, use_cache=True).last_hidden_state
         state.length = stop
         return self.to_logits(hidden)
 
     # what both share
 
     def _real(self, seq: Int[Tensor, "b n"], begun: Bool[Tensor, " b"] | None = None) -> Bool[Tensor, "b n"] | None:
-        """Where the text has begun; None where all rows begin at once. A row without any token counts as text."""
+        """Where the text has begun; None where all rows begin at once."""
         if begun is None and not (seq[:, 0] == self.pad_id).any():
             return None
         real = (seq != self.pad_id).cumsum(dim=1) > 0
         return self._here(real if begun is None else real | rearrange(begun, "b -> b 1").to(real.device))
 
-    def _run(self, seq: Int[Tensor, "b n"], real: Bool[Tensor, "b _"] | None, **options: Any) -> Any:
-        """The language model without its output layer; what is left of `seq` by `real` is padding."""
+    def _run(self, ids: Int[Tensor, "b n"], real: Bool[Tensor, "b _"] | None, **options: Any) -> Any:
+        """The language model without its output layer, for the last n tokens; `real` is of all tokens so far."""
         if real is not None:
-            positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -seq.shape[1] :]
+            positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options |= {"attention_mask": real.long(), "position_ids": positions}
-        return self.backbone.base_model(input_ids=self._ids(seq, "seq"), **options)
+        return self.backbone.base_model(input_ids=ids, **options)
 
     def _ids(self, ids: Int[Tensor, "*b"], name: str) -> Int[Tensor, "*b"]:
         """Ids that the language model knows: padding of our own has none there, and is seen by no text."""

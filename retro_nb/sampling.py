@@ -145,10 +145,11 @@ def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Te
     """Prompts with so much padding before them that they end with a chunk.
 
     Then the first token that is written reads what was retrieved for the whole prompt, however short it is: the
-    paper's recipe for answering questions (§4.3). It is for models that do not attend to padding before a text,
-    which is what `retrofit` makes.
+    paper's recipe for answering questions (§4.3). Prompts of different lengths come padded at their ends, and end
+    together. It is for models that do not attend to padding before a text, which is what `retrofit` makes.
     """
-    return F.pad(prompt, (-prompt.shape[1] % chunk_size, 0), value=pad_id)
+    prompt = F.pad(prompt, (-prompt.shape[1] % chunk_size, 0), value=pad_id)
+    return prompt.gather(1, (prompt != pad_id).byte().argsort(dim=1, stable=True))  # padding first, else as it is
 
 
 @contextmanager
