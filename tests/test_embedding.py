@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_nb import embedding
-from retro_nb.chunking import documents_to_chunks_
+from retro_nb.chunking import documents_to_chunks_, store_tokenizer
 from retro_nb.corpus import Document
 from retro_nb.embedding import (
     Sizes,
@@ -33,11 +33,12 @@ from retro_nb.embedding import (
     embedding_dim,
     flops_per_chunk,
     frame_chunks,
+    frames_for_bert,
     get_bert,
 )
 from retro_nb.manifest import cached
 from retro_nb.storage import ResumableRows, open_array
-from retro_nb.tokens import bert_folder, tokenize
+from retro_nb.tokens import SpecialIds, bert_folder, decode, get_tokenizer, tokenize
 
 M, N, BLOCK = 8, 32, 16
 VECTORS = embedding._vectors
@@ -63,10 +64,10 @@ class Corpus(list):
         return {"texts": [document.text for document in self]}
 
 
-def chunk(folder, documents, chunk_size=M):
+def chunk(folder, documents, chunk_size=M, tokenizer=None):
     kinds = {"chunks_memmap_path": "chunks.npy", "seqs_memmap_path": "seqs.npy", "doc_ids_memmap_path": "docs.npy"}
-    paths = {kind: folder / name for kind, name in kinds.items()}
-    return documents_to_chunks_(Corpus(documents), **paths, chunk_size=chunk_size, seq_len=N, progress=False)
+    options = {kind: folder / name for kind, name in kinds.items()} | {"chunk_size": chunk_size, "progress": False}
+    return documents_to_chunks_(Corpus(documents), **options, seq_len=4 * chunk_size, tokenizer=tokenizer)
 
 
 def embed(folder, bert, chunk_size=M, **options):
@@ -160,6 +161,69 @@ def test_rows_without_a_word_have_finite_vectors(tiny_bert, cls):
     assert not bert_embed(torch.tensor([[0, 0, 0], [101, 0, 0]]), bert=tiny_bert).any()
 
 
+# chunks of other tokenizers
+
+
+@settings(deadline=None)
+@given(row=st.lists(st.sampled_from([3, 4, 5, 7, 0, 101, 102]), min_size=1, max_size=9))
+def test_frames_of_a_bert_with_other_special_ids(row):
+    words = [token for token in row if token not in (3, 4, 5)]
+    framed = frame_chunks(torch.tensor([row]), SpecialIds(pad=3, sos=4, eos=5))
+    assert framed.tolist() == [[4, *words, 5] + [3] * (len(row) - len(words))]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "llama3", "llama2"])
+def test_a_bert_reads_chunks_of_another_tokenizer_as_text(tmp_path, tiny_bert, tokenizers, sample_corpus, kind):
+    """On disk, as queries, and by hand from the characters of each chunk; without being told the tokenizer."""
+    documents = [Document("  Naïve [SEP] <|end|> 中文 \n\n the " + "👍ก" * 8, "odd", "odd"), *sample_corpus]
+    chunk(tmp_path, documents, tokenizer=tokenizers[kind])
+    embed(tmp_path, tiny_bert)
+    chunks, vectors = open_array(tmp_path / "chunks.npy"), open_array(tmp_path / "vectors.npy")
+    backend, ids = get_tokenizer(tokenizers[kind]).backend, get_tokenizer(tokenizers[kind]).ids
+    texts = [backend.decode([token for token in row if token not in ids]) for row in chunks[:, :-1].tolist()]
+    assert any("\ufffd" in text for text in texts), "some begin or end within a character"
+    berts = get_tokenizer(tiny_bert)
+    rows = [[101, *berts.backend.encode(text, add_special_tokens=False).ids, 102] for text in texts]
+    queries = torch.from_numpy(chunks[:, :-1].astype(np.int64))
+    frames = frames_for_bert(queries, get_tokenizer(tokenizers[kind]), bert=tiny_bert)
+    assert [[token for token in row if token] for row in frames.tolist()] == rows
+    for i in [0, 1, 2, 3, BLOCK, len(chunks) - 1]:
+        assert np.abs(by_hand(rows[i], tiny_bert) - vectors[i]).max() < BY_HAND
+    asked = embed_chunks(queries, tokenizer=store_tokenizer(tmp_path / "chunks.npy"), bert=tiny_bert)
+    assert np.abs(asked.numpy() - vectors).max() < BY_HAND
+
+
+def test_ids_are_taken_as_they_are_if_the_tokenizers_are_the_same(tmp_path, tiny_bert):
+    """Text would not give them back: pieces of a word that is cut in two would be other ones."""
+    chunk(tmp_path, [Document("antediluvian " * 9, "a", "a")], tokenizer=tiny_bert)
+    same, rows = store_tokenizer(tmp_path / "chunks.npy"), open_array(tmp_path / "chunks.npy")[:, :-1].tolist()
+    assert same is not get_tokenizer(tiny_bert)
+    told, untold = (frames_for_bert(torch.tensor(rows), which, bert=tiny_bert).tolist() for which in (same, None))
+    expected = [[101, *(token for token in row if token > 102), 102] for row in rows]
+    assert told == untold and [[token for token in row if token] for row in told] == expected
+    assert [tokenize(decode(row))[0].tolist() for row in rows] != expected
+
+
+def test_a_text_longer_than_the_positions_is_cut(tokenizers, tiny_bert):
+    """510 words and what frames them; a chunk of the BERT's own ids that is too long is refused, as before."""
+    bpe = get_tokenizer(tokenizers["bpe"])
+    chunks = tokenize(["a " * 511, "a " * 5], tokenizer=bpe)
+    frames = frames_for_bert(chunks, bpe, bert=tiny_bert)
+    a = tokenize("a", add_special_tokens=False).item()
+    assert frames.tolist() == [[101, *[a] * 510, 102], [101, *[a] * 5, 102, *[0] * 505]]
+    assert embed_chunks(chunks, tokenizer=bpe, bert=tiny_bert).isfinite().all()
+    with pytest.raises(ValueError, match="513 tokens in a row, but this BERT has 512 positions"):
+        embed_chunks(torch.full((1, 511), a), bert=tiny_bert)
+
+
+def test_another_padding_id_is_held_against_the_arrays_own(tmp_path, tiny_bert, tokenizers, sample_corpus):
+    chunk(tmp_path, sample_corpus[:1], tokenizer=tokenizers["gpt2"])
+    own = get_tokenizer(tokenizers["gpt2"]).ids.pad
+    assert embed(tmp_path, tiny_bert, pad_id=own)["dim"] == 32
+    with pytest.raises(ValueError, match=f"pad_id 0: this array is padded with {own}"):
+        embed(tmp_path, tiny_bert, pad_id=0)
+
+
 # arithmetic
 
 
@@ -195,7 +259,7 @@ def test_ids_and_rows_that_the_bert_does_not_have_are_refused(tiny_bert):
     ("options", "message"),
     [
         ({"embed_dim": 768}, "embed_dim 768, but this BERT gives vectors of 32: leave embed_dim out"),
-        ({"pad_id": 5}, "pad_id 5: chunk arrays are padded with 0"),
+        ({"pad_id": 5}, "pad_id 5: this array is padded with 0"),
         ({"batch_size": 0}, "batch_size 0: pass 1 or more"),
         ({"chunk_size": 16}, r"chunks.npy has shape \(\d+, 9\), wanted \(\d+, 17\)"),
         ({"num_chunks": 10**6}, r"chunks.npy has shape \(\d+, 9\), wanted \(1000000, 9\)"),
@@ -411,6 +475,7 @@ def test_a_build_killed_at_any_point_is_finished_as_if_nothing_had_been(tmp_path
 
 
 def build_along(folder, documents, bert):
+    torch.set_num_threads(1)  # as here: with more, sums are rounded otherwise
     embedding.best_dtype, embedding.ON_CPU = (lambda device: torch.float32), Sizes(5, BLOCK, ahead=0)
     build(folder, documents, bert)
 

@@ -153,6 +153,13 @@ def test_byte_level_tokens_are_the_bytes_of_the_text_and_come_back_as_it(tokeniz
     assert decode(rows[0], tokenizer=made) == made.decode(np.array(ids, np.int32)) == text
 
 
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=texts.map(lambda text: text.replace("▁", "")))
+def test_sentencepiece_gives_back_all_but_its_own_sign_for_a_space(tokenizers, text):
+    made = get_tokenizer(tokenizers["llama2"])
+    assert made.decode(made.encode([text])[0]) == text
+
+
 def test_a_trained_tokenizer_learns_the_most_frequent_pairs(tmp_path):
     """Within words: t + h six times, Ġ + th five, Ġth + e three, Ġthe + n once; then nothing is left to learn."""
     stats = train_tokenizer(["th th th", " the the then"], tmp_path, size=1000, progress=False)
