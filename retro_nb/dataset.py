@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from retro_nb.chunking import special_ids
 from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.storage import PathLike, open_array
-from retro_nb.tokens import EOS_ID, PAD_ID
+from retro_nb.tokens import EOS_ID, PAD_ID, SpecialIds
 
 
 def knn_to_retrieved_chunks(
@@ -77,6 +77,17 @@ def _tokens(
     return tokens
 
 
+def closing_id(ids: SpecialIds) -> int:
+    """What tells where documents end if nothing else does.
+
+    Raises:
+        ValueError: the same id opens them.
+    """
+    if ids.eos == ids.sos:
+        raise ValueError(f"token {ids.eos} opens documents and closes them, so their numbers are needed: pass doc_ids")
+    return ids.eos
+
+
 class RETRODataset(Dataset):
     """Training examples out of the arrays of a build, read from disk as they are asked for.
 
@@ -94,7 +105,8 @@ class RETRODataset(Dataset):
         add_continuations: neighbours with their continuation, r = 2m; else r = m.
 
     Raises:
-        ValueError: n is not a multiple of m, or an array has another shape than these numbers say.
+        ValueError: n is not a multiple of m, an array has another shape than these numbers say, or the document
+            of each chunk is left out where one id opens documents and closes them.
         FileNotFoundError: an array is missing.
     """
 
@@ -121,7 +133,9 @@ class RETRODataset(Dataset):
         self.num_chunks, self.chunk_size, self.num_sequences = num_chunks, chunk_size, num_sequences
         self.seq_num_chunks, self.num_neighbors = seq_len // chunk_size, num_neighbors
         ids = special_ids(chunk_memmap_path)
-        self.eos_id, self.pad_id = ids.eos if eos_id is None else eos_id, ids.pad if pad_id is None else int(pad_id)
+        if eos_id is None:
+            eos_id = closing_id(ids) if doc_ids_memmap_path is None else ids.eos
+        self.eos_id, self.pad_id = eos_id, ids.pad if pad_id is None else int(pad_id)
         self.add_continuations = add_continuations
         self._paths = {
             "chunks": (Path(chunk_memmap_path), (num_chunks, chunk_size + 1)),

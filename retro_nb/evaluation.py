@@ -205,8 +205,8 @@ def fact_tokens(
     told = np.zeros((len(doc_ids), m), dtype=bool)
     for number, document in enumerate(corpus):
         spans = np.concatenate([tokens.spans for tokens in document_tokens(document.text, tokenizer=tokenizer)])
-        starts = {start for start, _ in document.facts}
-        places = np.flatnonzero([start in starts and stop > start for start, stop in spans.tolist()])
+        # The first token that ends after the fact's beginning; it may begin before, with the space.
+        places = np.searchsorted(spans[:, 1], [start for start, _ in document.facts], side="right")
         first = np.searchsorted(doc_ids, number)
         told[first + places // m, places % m] = True
     return told

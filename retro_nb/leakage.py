@@ -88,7 +88,7 @@ class SuffixAutomaton:
 
 def shared_runs(
     chunk: Integer[np.ndarray, " m"],
-    texts: Sequence[Int[np.ndarray, " _"]] | Int[np.ndarray, "k r"],
+    texts: Sequence[Integer[np.ndarray, " _"]] | Integer[np.ndarray, "k r"],
     special: SpecialIds = BERTS_IDS,
 ) -> Int64[np.ndarray, " m"]:
     """For each token of the chunk the length of the longest run around it that is in one of the texts as well.

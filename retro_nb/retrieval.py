@@ -16,8 +16,8 @@ from einops import rearrange
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from retro_nb.chunking import read_documents, special_ids, store_tokenizer
-from retro_nb.dataset import knn_to_retrieved_chunks
+from retro_nb.chunking import read_documents, store_tokenizer
+from retro_nb.dataset import closing_id, knn_to_retrieved_chunks
 from retro_nb.embedding import embed_chunks
 from retro_nb.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
 from retro_nb.knn import document_ranges
@@ -68,13 +68,17 @@ def knn_chunks_from_seq_chunks(
         Their tokens, on the device of `seq_chunks`; padding where there are fewer than k.
     """
     tokenizer = store_tokenizer(chunks_memmap_path, options.get("bert"))
+    if doc_ids_memmap_path is None:
+        ends = {"eos_id": closing_id(tokenizer.ids)}
+    else:
+        ends = {"doc_ids": open_array(doc_ids_memmap_path, shape=(num_chunks,))}
     _, ids = nearest_chunks(seq_chunks, knn=knn, faiss_index=faiss_index, tokenizer=tokenizer, **options)
     retrieved = knn_to_retrieved_chunks(
         ids,
         open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1)),
         num_chunks=num_chunks,
-        pad_id=special_ids(chunks_memmap_path).pad,
-        doc_ids=None if doc_ids_memmap_path is None else open_array(doc_ids_memmap_path, shape=(num_chunks,)),
+        pad_id=tokenizer.ids.pad,
+        **ends,
     )
     return torch.from_numpy(retrieved).to(seq_chunks.device)
 

@@ -13,7 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from retro_nb.chunking import documents_to_chunks_
+from retro_nb.corpus import Document
 from retro_nb.dataset import RETRODataset, knn_to_retrieved_chunks
+from retro_nb.tokens import get_tokenizer
 
 CLS, SEP, PAD = 101, 102, 0
 per_example = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -23,17 +26,19 @@ def random_documents(rng, lengths) -> list[list[int]]:
     return [[CLS, *rng.integers(200, 300, length).tolist(), SEP] for length in lengths]
 
 
-def rows_of_document(tokens, m) -> list[list[int]]:
+def rows_of_document(tokens, m, pad=PAD) -> list[list[int]]:
     """Chunks of m + 1 ids, the last one shared with the next chunk: written from the definition."""
     rows = []
     for start in range(0, max(len(tokens) - 1, 1), m):
         row = tokens[start : start + m + 1]
-        rows.append(row + [PAD] * (m + 1 - len(row)))
+        rows.append(row + [pad] * (m + 1 - len(row)))
     return rows
 
 
 class Corpus:
     """Arrays of a corpus on disk, and what they were made from."""
+
+    pad = PAD
 
     def __init__(self, folder, lengths, m=4, l=3, k=2, seed=0, raw=False):
         rng = np.random.default_rng(seed)
@@ -71,7 +76,7 @@ class Corpus:
         tokens = self.documents[document][number * self.m : (number + 1) * self.m]
         if number >= len(self.rows[document]):
             tokens = []
-        return tokens + [PAD] * (self.m - len(tokens))
+        return tokens + [self.pad] * (self.m - len(tokens))
 
     def example(self, ind) -> tuple[list[int], list]:
         """Sequence and neighbours from the documents' tokens, one by one."""
@@ -86,12 +91,41 @@ class Corpus:
                 if u < len(self.rows[document]):
                     hit = self.knns[self.seqs[ind] + u - first, j]
                 if hit < 0:
-                    of_chunk.append([PAD] * 2 * self.m)
+                    of_chunk.append([self.pad] * 2 * self.m)
                 else:
                     d, v = self.place[hit]
                     of_chunk.append(self.chunk_tokens(d, v) + self.chunk_tokens(d, v + 1))
             retrieved.append(of_chunk)
-        return seq + [PAD] * (n + 1 - len(seq)), retrieved
+        return seq + [self.pad] * (n + 1 - len(seq)), retrieved
+
+
+class Store(Corpus):
+    """A corpus that was chunked with another tokenizer."""
+
+    def __init__(self, folder, texts, tokenizer, m=4, l=3, k=2):
+        made = get_tokenizer(tokenizer)
+        self.m, self.l, self.k, self.pad = m, l, k, made.ids.pad
+        self.documents = [[made.ids.sos, *made.encode([text])[0], made.ids.eos] for text in texts]
+        self.rows = [rows_of_document(tokens, m, self.pad) for tokens in self.documents]
+        self.place = [(d, u) for d, rows in enumerate(self.rows) for u in range(len(rows))]
+        arrays = dict(chunk="chunks.npy", seq="seqs.npy", chunk_nn="knns.npy")
+        self.arguments = {f"{name}_memmap_path": folder / file for name, file in arrays.items()}
+        self.doc_ids_path = folder / "doc_ids.npy"
+        stats = documents_to_chunks_(
+            [Document(text, "a", "a") for text in texts],
+            chunks_memmap_path=folder / "chunks.npy",
+            seqs_memmap_path=folder / "seqs.npy",
+            doc_ids_memmap_path=self.doc_ids_path,
+            chunk_size=m,
+            seq_len=m * l,
+            tokenizer=tokenizer,
+            progress=False,
+        )
+        self.seqs = np.load(folder / "seqs.npy")
+        self.knns = np.random.default_rng(0).integers(-1, stats["chunks"], (stats["chunks"], k)).astype(np.int32)
+        np.save(folder / "knns.npy", self.knns)
+        sizes = dict(num_chunks=stats["chunks"], chunk_size=m, seq_len=m * l, num_neighbors=k)
+        self.arguments |= sizes | {"num_sequences": stats["seqs"]}
 
 
 lengths = st.lists(st.integers(0, 30), min_size=1, max_size=4)
@@ -134,6 +168,30 @@ def test_sep_tells_where_a_document_ends_as_its_number_does(tmp_path, lengths, m
     corpus = Corpus(tmp_path, lengths, m, seed=seed)
     told = knn_to_retrieved_chunks(corpus.knns, corpus.chunks, doc_ids=corpus.doc_ids)
     assert (knn_to_retrieved_chunks(corpus.knns, corpus.chunks) == told).all()
+
+
+SPEECHES = ["the people of every state", "a", "it's 1862 and the union", "ab " * 20]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "llama3", "llama2"])
+def test_a_store_says_itself_what_closes_documents_and_what_pads(tmp_path, tokenizers, kind):
+    corpus = Store(tmp_path, SPEECHES, tokenizers[kind])
+    dataset = corpus.dataset()
+    assert (dataset.pad_id, dataset.eos_id) == (corpus.pad, corpus.documents[0][-1])
+    for ind, (seq, retrieved) in enumerate(dataset):
+        expected_seq, expected_retrieved = corpus.example(ind)
+        assert seq.tolist() == expected_seq and retrieved.tolist() == expected_retrieved
+    if kind != "gpt2":
+        told = RETRODataset(**corpus.arguments)
+        assert all(torch.equal(told[ind][1], dataset[ind][1]) for ind in range(len(dataset)))
+        assert (told.doc_ids == dataset.doc_ids).all()
+
+
+def test_one_id_that_opens_and_closes_cannot_tell_documents_apart(tmp_path, tokenizers):
+    corpus = Store(tmp_path, SPEECHES, tokenizers["gpt2"])
+    with pytest.raises(ValueError, match=r"token 2 opens documents and closes them, .*: pass doc_ids"):
+        RETRODataset(**corpus.arguments)
+    assert corpus.dataset(eos_id=7, pad_id=5).pad_id == 5
 
 
 @pytest.fixture

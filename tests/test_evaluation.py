@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from retro_nb import RETRO, RETRODataset, almanac, evaluation
 from retro_nb.chunking import documents_to_chunks_
@@ -26,7 +27,7 @@ from retro_nb.evaluation import (
     token_losses,
 )
 from retro_nb.storage import open_array
-from retro_nb.tokens import decode, tokenize
+from retro_nb.tokens import TextTokenizer, decode, get_tokenizer, tokenize
 
 M, N, K = 4, 12, 2
 TEXTS = [
@@ -37,13 +38,19 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(scope="module", params=["bert", "gpt2"])
+def tokenizer(request, tiny_bert, tokenizers):
+    """BERT's, and one whose documents begin and end with the same id and that pads with an id after its words."""
+    return get_tokenizer(tokenizers.get(request.param, tiny_bert))
+
+
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, tiny_bert):
+def corpus(tmp_path_factory, tokenizer):
     """A dataset of TEXTS with random neighbours, none of them of the document itself."""
     folder = tmp_path_factory.mktemp("corpus")
     paths = {f"{name}_memmap_path": folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
     documents = [Document(text, str(number), "here") for number, text in enumerate(TEXTS)]
-    stats = documents_to_chunks_(documents, **paths, chunk_size=M, seq_len=N, tokenizer=tiny_bert, progress=False)
+    stats = documents_to_chunks_(documents, **paths, chunk_size=M, seq_len=N, tokenizer=tokenizer, progress=False)
     doc_ids, rng = np.load(folder / "doc_ids.npy"), np.random.default_rng(0)
     knns = [rng.choice(np.flatnonzero(doc_ids != document), K) for document in doc_ids]
     np.save(folder / "knns.npy", np.array(knns, np.int32))
@@ -62,46 +69,48 @@ def corpus(tmp_path_factory, tiny_bert):
 
 
 @pytest.fixture
-def retro():
+def retro(tokenizer):
     torch.manual_seed(0)
     sizes = dict(enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=2, dec_cross_attn_layers=(1, 2), heads=2, dim_head=8)
-    model = RETRO(num_tokens=30522, max_seq_len=N, chunk_size=M, dec_attn_dropout=0.5, **sizes)
+    of_words = dict(num_tokens=tokenizer.size, pad_id=tokenizer.ids.pad)
+    model = RETRO(max_seq_len=N, chunk_size=M, dec_attn_dropout=0.5, **of_words, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that neighbours matter
     return model
 
 
-def plain_nats(retro, dataset, text, number, bert, mode) -> tuple[float, int]:
+def plain_nats(retro, dataset, text, number, tokenizer, mode) -> tuple[float, int]:
     """Nats and tokens of one document: its own tokens, cut into sequences, neighbours fetched one by one."""
-    tokens, first = tokenize(text, tokenizer=bert)[0], int(np.searchsorted(dataset.doc_ids, number))
+    tokens, first = tokenize(text, tokenizer=tokenizer)[0], int(np.searchsorted(dataset.doc_ids, number))
     chunks, total, count = open_array(dataset._paths["chunks"][0]), 0.0, 0
     for start in range(0, len(tokens) - 1, N):
         seq = tokens[start : start + N]
-        near = torch.zeros(1, len(seq) // M, K, 2 * M, dtype=torch.long)
+        near = torch.full((1, len(seq) // M, K, 2 * M), tokenizer.ids.pad)
         for u in range(len(seq) // M):
             for j, i in enumerate(dataset.knns[first + start // M + u].tolist()):
                 follows = i + 1 < len(chunks) and dataset.doc_ids[i + 1] == dataset.doc_ids[i]
-                near[0, u, j, :M] = torch.from_numpy(chunks[i, :M].astype(np.int64)) * (mode != "F only")
+                if mode != "F only":
+                    near[0, u, j, :M] = torch.from_numpy(chunks[i, :M].astype(np.int64))
                 if follows and mode != "N only":
                     near[0, u, j, M:] = torch.from_numpy(chunks[i + 1, :M].astype(np.int64))
         with torch.no_grad():
             logits = retro.double()(seq[None], None if mode == "off" else near)[0]
         for position, label in enumerate(tokens[start + 1 : start + 1 + len(seq)]):
-            if label != 102:
+            if label != tokenizer.ids.eos:
                 total, count = total + F.cross_entropy(logits[position], label).item(), count + 1
     return total, count
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "shuffled"])
-def test_scores_are_those_of_a_plain_loop(corpus, retro, tiny_bert, mode):
+def test_scores_are_those_of_a_plain_loop(corpus, retro, tokenizer, mode):
     dataset, sizes = corpus
     documents = [0, 1, 3]
     losses = token_losses(retro, dataset, documents, mode, batch_size=2, progress=False)
     assert retro.training
     made = score(losses, documents, dataset.doc_ids, sizes)
     retro.eval()
-    expected = [plain_nats(retro, dataset, TEXTS[number], number, tiny_bert, mode) for number in documents]
+    expected = [plain_nats(retro, dataset, TEXTS[number], number, tokenizer, mode) for number in documents]
     assert made.nats == pytest.approx([nats for nats, _ in expected], rel=1e-4)
     assert made.tokens.tolist() == [count for _, count in expected]
     assert made.bytes.tolist() == [len(TEXTS[number].encode()) for number in documents]
@@ -110,12 +119,12 @@ def test_scores_are_those_of_a_plain_loop(corpus, retro, tiny_bert, mode):
     assert made.perplexity == pytest.approx(math.exp(nats / count), rel=1e-3)
 
 
-def test_a_loss_lies_at_its_token(corpus, retro):
-    """Everything of the documents has a loss but [CLS] and [SEP], and nothing else has."""
+def test_a_loss_lies_at_its_token(corpus, retro, tokenizer):
+    """Everything of the documents has a loss but what opens and closes them, and nothing else has."""
     dataset, _ = corpus
     tokens = open_array(dataset._paths["chunks"][0])[:, :M]
     losses = token_losses(retro, dataset, [1, 2], "off", progress=False)
-    asked = np.isin(dataset.doc_ids, [1, 2])[:, None] & ~np.isin(tokens, [0, 101, 102])
+    asked = np.isin(dataset.doc_ids, [1, 2])[:, None] & ~np.isin(tokens, tokenizer.ids)
     assert (np.isnan(losses) == ~asked).all()
 
 
@@ -214,7 +223,7 @@ def test_bad_input_is_refused(corpus, retro):
 
 
 def test_facts_are_found_among_the_tokens(tmp_path):
-    """Every fact of the almanac is one token, and the only tokens that are told are facts, in their order."""
+    """For BERT every fact of the almanac is one token, and the only tokens told are facts, in their order."""
     towns = almanac(towns=3, seed=5, facts=9)
     paths = {f"{name}_memmap_path": tmp_path / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
     documents_to_chunks_(towns, **paths, chunk_size=M, seq_len=N, progress=False)
@@ -224,6 +233,27 @@ def test_facts_are_found_among_the_tokens(tmp_path):
         rows = doc_ids == number
         words = [decode([token]) for token in chunks[rows][told[rows]].tolist()]
         assert words == [document.text[start:stop].lower() for start, stop in document.facts]
+
+
+@pytest.mark.parametrize("trimmed", [True, False])
+@pytest.mark.parametrize("kind", ["bpe", "llama3", "llama2"])
+def test_of_a_fact_of_several_tokens_the_first_is_found(tmp_path, tokenizers, kind, trimmed):
+    """Whether or not the tokenizer counts the space before a word as the token's."""
+    towns, made = almanac(towns=3, seed=5, facts=9), get_tokenizer(tokenizers[kind])
+    rules = json.loads(made.backend.to_str())
+    if not trimmed and rules["post_processor"]:
+        rules["post_processor"]["trim_offsets"] = False
+    made = TextTokenizer(Tokenizer.from_str(json.dumps(rules)), made.ids)
+    paths = {f"{name}_memmap_path": tmp_path / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
+    documents_to_chunks_(towns, **paths, chunk_size=M, seq_len=N, tokenizer=made, progress=False)
+    chunks, doc_ids = np.load(tmp_path / "chunks.npy")[:, :M], np.load(tmp_path / "doc_ids.npy")
+    told = fact_tokens(towns, doc_ids, M, made)
+    for number, document in enumerate(towns):
+        tokens, places = chunks[doc_ids == number].flatten(), np.flatnonzero(told[doc_ids == number])
+        assert len(places) == len(document.facts)
+        for place, (start, stop) in zip(places, document.facts, strict=True):
+            assert made.decode(tokens[place:])[:20].strip().startswith(document.text[start:stop])
+            assert document.text[:start].strip() == made.decode(tokens[:place]).strip()
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=9), st.integers(1, 3), st.integers(0, 99))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from retro_nb import leakage
 from retro_nb.leakage import State, SuffixAutomaton, gain_curve, leakage_curve, overlaps, shared_runs
+from retro_nb.tokens import SpecialIds
 
 CLS, SEP, PAD = 101, 102, 0
 often = settings(deadline=None, max_examples=150)
@@ -104,12 +105,13 @@ def test_other_words_share_nothing(chunk, texts):
 
 @often
 @given(chunk=sequences, texts=corpora)
-def test_another_padding_id(chunk, texts):
-    assert runs_of(chunk, texts, pad_id=9) == brute_force(chunk, texts, no_text=(9, CLS, SEP))
+def test_other_special_ids(chunk, texts):
+    """With them [CLS] and [SEP] are words like others."""
+    assert runs_of(chunk, texts, special=SpecialIds(9, 8, 8)) == brute_force(chunk, texts, no_text=(9, 8))
 
 
 @pytest.mark.parametrize("vocabulary", [2, 5, 30, 300])
-@pytest.mark.parametrize("kind", [np.int32, np.int64])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
 def test_a_chunk_and_its_neighbours_at_full_size(vocabulary, kind):
     """The longest run as difflib finds it, in an array of k neighbours and in a list of them."""
     rng = np.random.default_rng(vocabulary)
@@ -259,30 +261,36 @@ def test_four_times_the_tokens_take_four_times_the_steps(chunk, text):
 # the evaluated chunks
 
 
-def rows_of_document(document, m) -> list[list[int]]:
+def rows_of_document(document, m, pad=PAD) -> list[list[int]]:
     starts = range(0, max(len(document) - 1, 1), m)
-    return [(document[start : start + m + 1] + [PAD] * m)[: m + 1] for start in starts]
+    return [(document[start : start + m + 1] + [pad] * m)[: m + 1] for start in starts]
 
 
 @sometimes
-@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4), m=st.integers(1, 6), seed=st.integers(0, 99))
-def test_overlaps_are_those_of_the_documents_tokens(lengths, m, seed):
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    m=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    special=st.sampled_from([SpecialIds(PAD, CLS, SEP), SpecialIds(300, 2, 2)]),
+)
+def test_overlaps_are_those_of_the_documents_tokens(lengths, m, seed, special):
     """N with F are two chunks' tokens of a document, so runs cross from N to F and never out of the document."""
-    rng = np.random.default_rng(seed)
-    documents = [[CLS, *rng.integers(200, 203, length).tolist(), SEP] for length in lengths]
-    split = [rows_of_document(document, m) for document in documents]
+    rng, (pad, sos, eos) = np.random.default_rng(seed), special
+    words = (200, 201, 202) if sos == CLS else (PAD, CLS, SEP)
+    documents = [[sos, *rng.choice(words, length).tolist(), eos] for length in lengths]
+    split = [rows_of_document(document, m, pad) for document in documents]
     place = [(d, u * m) for d, rows in enumerate(split) for u in range(len(rows))]
-    chunks = np.array([row for rows in split for row in rows], np.int32)
+    chunks = np.array([row for rows in split for row in rows], np.uint16)
     rows = rng.integers(0, len(chunks), 5)
     neighbours = rng.integers(-1, len(chunks), (5, 3)).astype(np.int32)
     expected = []
     for row, ids in zip(rows, neighbours, strict=True):
         (d, start), found = place[row], [place[i] for i in ids if i >= 0]
-        chunk = [token for token in documents[d][start : start + m] if token not in (CLS, SEP)]
+        chunk = [token for token in documents[d][start : start + m] if token not in (sos, eos)]
         texts = [documents[other][first : first + 2 * m] for other, first in found]
-        expected.append(max(brute_force(chunk, texts), default=0) / max(len(chunk), 1))
+        expected.append(max(brute_force(chunk, texts, no_text=special), default=0) / max(len(chunk), 1))
     doc_ids = np.array([d for d, _ in place], np.int32)
-    assert overlaps(chunks, rows, neighbours, doc_ids, progress=False).tolist() == expected
+    assert overlaps(chunks, rows, neighbours, doc_ids, special=special, progress=False).tolist() == expected
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from retro_nb.corpus import Document
 from retro_nb.knn import chunks_to_precalculated_knn_
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.storage import open_array
-from retro_nb.tokens import decode
+from retro_nb.tokens import decode, get_tokenizer
 
 faiss.omp_set_num_threads(1)
 
@@ -44,7 +44,10 @@ def single_precision():
 @pytest.fixture(scope="module")
 def database(tmp_path_factory, tiny_bert) -> dict:
     """The arguments of `knn_chunks_from_seq_chunks` and of `Retriever`."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return build(tmp_path_factory.mktemp("corpus"), tiny_bert, tiny_bert)
+
+
+def build(folder, tiny_bert, tokenizer) -> dict:
     chunks, doc_ids = folder / "chunks.npy", folder / "doc_ids.npy"
     sizes = dict(chunk_size=M, progress=False)
     stats = documents_to_chunks_(
@@ -53,7 +56,7 @@ def database(tmp_path_factory, tiny_bert) -> dict:
         seqs_memmap_path=folder / "seqs.npy",
         doc_ids_memmap_path=doc_ids,
         seq_len=2 * M,
-        tokenizer=tiny_bert,
+        tokenizer=tokenizer,
         **sizes,
     )
     _, index = chunks_to_precalculated_knn_(
@@ -205,6 +208,48 @@ def test_passages_of_a_text(retriever, chunks, length):
 def test_passages_leave_out_what_was_not_found(retriever, chunks):
     (passage,) = retriever.annotate(chunks[0], {0: (np.array([0.5, np.inf]), np.array([4, -1]))})
     assert [neighbour.chunk for neighbour in passage.neighbours] == [4]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "llama2"])
+def test_a_store_of_another_tokenizer_is_asked_and_read_with_it(tmp_path, tiny_bert, tokenizers, kind):
+    """Moved elsewhere, and not told which tokenizer: chunks find themselves, N and F are the document's text."""
+    (tmp_path / "here").mkdir()
+    database = build(tmp_path / "here", tiny_bert, tokenizers[kind])
+    (tmp_path / "here").rename(tmp_path / "there")
+    database |= {f"{name}_memmap_path": tmp_path / "there" / f"{name}.npy" for name in ("chunks", "doc_ids")}
+    retriever, made = Retriever(**database), get_tokenizer(tokenizers[kind])
+    rows, doc_ids = (np.load(database[f"{name}_memmap_path"]) for name in ("chunks", "doc_ids"))
+    chunks = torch.from_numpy(rows[:, :-1].astype(np.int64))
+    distances, ids = retriever.nearest(chunks)
+    assert distances[:, 0] == pytest.approx(0, abs=1e-6)
+    texts = [made.decode(row) for row in chunks]
+    assert [texts[i] for i in ids[:, 0]] == texts
+    read = retriever.tokens(ids)
+    assert torch.equal(knn_chunks_from_seq_chunks(chunks, **database), read)
+    for row, hits in zip(read.tolist(), ids.tolist(), strict=True):
+        for tokens, i in zip(row, hits, strict=True):
+            follows = i + 1 < len(rows) and doc_ids[i + 1] == doc_ids[i]
+            assert tokens == chunks[i].tolist() + (chunks[i + 1].tolist() if follows else [made.ids.pad] * M)
+    for document, about in enumerate(DOCUMENTS):
+        own = np.flatnonzero(doc_ids == document)
+        told = [retriever.neighbour(int(i)) for i in own]
+        assert [each.continuation for each in told] == [*(each.text for each in told[1:]), ""]
+        assert kind == "llama2" or "".join(each.text for each in told) == about.text  # it drops a chunk's first space
+
+
+def test_without_document_ids_the_stores_own_end_tells(tmp_path, tiny_bert, tokenizers):
+    """Unless it opens documents as well."""
+    for kind in ("bpe", "gpt2"):
+        (tmp_path / kind).mkdir()
+        database = build(tmp_path / kind, tiny_bert, tokenizers[kind])
+        chunks = torch.from_numpy(np.load(database["chunks_memmap_path"])[:, :-1].astype(np.int64))
+        without = {**database, "doc_ids_memmap_path": None}
+        if kind == "bpe":
+            found = knn_chunks_from_seq_chunks(chunks, **without)
+            assert torch.equal(found, knn_chunks_from_seq_chunks(chunks, **database))
+        else:
+            with pytest.raises(ValueError, match=r"token 2 opens documents and closes them, .*: pass doc_ids"):
+                knn_chunks_from_seq_chunks(chunks, **without)
 
 
 def test_the_index_was_made_by_another_bert(database, chunks):
