@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_model import OPTIONS, batch, every_option, make
 from torch.testing import assert_close
@@ -103,11 +103,11 @@ WORDS = ["blue", "white", "lemon", "black"]
 def cut(tmp_path_factory):
     """A function that cuts texts into a chunk array and its document numbers."""
 
-    def cut(texts):
+    def cut(texts, tokenizer=None):
         folder = tmp_path_factory.mktemp("chunks")
         paths = {f"{name}_memmap_path": folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
         documents = [Document(text, str(number), "here") for number, text in enumerate(texts)]
-        documents_to_chunks_(documents, **paths, chunk_size=M, seq_len=3 * M, progress=False)
+        documents_to_chunks_(documents, **paths, chunk_size=M, seq_len=3 * M, tokenizer=tokenizer, progress=False)
         return np.load(folder / "chunks.npy"), np.load(folder / "doc_ids.npy")
 
     return cut
@@ -129,6 +129,17 @@ def test_an_edit_gives_the_chunks_of_the_edited_text(cut, data):
     made = rewritten(chunks, np.searchsorted(doc_ids, document), TEXTS[document], words)
     assert np.array_equal(made, cut([*TEXTS[:document], "".join(edited), *TEXTS[document + 1 :]])[0])
     assert np.array_equal(chunks, before)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_an_edit_of_another_tokenizers_chunks(cut, tokenizers, kind):
+    """In its words, and padded as they are."""
+    texts = ["Gate 1 is red.", "Gate 2, gate 3 and gate 4.", "5"]
+    words = {(match.start(), match.end()): str(9 - int(match[0])) for match in re.finditer(r"\d", texts[1])}
+    chunks, doc_ids = cut(texts, tokenizers[kind])
+    made = rewritten(chunks, np.searchsorted(doc_ids, 1), texts[1], words, tokenizer=tokenizers[kind])
+    assert np.array_equal(made, cut([texts[0], "Gate 7, gate 6 and gate 5.", texts[2]], tokenizers[kind])[0])
+    assert (made != chunks)[:, :-1].sum() == 3
 
 
 def test_an_edit_reaches_whoever_retrieved_the_word(cut):
@@ -164,6 +175,16 @@ def test_pieces_are_the_text_and_one_for_each_token(text):
     if len(tokens) > 2:
         assert len(parts) == len(tokens) - 1 and parts[0] == ""
         assert "".join(parts) in text
+
+
+@given(text=st.text(st.characters(codec="utf-8")), kind=st.sampled_from(["bpe", "llama3", "llama2"]))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_of_another_tokenizer(tokenizers, text, kind):
+    """They keep every character: only white space at the text's ends may belong to none."""
+    parts, tokens = pieces(text, tokenizer=tokenizers[kind]), tokenize(text, tokenizer=tokenizers[kind])[0]
+    if len(tokens) > 2:
+        assert len(parts) == len(tokens) - 1 and parts[0] == ""
+        assert "".join(parts) in text and not text.replace("".join(parts), "", 1).strip()
 
 
 def test_pieces_keep_what_the_tokens_lose():
