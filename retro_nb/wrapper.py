@@ -6,7 +6,7 @@ that retrieves from the corpus as it writes (notebooks 05 and 06).
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from retro_nb.manifest import cached
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, top_k
 from retro_nb.storage import WORK, PathLike, open_array, write_json
-from retro_nb.tokens import TextTokenizer, decode, get_tokenizer, tokenize, train_tokenizer
+from retro_nb.tokens import PAD_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
 
 
@@ -50,6 +50,8 @@ def _as_corpus(documents_path: Any, glob: str) -> tuple[Any, Path | None]:
 
 def _trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> Path:
     """A folder with a byte-level BPE of this corpus; trained once, for as long as the corpus stays what it is."""
+    if isinstance(corpus, Iterator):
+        raise ValueError(f"a {type(corpus).__name__} can be read only once: pass a list, or a tokenizer's folder")
     fingerprint = getattr(corpus, "fingerprint", None)
     cached(
         folder / "tokenizer.json",
@@ -124,7 +126,7 @@ class TrainingWrapper(nn.Module):
         faiss_index_filename: str = "knn.index",
         work_dir: PathLike | None = None,
         bert: PathLike | None = None,
-        tokenizer: PathLike | int | None = None,
+        tokenizer: int | PathLike | None = None,  # in this order, in which `settings.cast` tries them
         progress: bool = True,
         **index_kwargs: Any,
     ) -> None:
@@ -136,10 +138,11 @@ class TrainingWrapper(nn.Module):
         self.retro, self.bert, self.chunk_size, self.max_seq_len = retro, bert, chunk_size, retro.seq_len
         self.work_dir = Path(work_dir) if work_dir is not None else default
         if isinstance(tokenizer, int):
+            self._check_tokenizer(retro, tokenizer, PAD_ID)  # before it is trained: so many ids, or less
             self.tokenizer = get_tokenizer(_trained_tokenizer(corpus, self.work_dir / "tokenizer", tokenizer, progress))
         else:
             self.tokenizer = get_tokenizer(tokenizer or retro.tokenizer or bert)
-        self._check_tokenizer(retro, self.tokenizer)
+        self._check_tokenizer(retro, self.tokenizer.size, self.tokenizer.ids.pad, self.tokenizer.fingerprint)
         paths = {
             "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / "chunks.npy"),
             "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / "seqs.npy"),
@@ -207,9 +210,9 @@ class TrainingWrapper(nn.Module):
             raise ValueError(f"knn is {knn}: it must be at least 1")
 
     @staticmethod
-    def _check_tokenizer(retro: ChunkedLM, tokenizer: TextTokenizer) -> None:
-        size, pad, own = tokenizer.size, tokenizer.ids.pad, retro.tokenizer
-        if own is not None and own.fingerprint != tokenizer.fingerprint:
+    def _check_tokenizer(retro: ChunkedLM, size: int, pad: int, fingerprint: str | None = None) -> None:
+        own = retro.tokenizer
+        if own is not None and own.fingerprint != fingerprint:
             raise ValueError(
                 f"the model has a tokenizer of its own ({own.size} ids), this one is another ({size} ids): leave "
                 f"tokenizer out, or pass the model's"

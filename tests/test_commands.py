@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from retro_nb import RETRO, TrainingWrapper, docstrings, evaluate_loss, split_by_document
 from retro_nb.__main__ import main
 from retro_nb.checkpoints import read_log
 from retro_nb.commands import BUILD, TRAIN, choose_settings
 from retro_nb.evaluation import evaluate
-from retro_nb.settings import cast
+from retro_nb.settings import cast, read_yaml
+from retro_nb.tokens import get_tokenizer
+from retro_nb.training import hold_out
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = dict(
@@ -63,6 +66,10 @@ def lasting(path: Path) -> list[dict]:
         ("LayerNorm", TRAIN["norm_klass"].annotation, "LayerNorm"),
         (".inf", float, math.inf),
         ("off", bool, False),
+        ("300", TRAIN["tokenizer"].annotation, 300),
+        ("gpt2", TRAIN["tokenizer"].annotation, "gpt2"),
+        ("./300", TRAIN["tokenizer"].annotation, "./300"),
+        ("null", TRAIN["tokenizer"].annotation, None),
     ],
 )
 def test_cast(value, kind, expected):
@@ -77,6 +84,22 @@ def test_settings_are_the_functions_own_and_the_last_word_wins(recipe):
     assert set(settings) == set(TRAIN) and settings == json.loads(json.dumps(settings))
     built = choose_settings("build", recipe)
     assert set(built) == set(BUILD) < set(TRAIN) and built.items() <= settings.items()
+
+
+def test_the_model_knows_the_tokenizers_ids_unless_other_numbers_are_given(recipe, tokenizers):
+    def sizes(**given):
+        settings = choose_settings("train", recipe, given)
+        return settings["num_tokens"], settings["pad_id"]
+
+    gpt2 = get_tokenizer(tokenizers["gpt2"])
+    assert sizes() == sizes(tokenizer="null") == (30522, 0)
+    assert sizes(tokenizer="300") == (300, 0)
+    assert sizes(tokenizer=str(tokenizers["gpt2"])) == (gpt2.size, gpt2.ids.pad) and gpt2.ids.pad > 0
+    assert sizes(tokenizer="300", num_tokens="512") == (512, 0)
+    assert sizes(tokenizer=str(tokenizers["gpt2"]), num_tokens="512", pad_id=511) == (512, 511)
+    with open(recipe, "a", encoding="utf-8") as file:
+        file.write("tokenizer: 300\nnum_tokens: 320\n")
+    assert sizes() == (320, 0) and "num_tokens" not in choose_settings("build", recipe)
 
 
 def test_without_a_word_it_is_the_speeches_and_the_file_names_the_folder(recipe, tmp_path):
@@ -112,6 +135,10 @@ def test_the_recipes_are_known_and_make_a_model(path):
         ("train", {"dec_cross_attn_layers": "[3]"}, "names layer 3, but the layers are 1 … 2"),
         ("train", {"batch_size": 0}, "batch_size is 0"),
         ("train", {"bert": "/nowhere"}, "/nowhere"),
+        ("train", {"tokenizer": "/nowhere"}, "there is no tokenizer '/nowhere'"),
+        ("build", {"tokenizer": 200}, "a vocabulary of 200 has no room for all bytes"),
+        ("train", {"tokenizer": 300, "num_tokens": 299}, "the model knows 299 tokens"),
+        ("train", {"tokenizer": 300, "pad_id": 7}, "pads with 7, the tokenizer gives 300 and pads with 0"),
     ],
 )
 def test_bad_input_is_named_and_no_traceback_shown(recipe, tmp_path, command, given, message, capsys):
@@ -129,6 +156,34 @@ def test_a_file_with_an_unknown_name_is_refused_by_both(recipe, capsys):
 
 
 # building and training
+
+
+def test_a_tokenizer_of_the_corpus_from_build_to_evaluation(recipe, tmp_path, capsys):
+    """`-p tokenizer 300`: trained by the first, used by all; the model's vocabulary follows it."""
+    assert main(arguments("build", recipe, tokenizer=300)) == 0
+    work = tmp_path / "work"
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.npy")} | {
+        path: path.stat().st_mtime_ns for path in (work / "tokenizer").glob("*.json")
+    }
+    assert len(before) >= 6 + 2 and len(AutoTokenizer.from_pretrained(work / "tokenizer")) == 300
+    assert main(arguments("train", recipe, tokenizer=300)) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing is built twice"
+    retro = RETRO.from_pretrained(tmp_path / "out")
+    assert (retro.num_tokens, retro.pad_id) == (300, 0)
+    assert read_yaml(tmp_path / "out" / "settings.yaml")["tokenizer"] == 300
+    history = read_log(tmp_path / "out" / "log.jsonl")
+    assert history.losses[-1] < history.losses[0] < 2 * math.log(300)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    made, loaded = json.loads(printed[printed.index("{") :]), AutoTokenizer.from_pretrained(work / "tokenizer")
+    files = sorted((ROOT / "data" / "sample").rglob("*.txt"))
+    texts = [files[document].read_text(encoding="utf-8") for document in hold_out(np.arange(7), 0.3, 0)]
+    assert made["bytes"] == sum(len(text.encode()) for text in texts)
+    assert made["tokens"] == sum(len(loaded(text, add_special_tokens=False).input_ids) for text in texts)
+    assert 0 < made["on"]["perplexity"] < 600
+    assert main(arguments("train", recipe, tokenizer=301)) == 2
+    assert "settings.yaml says tokenizer 300, not 301" in capsys.readouterr().err
 
 
 def test_build_makes_what_train_uses(recipe, tmp_path, capsys):

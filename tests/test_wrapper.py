@@ -13,7 +13,7 @@ from retro_nb import RETRO, almanac, embedding, top_k, top_p, wrapper
 from retro_nb.checkpoints import History
 from retro_nb.corpus import Document
 from retro_nb.storage import open_array
-from retro_nb.tokens import decode, tokenize
+from retro_nb.tokens import decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import split_by_document
 from retro_nb.wrapper import TrainingWrapper
 
@@ -200,16 +200,95 @@ def test_a_changed_corpus_or_setting_is_built_again(folder, wrap):
         (
             {"retro": make_retro(num_tokens=1000)},
             ValueError,
-            r"knows 1000 tokens, the tokenizer gives 30522: .*num_tokens=30522",
+            r"knows 1000 tokens and pads with 0, the tokenizer gives 30522 .*num_tokens=30522, pad_id=0",
         ),
-        ({"retro": torch.nn.Linear(2, 2)}, TypeError, "(?s)RETRO"),
+        ({"retro": make_retro(pad_id=5)}, ValueError, r"pads with 5, the tokenizer .* pads with 0: .*pad_id=0"),
+        ({"tokenizer": 300, "retro": make_retro(num_tokens=299)}, ValueError, "knows 299 .* gives 300"),
+        ({"tokenizer": 300, "retro": make_retro(pad_id=5)}, ValueError, "pads with 5, the tokenizer gives 300"),
+        ({"tokenizer": "nowhere"}, FileNotFoundError, "no tokenizer 'nowhere'"),
+        ({"retro": torch.nn.Linear(2, 2)}, TypeError, "(?s)RETRO|ChunkedLM"),
         ({"knn": 0}, ValueError, "knn is 0: it must be at least 1"),
         ({"indx": "Flat"}, TypeError, "indx"),
     ],
 )
-def test_what_does_not_go_together(folder, wrap, changes, error, message):
+def test_what_does_not_go_together(folder, wrap, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         wrap(folder, **changes)
+    assert "indx" in changes or not (tmp_path / "work").exists(), "met before any work"
+
+
+# other tokenizers
+
+
+def small_retro(tokenizer) -> RETRO:
+    return make_retro(num_tokens=tokenizer.size, pad_id=tokenizer.ids.pad)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "llama2"])
+def test_a_model_of_another_tokenizer_is_trained_and_writes(wrap, folder, tokenizers, kind):
+    """Into a folder, which is all that the wrapper is told; prompts, passages and neighbours are its text."""
+    tokenizer = get_tokenizer(tokenizers[kind])
+    made = wrap(folder, tokenizer=tokenizers[kind], retro=small_retro(tokenizer))
+    assert made.tokenizer is tokenizer and made.stats["special_ids"] == tokenizer.ids._asdict()
+    texts = {path.stem: path.read_text() for path in folder.rglob("*.txt")}
+    tokens = sum(len(tokenizer.backend.encode(text, add_special_tokens=False).ids) + 2 for text in texts.values())
+    assert made.stats["tokens"] == tokens
+    history = made.fit(steps=6, batch_size=4, lr=0.01, warmup_steps=1, valid_share=0.3, progress=False)
+    assert history.losses[-1] < history.losses[0] < 2 * np.log(tokenizer.size)
+    generation = made.generate_text("law and", exclude=["second"], temperature=0)
+    opening = [tokenizer.ids.sos, *tokenizer.backend.encode("law and", add_special_tokens=False).ids]
+    assert list(generation.tokens[: len(opening)]) == opening and generation.text.startswith("law and")
+    assert generation.text == decode(generation.tokens, tokenizer=tokenizers[kind])
+    read = [near for passage in generation.passages for near in passage.neighbours]
+    assert len(read) == K * ((len(generation.tokens) - 1) // M) > 0 and not any(near.document == 4 for near in read)
+    assert all(near.text in texts[near.title.split("/")[-1]] for near in read)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_writing_starts_and_ends_with_the_tokenizers_own_ids(wrap, folder, tokenizers, kind):
+    tokenizer = get_tokenizer(tokenizers[kind])
+    made = wrap(folder, tokenizer=tokenizers[kind], retro=small_retro(tokenizer))
+    with torch.no_grad():
+        made.retro.to_logits.weight.zero_()
+        made.retro.to_logits.bias[tokenizer.ids.eos] = 9
+    assert made.generate(temperature=0).tolist() == [[tokenizer.ids.sos, tokenizer.ids.eos]]
+
+
+def test_a_tokenizer_is_trained_on_the_corpus_once(wrap, folder, tmp_path):
+    """Again when the corpus or the size has changed, and then what is made of it, too."""
+    texts = [path.read_text() for path in sorted(folder.rglob("*.txt"))]
+    made = wrap(folder, tokenizer=300, retro=make_retro(num_tokens=320))
+    train_tokenizer(texts, tmp_path / "alone", size=300, progress=False)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    for name in names:
+        assert (made.work_dir / "tokenizer" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert made.tokenizer.fingerprint == get_tokenizer(tmp_path / "alone").fingerprint
+    before = files(tmp_path / "work")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = wrap(folder, tokenizer=300, retro=make_retro(num_tokens=300))
+    assert files(tmp_path / "work") == before and again.stats == made.stats
+    assert again.generate_text("law", max_new_tokens=2).text.startswith("law")
+    (folder / "sixth.txt").write_text("zebra " * 40)
+    with pytest.warns(UserWarning) as told:
+        other = wrap(folder, tokenizer=300, retro=make_retro(num_tokens=300))
+    said = [str(each.message) for each in told]
+    assert "building tokenizer.json again: corpus was" in said[0] and "building chunks.npy again: corpus" in said[1]
+    assert other.tokenizer.fingerprint != made.tokenizer.fingerprint == again.tokenizer.fingerprint
+    with pytest.warns(UserWarning, match=r"building tokenizer\.json again: size was 300 and is 280"):
+        assert wrap(folder, tokenizer=280, retro=make_retro(num_tokens=300)).tokenizer.size == 280
+
+
+def test_documents_that_can_be_read_only_once_are_refused_before_they_are(wrap, tmp_path):
+    documents = (Document(text(seed, 30), "a", "s") for seed in range(3))
+    with pytest.raises(ValueError, match="a generator can be read only once: pass a list, or a tokenizer's folder"):
+        wrap(documents, tokenizer=300, retro=make_retro(num_tokens=300), work_dir=tmp_path / "mine")
+    assert len(list(documents)) == 3 and not (tmp_path / "mine").exists()
+
+
+def test_a_vocabulary_too_small_for_all_bytes(wrap, folder):
+    with pytest.raises(ValueError, match="a vocabulary of 200 has no room for all bytes: pass 259 or more"):
+        wrap(folder, tokenizer=200)
 
 
 # training
@@ -382,9 +461,7 @@ def test_generated_text_says_what_was_read(wrapped, monkeypatch):
     generation = wrapped.generate_text(prompt, exclude=["second"], temperature=0)
     tokens = torch.tensor(generation.tokens)
     text = decode(tokens, tokenizer=wrapped.tokenizer)
-    assert generation.text == str(generation) == text and text.startswith(
-        prompt
-    )
+    assert generation.text == str(generation) == text and text.startswith(prompt)
     assert len(read) == (len(tokens) - 1) // M  # of no chunk twice, nor of a last one that no token follows
     assert len(generation.passages) == -(-len(tokens) // M)
     for u, passage in enumerate(generation.passages):
