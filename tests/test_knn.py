@@ -352,7 +352,7 @@ def test_raw_memory_maps_as_the_reference_writes_them(built, tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     for name in ("chunks", "doc_ids"):
-        array = np.load(folder / f"{name}.npy")
+        array = np.load(folder / f"{name}.npy").astype(np.int32)
         (raw / f"{name}.npy").write_bytes(array.tobytes() + bytes(4096))  # it leaves room at the end
     path, _ = build(raw, {**prepared, "chunk_memmap_path": raw / "chunks.npy"})
     assert (open_array(path) == open_array(folder / "chunks.knn.npy")).all()
