@@ -50,7 +50,7 @@ def some_chunks(folder: Path) -> tuple[np.ndarray, str]:
     try:
         places = {f"{name}_memmap_path": folder / f"{name}.npy" for name in names}
         documents_to_chunks_(speeches(40), **places, chunk_size=64, seq_len=2048, progress=False)
-        return np.array(open_array(folder / "chunks.npy")), "40 speeches"
+        return np.array(open_array(folder / "chunks.npy"), np.int32), "40 speeches"  # as the reference reads them
     except ModuleNotFoundError as missing:
         print(f"invented chunks, since {missing}", flush=True)
     rng = np.random.default_rng(0)

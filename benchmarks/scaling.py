@@ -61,7 +61,7 @@ def write_bert(folder: Path) -> None:
 
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=WORDS, **BERT)).save_pretrained(folder)
-    names = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]"}
+    names = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
     vocabulary = {names.get(number, f"w{number}"): number for number in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -126,6 +126,8 @@ def _load_tokenizer(source: str, files: tuple[tuple[str, int], ...]) -> TextToke
 
     try:
         loaded = AutoTokenizer.from_pretrained(source)
+        if set(loaded.get_vocab()) <= set(loaded.all_special_tokens):  # made up for the model's kind, from no file
+            raise ValueError(f"{type(loaded).__name__} without a word")
     except Exception as error:  # of a dozen kinds, some out of Rust; it is kept in the chain
         if Path(source).is_dir():
             mend = f"AutoTokenizer.from_pretrained(…).save_pretrained({source!r}) writes one"

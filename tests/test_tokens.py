@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, GPT2Config
 
 from retro_nb.tokens import (
     EOS_ID,
@@ -225,7 +225,11 @@ def test_identity_is_that_of_rules_and_special_ids_wherever_they_lie(tokenizers,
 # what is refused
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+@pytest.mark.parametrize("config", [None, BertConfig(), GPT2Config()], ids=["nothing", "a BERT", "a GPT-2"])
+def test_a_folder_without_a_tokenizer_is_named(tmp_path, config):
+    """Also where transformers makes one up that knows no words, since it knows what kind the model is of."""
+    if config is not None:
+        config.save_pretrained(tmp_path)
     message = rf"there is no tokenizer '{re.escape(str(tmp_path))}' .*: AutoTokenizer.*save_pretrained\("
     with pytest.raises(FileNotFoundError, match=message):
         get_tokenizer(tmp_path)
