@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from retro_nb.devices import send
@@ -158,7 +158,7 @@ class ChunkedLM(nn.Module):
         kept = kept if len(kept) else kept.new_zeros(1)  # layers need not be made for empty batches
         return chunks[kept], kept
 
-    def _here(self, ids: Int[Tensor, "..."] | None) -> Int[Tensor, "..."] | None:
+    def _here(self, ids: Shaped[Tensor, "..."] | None) -> Shaped[Tensor, "..."] | None:
         return None if ids is None else send(ids, self.to_logits.weight.device)
 
     def _check_tokens(self, ids: Int[Tensor, "..."], name: str) -> None:

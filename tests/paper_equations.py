@@ -145,3 +145,53 @@ def retro_logits(model, seq: Tensor, retrieved: Tensor | None = None) -> Tensor:
         H = ffw(layer.ff, H)
     H = [rms_norm(h, model.decoder.norm_out.gamma) for h in H]
     return torch.stack([model.to_logits.weight @ h + model.to_logits.bias for h in H])
+
+
+# RETROfit (section 4.2): the layers of a Hugging Face language model, with the same reading in some of them
+
+PARTS = {  # of a layer, in the order in which a token passes through them
+    "gpt2": ("ln_1", "attn", "ln_2", "mlp"),
+    "llama": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+}
+
+
+@torch.no_grad()
+def retrofit_logits(model, seq: Tensor, retrieved: Tensor | None = None) -> Tensor:
+    """RETROfit for one sequence (n,) with its neighbours (l, k, r), or the language model without them.
+
+    `model` is a retro_nb.RETROfit of a GPT-2 or Llama, in float64; returns the logits (n, v). Tokens of neighbours,
+    and H_u, are normalised before the encoder reads them.
+    """
+    backbone, reader, m, n = model.backbone.base_model, model.reader, model.chunk_size, len(seq)
+    later = torch.full((1, 1, n, n), -math.inf).double().triu(1)
+    if model.backbone.config.model_type == "gpt2":
+        table, layers, norm_out, about = backbone.wte.weight, backbone.h, backbone.ln_f, {}
+        H = table[seq] + backbone.wpe.weight[:n]
+    else:
+        table, layers, norm_out = backbone.embed_tokens.weight, backbone.layers, backbone.norm
+        H = table[seq]
+        about = {"position_embeddings": backbone.rotary_emb(H, torch.arange(n)[None])}
+    P = range(model.config["start"], len(layers) + 1, model.config["every"])
+
+    def read_token(token: Tensor) -> Tensor:
+        norm, linear = reader.embed
+        word = table[token % len(table)]  # padding may be no word; nothing reads it
+        return linear.weight @ rms_norm(word, norm.gamma) + linear.bias
+
+    E, visible = {}, {}
+    for p, layer in enumerate(layers, start=1):
+        norm, attend, second_norm, feed = (getattr(layer, part) for part in PARTS[model.backbone.config.model_type])
+        H = H + attend(norm(H)[None], attention_mask=later, **about)[0][0]
+        if retrieved is not None and p in P:
+            for u in range(1, n // m + 1) if p == min(P) else ():
+                chunk = [rms_norm(h, reader.norm_chunk.gamma) for h in H[(u - 1) * m : u * m]]
+                visible[u] = [[bool(token != model.pad_id) for token in neighbour] for neighbour in retrieved[u - 1]]
+                E[u] = [
+                    encode(reader.encoder, [read_token(token) for token in neighbour], seen, chunk)
+                    if any(seen)
+                    else [torch.zeros(reader.embed[1].out_features).double()] * len(neighbour)
+                    for neighbour, seen in zip(retrieved[u - 1], visible[u], strict=True)
+                ]
+            H = torch.stack(cca(reader.cross_attn[str(p)], list(H), E, visible, m))
+        H = H + feed(second_norm(H))
+    return norm_out(H) @ model.backbone.lm_head.weight.T
