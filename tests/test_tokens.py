@@ -111,14 +111,18 @@ def test_padding_that_means_something_else_as_well_is_replaced(tokenizers, tmp_p
     assert get_tokenizer(folder).ids.pad == max(ids.values()) + 1
 
 
-def test_padding_is_no_word_where_the_ids_have_gaps(tokenizers, tmp_path):
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_ids_may_have_gaps(tokenizers, tmp_path, kind):
+    """Padding is still no word, and the vocabulary reaches to the last id."""
+
     def with_a_gap(rules):
         moved = {word: i + 50 * (i > 200) for word, i in rules["model"]["vocab"].items()}
         return rules | {"model": rules["model"] | {"vocab": moved}}
 
-    made = get_tokenizer(edited(tokenizers["gpt2"], tmp_path / "gap", "tokenizer.json", with_a_gap))
-    last = get_tokenizer(tokenizers["gpt2"]).ids.pad - 1 + 50
-    assert made.backend.id_to_token(last) is not None and made.ids.pad == last + 1 and made.size == last + 2
+    made = get_tokenizer(edited(tokenizers[kind], tmp_path / "gap", "tokenizer.json", with_a_gap))
+    last = max(made.backend.get_vocab().values())
+    assert last == made.backend.get_vocab_size() - 1 + 50 and made.backend.id_to_token(last) is not None
+    assert (made.ids.pad, made.size) == ((0, last + 1) if kind == "bpe" else (last + 1, last + 2))
 
 
 def edited(source, folder, name, change):
