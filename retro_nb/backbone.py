@@ -162,9 +162,12 @@ def restore(known: dict[str, Any]) -> "PreTrainedModel":
 
 
 def check_same(backbone: "PreTrainedModel", known: dict[str, Any]) -> None:
-    """Raise a ValueError if this is not the language model of this `identity`."""
-    own = identity(backbone, frozen=known["sample"] is not None)
-    same = own["architecture"] == known["architecture"]
+    """Raise a ValueError if this is not the language model of this `identity`.
+
+    What only one of the two configurations has is passed over: another version of transformers has other names.
+    """
+    own, there = identity(backbone, frozen=known["sample"] is not None), known["architecture"]
+    same = all(value == there.get(name, value) for name, value in own["architecture"].items())
     if not same or (known["sample"] and not np.allclose(own["sample"], known["sample"], rtol=ROUNDING, atol=1e-7)):
         raise ValueError(f"this {type(backbone).__name__} is not {known['name'] or 'the one'} that the weights are for")
 

@@ -214,6 +214,17 @@ def test_names_of_classes_are_read_again():
     check_same(model, known)
 
 
+def test_another_version_of_transformers_has_other_names_in_its_configurations():
+    model = language_model("llama")
+    known = identity(model, frozen=True)
+    del known["architecture"]["pretraining_tp"]
+    known["architecture"]["what_comes_with_the_next_version"] = None
+    check_same(model, known)
+    known["architecture"]["num_attention_heads"] = 1
+    with pytest.raises(ValueError, match="is not the one that the weights are for"):
+        check_same(model, known)
+
+
 @every_family
 def test_a_model_that_was_trained_too_is_made_anew(family):
     model = language_model(family)
