@@ -36,6 +36,7 @@ from retro_nb.evaluation import MODES, bytes_of_chunks, found_twins, score, toke
 from retro_nb.evidence import RESULTS
 from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.pretrained import INCLUDED
+from retro_nb.settings import cast
 from retro_nb.storage import ROOT, open_array, write_json, writing
 from retro_nb.training import of_documents, without_documents
 
@@ -71,24 +72,27 @@ CARD = """# RETRO on the {name}
 """
 
 
-def read_recipe(name: str, given: dict[str, str]) -> dict[str, Any]:
+def read_recipe(name: str, given: dict[str, str], script: str = __file__) -> dict[str, Any]:
     """A corpus's recipe, with the values that were given on the command line in the places of their names."""
-    recipe = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[name]
+    recipe = yaml.safe_load(Path(script).with_suffix(".yaml").read_text(encoding="utf-8"))[name]
     for key, text in given.items():
         places = [part for part in (recipe, *recipe.values()) if isinstance(part, dict) and key in part]
         if not places:
             raise SystemExit(f"-p {key}: not in the recipe of {name}, which has {', '.join(recipe)}")
         for part in places:
-            part[key] = yaml.safe_load(text)
+            value, kind = part[key], type(part[key])  # YAML alone reads 3e-3 as text
+            part[key] = yaml.safe_load(text) if value is None else cast(text, kind)
     return recipe
 
 
 class Experiment:
     """One corpus, its database, and which documents are trained on, left out and measured."""
 
+    home = RUNS  # in any other folder it is a trial
+
     def __init__(self, name: str, recipe: dict[str, Any], runs: Path = RUNS) -> None:
         self.name, self.recipe, self.folder = name, recipe, runs / name
-        self.results, self.box = (RESULTS, INCLUDED) if runs == RUNS else (runs / "results", runs / "checkpoints")
+        self.results, self.box = (RESULTS, INCLUDED) if runs == self.home else (runs / "results", runs / "checkpoints")
         store = self.folder / "store"
         if not (store / "about.json").exists():
             build_store(name, recipe, store)
@@ -281,7 +285,7 @@ class Experiment:
         print(f"written: {target}", flush=True)
 
     def _finished(self, model: str) -> list[dict[str, Any]]:
-        files = sorted(self.folder.glob(f"{model}-*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
+        files = sorted(self.folder.glob(f"{model}-[0-9]*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 

@@ -1,4 +1,4 @@
-"""The store of an experiment: all that experiments/evidence.py needs of the texts, BERT and FAISS, as arrays.
+"""The store of an experiment: all that evidence.py and retrofit.py need of the texts, BERT and FAISS, as arrays.
 
     chunks.npy, seqs.npy, doc_ids.npy, chunks.bytes.npy     the corpus, as `documents_to_chunks_` writes it
     knns.npy                        the `FOUND` nearest chunks of each in the database
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from retro_nb import RETRO, TrainingWrapper, almanac, docstrings, speeches
+from retro_nb.chunking import special_ids, store_tokenizer
 from retro_nb.evaluation import fact_tokens
 from retro_nb.index import NO_NEIGHBOUR, exact_search
 from retro_nb.leakage import overlaps
@@ -34,8 +36,11 @@ def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
     keep_out: Any = recipe["keep_out"]
     if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
         keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
-    retro, places = RETRO(**recipe["model"]), {"documents_path": corpus, "keep_out": keep_out, "work_dir": folder}
-    wrapper = TrainingWrapper(retro=retro, chunk_size=64, knn=FOUND, **places)
+    tokenizer = recipe.get("tokenizer")  # None is BERT's, a number a BPE of this corpus
+    with torch.device("meta"):  # sizes alone
+        retro = RETRO(num_tokens=tokenizer or 30522, max_seq_len=recipe["model"]["max_seq_len"])
+    places = {"documents_path": corpus, "keep_out": keep_out, "work_dir": folder}
+    wrapper = TrainingWrapper(retro=retro, chunk_size=64, knn=FOUND, tokenizer=tokenizer, **places)
     np.save(folder / "knns.npy", wrapper.ds.knns)
     vectors = open_array(folder / "chunks.embedded.npy")
     save_measured(folder, wrapper.kept_out, vectors)
@@ -63,15 +68,17 @@ def describe(name: str, recipe: dict[str, Any], corpus: Any, folder: Path, measu
     doc_ids = open_array(folder / "doc_ids.npy")
     about = {"built": built_with(recipe), "measured": measured, "titles": [document.title for document in corpus]}
     if name == "almanac":
-        np.save(folder / "facts.npy", fact_tokens(corpus, doc_ids, 64))
+        np.save(folder / "facts.npy", fact_tokens(corpus, doc_ids, 64, store_tokenizer(folder / "chunks.npy")))
         about["entropy"] = corpus.fact_entropy
     else:
         rows = np.flatnonzero(np.isin(doc_ids, measured))
         chunks, near = open_array(folder / "chunks.npy"), open_array(folder / "knns.npy")[rows, :SHARED]
-        np.save(folder / "overlap.npy", overlaps(chunks, rows, near, doc_ids, progress=False))
+        special = special_ids(folder / "chunks.npy")
+        np.save(folder / "overlap.npy", overlaps(chunks, rows, near, doc_ids, special=special, progress=False))
     write_json(folder / "about.json", about)
 
 
 def built_with(recipe: dict[str, Any]) -> dict[str, Any]:
     """The settings on which a store depends."""
-    return {"corpus": recipe["corpus"], "keep_out": recipe["keep_out"], "n": recipe["model"]["max_seq_len"]}
+    built = {"corpus": recipe["corpus"], "keep_out": recipe["keep_out"], "n": recipe["model"]["max_seq_len"]}
+    return built | ({"tokenizer": recipe["tokenizer"]} if "tokenizer" in recipe else {})
