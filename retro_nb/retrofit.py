@@ -362,7 +362,8 @@ def retrofit(model: nn.Module | PathLike, **options: Any) -> RETROfit:
     does, to the last bit.
 
     Args:
-        model: a GPT-2, Llama, Mistral, Qwen or any other whose layers are made like theirs; or its folder or hub name.
+        model: a GPT-2, Llama, Mistral, Qwen or any other whose layers are made like theirs, which is not copied: it
+            is frozen itself. Or its folder or hub name.
         every, start: P, the layers that read: start, start + every, … (counted from 1; the paper's are 6, 9, …).
         chunk_size: m, tokens.
         max_seq_len: longest sequence n; the language model's, but 2048 at most, if left out.
