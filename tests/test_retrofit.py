@@ -201,16 +201,16 @@ def feed(model: RETROfit, seq, retrieved, cuts=()):
 @given(data=st.data(), n=st.integers(1, 20), seed=st.integers(0, 99), read=st.booleans())
 @settings(max_examples=4, deadline=None)
 def test_decoding_piece_by_piece_equals_forward(family, data, n, seed, read):
-    """With padding before the texts, too, and chunks without neighbours."""
+    """With padding before the texts, and behind them, and chunks without neighbours."""
     model = make(family, seed)
-    cuts, starts = (data.draw(st.lists(st.integers(0, n), min_size=3, max_size=3)) for _ in range(2))
+    cuts, starts, lengths = (data.draw(st.lists(st.integers(0, n), min_size=3, max_size=3)) for _ in range(3))
     seq, retrieved = batch(n, b=3, k=data.draw(st.integers(1, 2)), r=data.draw(st.sampled_from([4, 8])), seed=seed)
-    text = torch.arange(n) >= torch.tensor(starts)[:, None]
-    seq = seq.where(text, model.pad_id)
+    begun = torch.arange(n) - torch.tensor(starts)[:, None]
+    seq = seq.where((begun >= 0) & (begun <= torch.tensor(lengths)[:, None]), model.pad_id)
     retrieved[torch.rand(retrieved.shape[:3]) < 0.4] = model.pad_id
     retrieved[..., 5:].masked_fill_(torch.rand(retrieved[..., 5:].shape) < 0.2, model.pad_id)
     expected, out = (use(seq, retrieved if read else None) for use in (model, lambda *a: feed(model, *a, cuts)))
-    assert_close(out[text], expected[text], atol=2e-5, rtol=1e-5)
+    assert_close(out[begun >= 0], expected[begun >= 0], atol=2e-5, rtol=1e-5)
     assert expected.isfinite().all() and out.isfinite().all()
 
 
