@@ -32,6 +32,7 @@ LEARN = {
     "06_sampling": "temperature, top-k, top-p; live retrieval with caches; who was quoted",
     "07_does_retrieval_help": "on, off, shuffled, baseline; a memory that is edited; where the model looks",
     "08_leakage": "what a chunk shares word for word with its neighbours, and what is left without it",
+    "09_retrofit": "a frozen Hugging Face model learns to read; other tokenizers; when more weights look like reading",
 }
 
 Record = dict[str, Any]  # a results file

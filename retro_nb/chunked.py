@@ -35,6 +35,7 @@ class ChunkedLM(nn.Module):
     chunk_size        m
     to_logits         the output layer
     tokenizer         what its ids mean, where the model is bound to a tokenizer
+    hides_padding     whether padding before a text is as if it were not there
     frozen            whether only what reads the neighbours is trained
     """
 
@@ -46,6 +47,7 @@ class ChunkedLM(nn.Module):
     to_logits: nn.Linear
     tokenizer: TextTokenizer | None = None
     frozen: bool = False
+    hides_padding: bool = False
 
     # whole sequences
 

@@ -33,7 +33,7 @@ from retro_nb.storage import ROOT, replacing, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 RUNS = ROOT / "runs"
-LAST_OF_TUTORIAL = 8
+LAST_OF_TUTORIAL = 9
 
 
 def no_progress(cells: int) -> None:

@@ -43,11 +43,11 @@ def linear_cross_entropy(
 def token_cross_entropy(
     x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
 ) -> Float[Tensor, " t"]:
-    """cross_entropy(x @ weight.T + bias, targets) of each token, in nats, a block at a time."""
+    """cross_entropy(x @ weight.T + bias, targets) of each token, in nats and float32, a block at a time."""
     block = _tokens_at_once(x, weight)
     pairs = zip(x.split(block), targets.split(block), strict=True)
     return torch.cat(
-        [F.cross_entropy(F.linear(some, weight, bias), target, reduction="none") for some, target in pairs]
+        [F.cross_entropy(F.linear(some, weight, bias).float(), target, reduction="none") for some, target in pairs]
     )
 
 

@@ -173,6 +173,8 @@ class FittedState:
 class RETROfit(ChunkedLM):
     """A Hugging Face language model with a memory. Made by `retrofit`; the arguments are explained there."""
 
+    hides_padding = True
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -201,6 +203,8 @@ class RETROfit(ChunkedLM):
             )
         if max_seq_len is not None and not 1 <= max_seq_len <= positions:
             raise ValueError(f"max_seq_len {max_seq_len} is not in 1 … {positions}, the language model's positions")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")
         if dim_head % 2:
             raise ValueError(f"dim_head {dim_head} is odd: rotary positions turn pairs of features, pass an even one")
         self.blocks = {number: every_block[number - 1] for number in range(start, depth + 1, every)}
@@ -217,6 +221,7 @@ class RETROfit(ChunkedLM):
                 ff_mult=ff_mult, dropout=dropout, heads=heads, dim_head=dim_head,
             )  # fmt: skip
         self.config = {"backbone": identity(backbone, freeze), **plain_config(arguments)}
+        self.config["tokenizer"] = self.tokenizer.fingerprint
         self.train(backbone.training)
 
     @property
@@ -342,14 +347,17 @@ class RETROfit(ChunkedLM):
 
         Raises:
             FileNotFoundError: a folder or file is missing.
-            ValueError: the weights are damaged, or of another language model.
+            ValueError: the weights are damaged, or of another language model or tokenizer.
         """
 
         def build(config: dict) -> "RETROfit":
-            known = config.pop("backbone")
+            known, fingerprint = config.pop("backbone"), config.pop("tokenizer")
             model = restore(known) if backbone is None else backbone
             check_same(model, known)
-            return cls(model, tokenizer=tokenizer, **config)
+            made = cls(model, tokenizer=tokenizer, **config)
+            if made.tokenizer.fingerprint != fingerprint:
+                raise ValueError(f"it was made for another tokenizer than this one of {made.tokenizer.size} ids")
+            return made
 
         return load(build, RETROfit.__name__, Path(folder), device)
 

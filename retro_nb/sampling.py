@@ -83,12 +83,12 @@ def generate(
     filter_thres: float | int = 0.9,
     temperature: float | int = 1.0,
     generator: torch.Generator | None = None,
-    eos_id: int = EOS_ID,
+    eos_id: int | None = None,
     on_token: OnToken | None = None,
 ) -> Int[Tensor, "b _"]:
     """Continue the prompts, one token at a time, in evaluation mode.
 
-    Each row ends at the first [SEP] that it generates itself, after max_new_tokens, or at the model's
+    Each row ends at the first `eos_id` that it generates itself, after max_new_tokens, or at the model's
     max_seq_len; what follows in the row is padding. Prompts are kept as they are, whatever they hold.
 
     Args:
@@ -104,6 +104,7 @@ def generate(
         temperature: 0 is greedy.
         generator: noise for all rows is drawn at every step, so a row's text does not depend on when the
             others end. On a GPU up to 15 steps more are drawn than were needed.
+        eos_id: what ends a text: of the model's own tokenizer if it has one, else BERT's [SEP].
         on_token: called with every new position and its (b,) tokens, as they come.
 
     Returns:
@@ -113,6 +114,8 @@ def generate(
         ValueError: an empty prompt or one longer than max_seq_len, lengths outside the prompt, `retrieved`
             for chunks that the shortest prompt does not complete.
     """
+    if eos_id is None:
+        eos_id = EOS_ID if retro.tokenizer is None else retro.tokenizer.ids.eos
     prompt = prompt.to(retro.to_logits.weight.device)
     lengths, ends = _row_limits(retro, prompt, prompt_lengths, max_new_tokens)
     seq = _room(prompt, lengths, int(ends.max()), retro.pad_id)

@@ -26,7 +26,7 @@ from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.manifest import cached
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
-from retro_nb.sampling import generate, top_k
+from retro_nb.sampling import generate, left_pad, top_k
 from retro_nb.storage import WORK, PathLike, open_array, write_json
 from retro_nb.tokens import PAD_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
@@ -318,6 +318,7 @@ class TrainingWrapper(nn.Module):
         prompt: str = "",
         *,
         exclude: Sequence[DocumentName] = (),
+        end_chunk: bool = False,
         on_text: Callable[[str], object] | None = None,
         **options: Any,
     ) -> Generation:
@@ -326,11 +327,20 @@ class TrainingWrapper(nn.Module):
         Args:
             prompt: the beginning of the text.
             exclude: numbers or titles of documents that must not be retrieved.
+            end_chunk: put padding before the prompt, so that it ends with a chunk and the first word that is written
+                reads what was retrieved for it, however short it is (see `sampling.left_pad`).
             on_text: called with the text so far after each token, for streaming.
             **options: those of `generate`, but `on_token` and `on_retrieved`. Chunks that `retrieved` covers
                 look for no neighbours, so none are named; nor has a chunk any that no token follows.
+
+        Raises:
+            ValueError: padding before the prompt for a model that would read it as text, which a RETRO does.
         """
         start = tokenize(prompt, tokenizer=self.tokenizer)[:, :-1]  # without what closes a document: it goes on
+        if end_chunk:
+            if not self.retro.hides_padding:
+                raise ValueError("end_chunk puts padding before the prompt, which a RETRO would read: use a RETROfit")
+            start = left_pad(start, self.chunk_size, self.retro.pad_id)
         written, found = start[0].tolist(), {}
 
         def stream(position: int, tokens: Tensor) -> None:

@@ -49,7 +49,7 @@ def project(tmp_path, monkeypatch):
     """A project with two notebooks, in a path with a space, seen from a working directory elsewhere."""
     home, elsewhere = tmp_path / "my home", tmp_path / "elsewhere"
     write_notebook(home / "notebooks" / "00_first.ipynb", PARAMETERS, BODY)
-    write_notebook(home / "notebooks" / "09_late.ipynb", "steps: int = 3  # steps", "assert steps < 9")
+    write_notebook(home / "notebooks" / "10_late.ipynb", "steps: int = 3  # steps", "assert steps < 9")
     elsewhere.mkdir()
     monkeypatch.setattr(experiments, "NOTEBOOKS", home / "notebooks")
     monkeypatch.setattr(experiments, "RUNS", home / "runs")
@@ -75,8 +75,8 @@ def test_notebooks_by_stem_number_path_and_series(project):
     first, late = sorted((project / "notebooks").glob("*.ipynb"))
     for name in ("00_first", "00", "0", str(first), "tutorial"):
         assert experiments.find_notebooks([name]) == [first]
-    assert experiments.find_notebooks(["09", "all"]) == [late, first]
-    with pytest.raises(ValueError, match=r"no notebook '05'.*00_first, 09_late"):
+    assert experiments.find_notebooks(["10", "all"]) == [late, first]
+    with pytest.raises(ValueError, match=r"no notebook '05'.*00_first, 10_late"):
         experiments.find_notebooks(["05"])
 
 

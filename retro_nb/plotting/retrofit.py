@@ -1,0 +1,84 @@
+"""Figures of notebook 09: what RETROfit adds to a language model, and how it learns to read."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from retro_nb.plotting.style import COLOURS, arrow, blank, box
+
+LOOKS = {"RETROfit": ("model", "-"), "RETRO from scratch": ("chunk", "--")}
+
+
+def anatomy(depth: int, readers: Sequence[int]) -> Figure:
+    """A frozen language model (grey) with the encoder and the chunked cross-attention that are added (green)."""
+    width, gap = 1.5, 0.35
+    figure, axes = blank(max(depth * (width + gap), 6), 2.9)
+    for number in range(1, depth + 1):
+        x = (number - 1) * (width + gap) + 0.05
+        box(axes, x, 0.35, width, 0.45, "attention", colour="#DDE3E8")
+        box(axes, x, 1.35, width, 0.45, "feed-forward", colour="#DDE3E8")
+        axes.text(x + width / 2, 0.13, f"layer {number}", ha="center", va="center", fontsize=8, color=COLOURS["ink"])
+        if number in readers:
+            box(axes, x, 0.85, width, 0.45, "CCA", colour=COLOURS["model"])
+            arrow(axes, (x + width + gap / 2, 2.35), (x + width + gap / 2, 1.07), color=COLOURS["neighbour"])
+            arrow(axes, (x + width + gap / 2, 1.07), (x + width, 1.07), color=COLOURS["neighbour"])
+        if number > 1:
+            arrow(axes, (x - gap, 1.57), (x, 0.57))
+    right = (depth - 1) * (width + gap) + width + gap / 2
+    box(axes, 0.05, 2.35, right, 0.45, "encoder: reads the neighbours", colour=COLOURS["model"])
+    return figure
+
+
+def weights(frozen: Mapping[str, int], added: Mapping[str, int]) -> Figure:
+    """How many weights stay as they are (grey), and how many are added and trained (green)."""
+    figure, axes = plt.subplots(figsize=(8, 1.9))
+    left, total = 0, sum(frozen.values()) + sum(added.values())
+    for parts, shades in ((frozen, ("#C3CAD1", "#DDE3E8")), (added, (COLOURS["model"], "#66C4A6"))):
+        for number, (name, count) in enumerate(parts.items()):
+            axes.barh(0, count, left=left, color=shades[number % 2], edgecolor="white")
+            label = f"{name}\n{count:,}"
+            axes.text(left + count / 2, 0 if count > total / 12 else 0.5, label, ha="center", va="center", fontsize=8)
+            left += count
+    share = sum(added.values()) / total
+    axes.set(ylim=(-0.5, 0.75), yticks=(), xlabel="weights", title=f"{share:.0%} of the weights are trained")
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    plt.close(figure)
+    return figure
+
+
+def learning(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    tenths: Mapping[str, Sequence[float]],
+    level: tuple[str, float],
+    title: str,
+) -> Figure:
+    """Loss on facts over the training tokens seen, one line a seed; diamonds are whole trainings of a tenth.
+
+    Args:
+        runs: by model, for each seed its `curves["on"][1]` and the `tokens` at these points.
+        tenths: by model, what was reached in a tenth of the tokens, by a training that was planned for it.
+        level: name and loss of the language model alone.
+        title: of the figure.
+    """
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    for name, each in runs.items():
+        colour, dashes = LOOKS[name]
+        for number, run in enumerate(each):
+            millions = np.asarray(run["tokens"]) / 1e6
+            label = name if number == 0 else None
+            axes.plot(millions, run["curves"]["on"][1], dashes, color=COLOURS[colour], linewidth=1.6, label=label)
+        tenth = max(each[0]["tokens"]) / 1e7
+        reached, look = tenths[name], {"color": COLOURS[colour], "markeredgecolor": "white", "zorder": 4}
+        axes.plot([tenth] * len(reached), reached, "D", **look)
+    axes.plot([], [], "D", color=COLOURS["muted"], label="a training of a tenth")
+    axes.axhline(level[1], color=COLOURS["baseline"], label=f"{level[0]}: {level[1]:.2f}")
+    axes.set(xlabel="training tokens seen with retrieval, millions", ylabel="nats per fact")
+    axes.set(ylim=(0, 6), xlim=(0, None))
+    axes.set_title(title)
+    axes.legend(frameon=True, edgecolor="none")
+    plt.close(figure)
+    return figure
