@@ -15,7 +15,7 @@ LOOKS = {"RETROfit": ("model", "-"), "RETRO from scratch": ("chunk", "--")}
 def anatomy(depth: int, readers: Sequence[int]) -> Figure:
     """A frozen language model (grey) with the encoder and the chunked cross-attention that are added (green)."""
     width, gap = 1.5, 0.35
-    figure, axes = blank(max(depth * (width + gap), 6), 2.9)
+    figure, axes = blank(max(depth * (width + gap), 6.0), 2.9)
     for number in range(1, depth + 1):
         x = (number - 1) * (width + gap) + 0.05
         box(axes, x, 0.35, width, 0.45, "attention", colour="#DDE3E8")
