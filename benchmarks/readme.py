@@ -134,10 +134,35 @@ def evidence_table() -> str:
     lines = [f"| corpus and unit | {' | '.join(modes)} |", "|---" * 5 + "|"]
     for name, unit in CORPORA.items():
         found = json.loads((EVIDENCE / f"{name}.json").read_text(encoding="utf-8"))
-        cells = [f"{np.mean(found[mode]):.3f} ({min(found[mode]):.3f}–{max(found[mode]):.3f})" for mode in modes]
+        cells = [mean_of(found[mode]) for mode in modes]
         lines.append(f"| {unit} | {' | '.join(cells)} |")
     note = "Means of three seeds (lowest to highest), by `python experiments/evidence.py almanac speeches docstrings`."
     return "\n".join([*lines, "", note])
+
+
+def retrofit_table() -> str:
+    """A language model, its RETROfit and RETRO from scratch, for all and for a tenth of the training tokens."""
+    units = {"almanac": "nats per fact", "speeches": "bits per byte"}
+    models = {
+        "retrofit-tenth": "RETROfit, a tenth",
+        "retrofit": "RETROfit, all",
+        "scratch-tenth": "from scratch, a tenth",
+        "scratch": "from scratch, all",
+    }
+    lines = ["| corpus, unit, training tokens | on | shuffled | off |", "|---" * 4 + "|"]
+    for name, unit in units.items():
+        found = json.loads((EVIDENCE / f"{name}-retrofit.json").read_text(encoding="utf-8"))
+        lines.append(f"| {name}, {unit}: the language model alone | | | {mean_of(found['baseline']['off'])} |")
+        for model, words in models.items():
+            if model in found:
+                cells = [mean_of(found[model][mode]) for mode in ("on", "shuffled", "off")]
+                lines.append(f"| {name}: {words} | {' | '.join(cells)} |")
+    note = "Means of three seeds (lowest to highest), by `python experiments/retrofit.py`; the results name the command."
+    return "\n".join([*lines, "", note])
+
+
+def mean_of(seeds: list[float]) -> str:
+    return f"{np.mean(seeds):.3f} ({min(seeds):.3f}–{max(seeds):.3f})"
 
 
 def bars(devices: dict[str, list[Record]]) -> list[Row]:
@@ -201,6 +226,7 @@ def main() -> None:
     text = replace_section(readme.read_text(encoding="utf-8"), "notebooks", notebook_table(index))
     text = replace_section(text, "fast", speed_section(devices))
     text = replace_section(text, "evidence", evidence_table())
+    text = replace_section(text, "retrofit", retrofit_table())
     growth = json.loads((RESULTS / "growth-cpu.json").read_text(encoding="utf-8"))
     readme.write_text(replace_section(text, "growth", growth_table(growth)), encoding="utf-8")
     if devices:

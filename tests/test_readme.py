@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import retro_nb
+from retro_nb import wrapper
 from retro_nb.evidence import results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,16 @@ def test_the_table_of_evidence_is_the_measured_one():
     assert script["replace_section"](README, "evidence", script["evidence_table"]()) == README
 
 
+def test_the_table_of_retrofit_is_the_measured_one():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert script["replace_section"](README, "retrofit", script["retrofit_table"]()) == README
+    found = results("speeches-retrofit")
+    alone = statistics.fmean(found["baseline"]["off"])
+    for model, mode in (("retrofit-tenth", "on"), ("retrofit-tenth", "shuffled"), ("scratch", "on")):
+        assert 100 * (1 - statistics.fmean(found[model][mode]) / alone) == pytest.approx(0.35, abs=0.015)
+    assert "for, 0.35 % below the language model" in flat(README)
+
+
 def test_the_sample_stands_in_notebook_06():
     cells = json.loads((ROOT / "notebooks" / "06_sampling.ipynb").read_text(encoding="utf-8"))["cells"]
     outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
@@ -75,22 +86,36 @@ def test_the_tests_that_pin_the_differences_exist():
     assert len(named) > 10 and missing == []
 
 
-def test_the_example_is_python_with_public_names():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+FITTED, WRITTEN = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.parametrize("example", [FITTED, WRITTEN])
+def test_an_example_is_python_with_public_names(example):
     tree = ast.parse(example)
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert set(names) <= set(retro_nb.__all__) and len(example.splitlines()) <= 15
 
 
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    """As it stands, but with three short speeches, in a folder of its own."""
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    other = {"max_chars=4000": "max_chars=800, max_documents=3", "data/work/speeches-4000": str(tmp_path)}
+def run_with(example: str, other: dict[str, str]) -> None:
     for said, meant in other.items():
         assert said in example
         example = example.replace(said, meant)
-    monkeypatch.chdir(ROOT)
     exec(example, {})
+
+
+def test_the_example_of_retrofit_runs(tmp_path, monkeypatch, capsys):
+    """As it stands, but with three towns and a single step, in a folder of its own."""
+    monkeypatch.setattr(wrapper, "WORK", tmp_path)
+    run_with(FITTED, {"towns=20": "towns=3", "steps=5": "steps=1", "runs/reader": str(tmp_path / "reader")})
+    assert capsys.readouterr().out.startswith("The flag of")
+    assert retro_nb.RETROfit.from_pretrained(tmp_path / "reader").tokenizer.size == 2500
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    """As it stands, but with three short speeches, in a folder of its own."""
+    monkeypatch.chdir(ROOT)
+    other = {"max_chars=4000": "max_chars=800, max_documents=3", "data/work/speeches-4000": str(tmp_path)}
+    run_with(WRITTEN, other)
     said = capsys.readouterr().out
     assert said.startswith("my fellow citizens") and re.search(r"^    \[\d{4} \w+, d²=", said, flags=re.M)
 
