@@ -157,7 +157,7 @@ def retrofit_table() -> str:
             if model in found:
                 cells = [mean_of(found[model][mode]) for mode in ("on", "shuffled", "off")]
                 lines.append(f"| {name}: {words} | {' | '.join(cells)} |")
-    note = "Means of three seeds (lowest to highest), by `python experiments/retrofit.py`; the results name the command."
+    note = "Means of three seeds (lowest to highest), by `python experiments/retrofit.py`; the results name commands."
     return "\n".join([*lines, "", note])
 
 

@@ -137,6 +137,8 @@ class Comparison(Experiment):
     def collect(self, models: list[str]) -> None:
         """Write experiments/results/<corpus>-retrofit.json from the runs of these models."""
         runs = {model: self._finished(model) for model in models}
+        for run in (run for each in runs.values() for run in each):  # some may have been made long ago
+            self._check(self.folder / f"{run['model']}-{run['seed']}.json", run["settings"], self.recipe)
         found: dict[str, Any] = {
             model: {mode: [run["values"][mode] for run in each] for mode in each[0]["values"]}
             for model, each in runs.items()
@@ -149,10 +151,11 @@ class Comparison(Experiment):
             found |= {"hit_rates": self.hit_rates()}
         names = ("seed", "parameters", "trained", "minutes", "device", "curves", "tokens")
         found["runs"] = {model: [{name: run[name] for name in names} for run in each] for model, each in runs.items()}
-        found["settings"] = runs["baseline"][0]["settings"]
+        found["settings"] = self.recipe
         write_json(self.results / f"{self.name}-retrofit.json", found)
         print(f"written: {self.results / self.name}-retrofit.json", flush=True)
-        if self.name == "almanac" and (self.folder / "retrofit").exists():
+        there = {"baseline", "retrofit"} <= set(models) and (self.folder / "retrofit").exists()
+        if self.name == "almanac" and there:
             put_into_the_box(self.folder, self.box, found)
 
 
@@ -173,10 +176,11 @@ def put_into_the_box(folder: Path, box: Path, found: dict[str, Any]) -> None:
     recipe, first = found["settings"], found["runs"]["retrofit"][0]
     facts = {name: found["retrofit"][name][0] for name in ("on", "off", "shuffled")}
     facts |= {"baseline": found["baseline"]["off"][0], "entropy": found["entropy"], "command": found["command"]}
-    facts |= {"tokenizer": recipe["tokenizer"], "towns": recipe["corpus"]["towns"], "device": first["device"]}
+    facts |= {"tokenizer": recipe["tokenizer"], "towns": recipe["corpus"]["towns"]}
+    facts |= {"device": found["runs"]["baseline"][0]["device"], "seeds": len(found["retrofit"]["on"])}
     facts |= {"added": first["trained"] / 1e6, "parameters": (first["parameters"] - first["trained"]) / 1e6}
     for target in (lm, added):
-        card = CARDS[target.name].format(**facts, seeds=len(SEEDS))
+        card = CARDS[target.name].format(**facts)
         (target / "README.md").write_text(card, encoding="utf-8")
         print(f"written: {target}", flush=True)
 
