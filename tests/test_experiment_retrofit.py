@@ -21,7 +21,7 @@ with pytest.MonkeyPatch.context() as patched:
 
 MODELS, BOX = experiment.MODELS, ("almanac-lm", "almanac-retrofit")
 CORPUS = {"towns": "4", "keep_out": "0.5", "tokenizer": "400", "n_positions": "256", "max_seq_len": "256"}
-TRAINING = {"steps": "10", "batch_size": "2", "eval_every": "5", "lr": "0.01"}
+TRAINING = {"steps": "20", "batch_size": "1", "eval_every": "10", "lr": "0.01"}
 THIN = {"n_embd": "32", "n_layer": "2", "n_head": "2", "n_inner": "48", "enc_dim": "32", "heads": "2", "dim_head": "16"}
 SMALL = CORPUS | TRAINING | THIN
 
