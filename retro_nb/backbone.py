@@ -6,11 +6,13 @@ Shapes: b batch, n sequence length, d width.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from retro_nb.pretrained import find_included
 from retro_nb.storage import PathLike
@@ -98,24 +100,27 @@ def hidden_states(args: tuple, named: dict) -> Tensor:
     return args[0] if args else named["hidden_states"]
 
 
+def hooks(block: Block, read: Callable[[Tensor], Tensor]) -> tuple[RemovableHandle, RemovableHandle]:
+    """While these are there, what `read` makes of h = x + attention(x) joins the attention's output."""
+    entered: list[Tensor] = []
+
+    def enter(layer: nn.Module, args: tuple, named: dict) -> None:
+        entered[:] = [hidden_states(args, named)]
+
+    def leave(attention: nn.Module, args: tuple, output: tuple) -> tuple:
+        attended, *others = output
+        return attended + read(entered[0] + attended), *others
+
+    return block.layer.register_forward_pre_hook(enter, with_kwargs=True), block.attention.register_forward_hook(leave)
+
+
 @contextmanager
 def reading(blocks: dict[int, Block], read: Read) -> Iterator[None]:
-    """While the block runs, what `read` makes of h joins each layer after its self-attention."""
+    """While this runs, the layers read after their self-attention; afterwards they are as before."""
     with ExitStack() as stack:
-        for number, (layer, attention, _) in blocks.items():
-            entered: list[Tensor] = []
-
-            def enter(module: nn.Module, args: tuple, named: dict, entered: list[Tensor] = entered) -> None:
-                entered[:] = [hidden_states(args, named)]
-
-            def leave(
-                module: nn.Module, args: tuple, output: tuple, number: int = number, entered: list[Tensor] = entered
-            ) -> tuple:
-                attended, *others = output
-                return attended + read(number, entered[0] + attended), *others
-
-            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(attention.register_forward_hook(leave).remove)
+        for number, block in blocks.items():
+            for hook in hooks(block, partial(read, number)):
+                stack.callback(hook.remove)
         yield
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from retro_nb.plotting.style import COLOURS, arrow, blank, box
 
@@ -40,9 +41,10 @@ def weights(frozen: Mapping[str, int], added: Mapping[str, int]) -> Figure:
         for number, (name, count) in enumerate(parts.items()):
             axes.barh(0, count, left=left, color=shades[number % 2], edgecolor="white")
             label = f"{name}\n{count:,}"
-            axes.text(left + count / 2, 0 if count > total / 12 else 0.5, label, ha="center", va="center", fontsize=8)
+            axes.text(left + count / 2, 0 if count > total / 8 else 0.5, label, ha="center", va="center", fontsize=8)
             left += count
     share = sum(added.values()) / total
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(ylim=(-0.5, 0.75), yticks=(), xlabel="weights", title=f"{share:.0%} of the weights are trained")
     axes.grid(False)
     axes.spines["left"].set_visible(False)
