@@ -354,10 +354,10 @@ class RETROfit(ChunkedLM):
             known, fingerprint = config.pop("backbone"), config.pop("tokenizer")
             model = restore(known) if backbone is None else backbone
             check_same(model, known)
-            made = cls(model, tokenizer=tokenizer, **config)
-            if made.tokenizer.fingerprint != fingerprint:
-                raise ValueError(f"it was made for another tokenizer than this one of {made.tokenizer.size} ids")
-            return made
+            own = _own_tokenizer(model, tokenizer)
+            if own.fingerprint != fingerprint:
+                raise ValueError(f"it was made for another tokenizer than this one of {own.size} ids")
+            return cls(model, tokenizer=own, **config)
 
         return load(build, RETROfit.__name__, Path(folder), device)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from retro_nb import loss
-from retro_nb.loss import linear_cross_entropy
+from retro_nb.loss import linear_cross_entropy, token_cross_entropy
 
 
 def problem(t, d, v, seed=0, dtype=torch.float64):
@@ -63,6 +63,22 @@ def test_autocast_multiplies_in_bfloat16_and_adds_up_in_float32():
     assert_close(value, exact, rtol=2e-3, atol=0)
     for ours, plain in zip(grads, exact_grads, strict=True):
         assert (ours - plain).norm() < 1e-2 * plain.norm()
+
+
+def test_losses_of_tokens_are_float32_of_the_bfloat16_logits(monkeypatch):
+    """Whole numbers, so that no logit depends on the order of a sum; each is rounded to bfloat16."""
+    (t, d, v), generator = (10, 16, 50), torch.Generator().manual_seed(0)
+    numbers = [torch.randint(-40, 41, size, generator=generator).bfloat16() for size in ((t, d), (v, d), (v,))]
+    x, weight, bias = numbers[0], numbers[1] / 256, numbers[2] / 256
+    targets = torch.randint(v, (t,), generator=generator)
+    exact, logits = F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias)
+    assert_close(logits, exact.bfloat16(), atol=0, rtol=0)
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 3 * v)  # blocks of three tokens, and one that is left
+    losses = token_cross_entropy(x, weight, bias, targets)
+    assert losses.dtype == torch.float32
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    assert_close(losses.double(), expected, atol=1e-5, rtol=1e-6)
+    assert (F.cross_entropy(exact, targets, reduction="none") - expected).abs().max() > 1e-3, "nothing was rounded"
 
 
 def test_nothing_is_computed_for_derivatives_that_nobody_wants(monkeypatch):

@@ -459,6 +459,19 @@ def test_another_language_model_is_refused(tmp_path):
         assert torch.equal(weights(other), before) and all(weight.requires_grad for weight in other.parameters())
 
 
+def test_another_tokenizer_is_refused(tmp_path):
+    fresh("gpt2").save_pretrained(tmp_path)
+    backbone = language_model("gpt2")
+    for other, message in (
+        ("bpe", "it was made for another tokenizer than this one of 300 ids"),
+        ("llama3", "it was made for another tokenizer than this one of 301 ids"),
+        ("llama2", "the tokenizer has 330 ids, the language model knows 300"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RETROfit.from_pretrained(tmp_path, backbone, tokenizer=folders[other])
+    assert all(weight.requires_grad for weight in backbone.parameters())
+
+
 def test_what_is_missing_or_damaged(language_models, tmp_path):
     folder = tmp_path / "model"
     retrofit(language_models["gpt2"], **SMALL).save_pretrained(folder)
@@ -521,6 +534,7 @@ def test_a_language_model_in_bfloat16(family):
         (dict(every=0), "start 2, every 0: the layers are 1 … 3"),
         (dict(max_seq_len=N + 1), f"max_seq_len {N + 1} is not in 1 … {N}"),
         (dict(max_seq_len=0), f"max_seq_len 0 is not in 1 … {N}"),
+        (dict(chunk_size=0), "chunk_size 0 must be 1 or more; the paper's is 64"),
         (dict(dim_head=7), "dim_head 7 is odd"),
         (dict(tokenizer=None), "this GPT2LMHeadModel does not say where it is from: pass tokenizer"),
         (dict(tokenizer="llama2"), "the tokenizer has 330 ids, the language model knows 300: pass its own"),

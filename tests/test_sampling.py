@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from retro_nb import graphs, sampling, transformer
 from retro_nb.model import RETRO
 from retro_nb.sampling import EOS_ID, generate, gumbel_sample, top_k, top_p
+from retro_nb.tokens import get_tokenizer
 
 M, N, V, PAD = 4, 22, 110, 0
 few = settings(max_examples=10, deadline=None)
@@ -359,6 +360,26 @@ def test_every_row_stops_at_its_own_generated_sep(retro):
     assert out.shape == (3, 10)
     for row, end in zip(out.tolist(), (6, 4, 9), strict=True):
         assert row[3:] == [5] * (end - 3) + [EOS_ID] + [PAD] * (9 - end)
+
+
+def test_a_text_ends_as_the_models_own_tokenizer_ends_it(retro, tokenizers, monkeypatch):
+    """Unless another end is given; BERT's [SEP] where the model has no tokenizer."""
+    own = get_tokenizer(tokenizers["bpe"])
+    written = [5, EOS_ID, 6, own.ids.eos, 7, 8]
+
+    def text(**options) -> list[int]:
+        words = iter(written)
+
+        def spell(logits, thres):
+            out = torch.full_like(logits, float("-inf"))
+            out[:, next(words)] = 0
+            return out
+
+        return generate(retro, prompt_of(3), filter_fn=spell, max_new_tokens=len(written), **options)[0, 3:].tolist()
+
+    assert text() == written[:2] and text(eos_id=7) == written[:5]
+    monkeypatch.setattr(retro, "tokenizer", own)
+    assert own.ids.eos == 2 and text() == written[:4] and text(eos_id=7) == written[:5]
 
 
 @pytest.mark.parametrize("token", [EOS_ID, PAD, 101])

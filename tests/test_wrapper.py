@@ -8,8 +8,10 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from tiny_language_models import language_model, move
+from torch.testing import assert_close
 
-from retro_nb import RETRO, almanac, embedding, top_k, top_p, wrapper
+from retro_nb import RETRO, almanac, embedding, left_pad, retrofit, top_k, top_p, wrapper
 from retro_nb.checkpoints import History
 from retro_nb.corpus import Document
 from retro_nb.storage import open_array
@@ -443,6 +445,68 @@ def test_excluded_documents_are_never_read(wrapped):
 def test_a_prompt_that_is_too_long(wrapped):
     with pytest.raises(ValueError, match=f"{N + 1} tokens, the model takes {N}"):
         wrapped.generate(torch.full((1, N + 1), 2162))
+
+
+# a short prompt
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, tiny_bert, tokenizers) -> TrainingWrapper:
+    """A language model that reads, and whose tokenizer has no padding: it is the id after its last."""
+    options = dict(start=1, every=1, chunk_size=M, enc_dim=16, enc_depth=1, heads=2, dim_head=8, max_seq_len=N)
+    retro = retrofit(language_model("gpt2"), tokenizer=tokenizers["gpt2"], **options).eval()
+    move(retro.reader)
+    documents = [Document(text(seed, words), name, "s") for seed, (name, words) in enumerate(LENGTHS.items())]
+    work = tmp_path_factory.mktemp("fitted")
+    return TrainingWrapper(
+        retro=retro, chunk_size=M, documents_path=documents, knn=K, bert=tiny_bert, progress=False, work_dir=work
+    )
+
+
+@pytest.mark.parametrize("words", [0, 2, 4])
+def test_a_prompt_that_ends_a_chunk_is_preceded_by_padding(fitted, words):
+    """Which is in the tokens, not in the text; and the last chunk of the prompt has looked for neighbours."""
+    prompt, tokenizer = " ".join((WORDS * 2)[:words]), fitted.tokenizer
+    opening = [tokenizer.ids.sos, *tokenizer.backend.encode(prompt, add_special_tokens=False).ids]
+    padding, texts = -len(opening) % M, []
+    options = dict(temperature=0, max_new_tokens=3)
+    generation = fitted.generate_text(prompt, end_chunk=True, on_text=texts.append, **options)
+    told = padding + len(opening)
+    assert padding and told % M == 0 and len(generation.tokens) == told + 3
+    assert list(generation.tokens[:told]) == [tokenizer.ids.pad] * padding + opening
+    assert generation.text == prompt + tokenizer.decode(generation.tokens[told:]) == texts[-1]
+    assert [text.startswith(prompt) for text in texts] == [True] * 3
+    assert "".join(passage.text for passage in generation.passages) == generation.text
+    assert [len(passage.neighbours) for passage in generation.passages] == [K] * (told // M) + [0]
+    plain = fitted.generate_text(prompt, **options)
+    assert list(plain.tokens[: len(opening)]) == opening
+
+
+def test_the_first_token_that_is_written_reads_what_was_retrieved_for_the_prompt(fitted):
+    """Its logits are those of the padded prompt with its neighbours, found or given; else of the prompt alone."""
+    model, tokenizer = fitted.retro, fitted.tokenizer
+    plain = tokenize("law", tokenizer=tokenizer)[:, :-1]
+    padded = left_pad(plain, M, tokenizer.ids.pad)
+    found = fitted.fetch_knn_chunks_fn(padded)[None]
+    others = (found + 1) % tokenizer.ids.pad
+    assert plain.shape[1] < M and found.shape == (1, 1, K, 2 * M) and (found != tokenizer.ids.pad).any()
+
+    def written(**options):
+        logits = []
+        fitted.generate_text("law", filter_fn=lambda x, thres: logits.append(x) or x, max_new_tokens=1, **options)
+        return logits[0]
+
+    with torch.no_grad():
+        expected, changed, alone = (model(*each)[:, -1] for each in ((padded, found), (padded, others), (plain, None)))
+    assert_close(written(end_chunk=True), expected, atol=1e-5, rtol=0)
+    assert_close(written(end_chunk=True, retrieved=others), changed, atol=1e-5, rtol=0)
+    assert_close(written(), alone, atol=1e-5, rtol=0)
+    assert min((expected - other).abs().max() for other in (changed, alone)) > 0.1
+
+
+def test_padding_before_a_prompt_is_refused_where_it_would_be_read(wrapped):
+    with pytest.raises(ValueError, match="padding before the prompt, which a RETRO would read: use a RETROfit"):
+        wrapped.generate_text("war", end_chunk=True)
 
 
 # text
