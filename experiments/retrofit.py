@@ -53,7 +53,8 @@ AutoModelForCausalLM and AutoTokenizer read it.
 - data: the almanac of {towns} invented towns, two documents of each; recipe: `almanac` in experiments/retrofit.yaml.
 - nats per fact: {baseline:.3f} (guessing: {entropy:.3f}).
 
-It knows how an almanac is written, and nothing of any town. MIT licence.
+It knows how an almanac is written, and nothing of any town. Its word vectors began wider than GPT-2's usual 0.02, so
+that what is frozen can tell words apart (see the recipe). MIT licence.
 """,
     "almanac-retrofit": """# What reads for it: RETROfit of almanac-lm
 

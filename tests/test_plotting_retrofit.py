@@ -16,7 +16,7 @@ from retro_nb.plotting import retrofit as figures
 from retro_nb.plotting import use_style
 from retro_nb.plotting.style import COLOURS
 
-FROZEN, ADDED = {"words": 200_000, "layers": 154_000, "last norm": 1_000}, {"encoder": 90_000, "CCA": 55_000}
+FROZEN, ADDED = {"words": 200_000, "layers": 154_000, "last norm": 1_000}, {"encoder": 80_000, "CCA": 65_000}
 TOKENS = [2_000_000, 11_000_000, 20_000_000]
 LOSSES = {"RETROfit": [[3.7, 1.5, 0.2], [3.8, 1.6, 0.3]], "RETRO from scratch": [[5.6, 0.4, 0.1]]}
 TENTHS = {"RETROfit": [3.6, 3.5], "RETRO from scratch": [2.5, 2.2, 0.9]}
