@@ -23,6 +23,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,17 +299,25 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpora", nargs="+", choices=CORPORA)
+def read_arguments(
+    about: str | None, corpora: Iterable[str], models: Sequence[str], home: Path
+) -> argparse.Namespace:
+    """What the command line says to a script that trains models on corpora; `home` is where no trial goes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpora", nargs="+", choices=corpora)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which to train; all three")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to train; both")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="a folder of its own, for a trial")
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="which to train; all")
+    parser.add_argument("--runs", type=Path, default=home, help="a folder of its own, for a trial")
     changes = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     parser.add_argument("-p", dest="given", help="a setting of the recipe; goes with --runs", **changes)
     said = parser.parse_args()
-    if said.given and said.runs == RUNS:
+    if said.given and said.runs == home:
         parser.error("-p changes the recipe of what is committed: pass --runs FOLDER too")
+    return said
+
+
+def main() -> None:
+    said = read_arguments(__doc__, CORPORA, MODELS, RUNS)
     for name in said.corpora:
         experiment = Experiment(name, read_recipe(name, dict(said.given)), said.runs)
         for seed in said.seeds:

@@ -21,7 +21,6 @@ baseline of the first seed, and what its RETROfit adds to it, replace data/check
 as float16.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import WATCHED, Experiment, device_name, read_recipe
+from evidence import WATCHED, Experiment, device_name, read_arguments, read_recipe
 from evidence_store import SEEDS
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -187,16 +186,7 @@ def put_into_the_box(folder: Path, box: Path, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpora", nargs="+", choices=("almanac", "speeches"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which to train; all three")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to train; all five")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="a folder of its own, for a trial")
-    changes = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    parser.add_argument("-p", dest="given", help="a setting of the recipe; goes with --runs", **changes)
-    said = parser.parse_args()
-    if said.given and said.runs == RUNS:
-        parser.error("-p changes the recipe of what is committed: pass --runs FOLDER too")
+    said = read_arguments(__doc__, ("almanac", "speeches"), MODELS, RUNS)
     for name in said.corpora:
         comparison = Comparison(name, read_recipe(name, dict(said.given), __file__), said.runs)
         for seed in said.seeds:

@@ -395,8 +395,6 @@ def _own_tokenizer(backbone: "PreTrainedModel", tokenizer: PathLike | TextTokeni
         raise ValueError(f"this {type(backbone).__name__} does not say where it is from: pass tokenizer=…, its own")
     own = get_tokenizer(find_included(name) if tokenizer is None else tokenizer)
     words = backbone.get_input_embeddings().num_embeddings
-    if own.backend.get_vocab_size() > words:
-        raise ValueError(
-            f"the tokenizer has {own.backend.get_vocab_size()} ids, the language model knows {words}: pass its own"
-        )
+    if own.own_size > words:
+        raise ValueError(f"the tokenizer has {own.own_size} ids, the language model knows {words}: pass its own")
     return own

@@ -56,9 +56,14 @@ class TextTokenizer:
         self.backend, self.ids = backend, ids
 
     @cached_property
+    def own_size(self) -> int:
+        """How many ids a model must know that was made for it: without padding of ours."""
+        return _first_free(self.backend)
+
+    @cached_property
     def size(self) -> int:
         """v, ids of which padding is one."""
-        return max(_first_free(self.backend), *(each + 1 for each in self.ids))
+        return max(self.own_size, *(each + 1 for each in self.ids))
 
     @property
     def dtype(self) -> np.dtype:

@@ -123,6 +123,7 @@ def test_ids_may_have_gaps(tokenizers, tmp_path, kind):
     last = max(made.backend.get_vocab().values())
     assert last == made.backend.get_vocab_size() - 1 + 50 and made.backend.id_to_token(last) is not None
     assert (made.ids.pad, made.size) == ((0, last + 1) if kind == "bpe" else (last + 1, last + 2))
+    assert made.own_size == last + 1, "what a model must know: padding of ours is not in it"
 
 
 def edited(source, folder, name, change):
