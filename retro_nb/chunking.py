@@ -432,6 +432,12 @@ def special_ids(chunks_memmap_path: PathLike) -> SpecialIds:
     return BERTS_IDS
 
 
+def store_fingerprint(chunks_memmap_path: PathLike) -> str | None:
+    """The fingerprint of the tokenizer that a chunk array was made with; None for an array without a manifest."""
+    path = Path(chunks_memmap_path)
+    return read_manifest(path.parent).get(path.name, {}).get("settings", {}).get("tokenizer")
+
+
 def store_tokenizer(chunks_memmap_path: PathLike, otherwise: PathLike | None = None) -> TextTokenizer:
     """The tokenizer of a chunk array, as it was saved with it; for an array without, `get_tokenizer(otherwise)`."""
     file = companion(chunks_memmap_path, "tokenizer.json")

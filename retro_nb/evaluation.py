@@ -32,7 +32,7 @@ from retro_nb.dataset import RETRODataset
 from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.storage import PathLike, open_array
 from retro_nb.tokens import TextTokenizer
-from retro_nb.training import of_documents
+from retro_nb.training import check_store, of_documents
 
 MODES = ("on", "off", "shuffled", "N only", "F only")
 RESAMPLES = 10_000
@@ -60,10 +60,12 @@ def token_losses(
         seed: of "shuffled".
 
     Raises:
-        ValueError: an unknown mode, a document without a sequence, or a single document to shuffle.
+        ValueError: an unknown mode, a store of another chunk size or tokenizer, a document without a sequence, or a
+            single document to shuffle.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    check_store(retro, dataset)
     if mode == "shuffled":
         dataset = dataset.with_neighbours(shuffled(dataset.knns, dataset.doc_ids, documents, seed))
     sequences = of_documents(dataset, documents)

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.checkpoints import Checkpoints, History, Log, interrupt_between_steps, read_log  # noqa: F401
 from retro_nb.chunked import ChunkedLM
+from retro_nb.dataset import RETRODataset
 from retro_nb.devices import can_compile, send
 from retro_nb.storage import PathLike
 
@@ -275,6 +276,25 @@ def _resolve(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: run[name] for name in run if name not in FREE_SETTINGS}
 
 
+def check_store(retro: ChunkedLM, data: Dataset | None) -> None:
+    """Meet chunks of another size, or of another tokenizer than the model's own, before any work.
+
+    Raises:
+        ValueError: naming both.
+    """
+    while isinstance(data, Subset):
+        data = data.dataset
+    if not isinstance(data, RETRODataset):
+        return
+    if data.chunk_size != retro.chunk_size:
+        sizes = f"{data.chunk_size} tokens, the model's {retro.chunk_size}"
+        raise ValueError(f"the store's chunks have {sizes}: build one for this model")
+    theirs, own = data.tokenizer, retro.tokenizer
+    if own is not None and theirs not in (None, own.fingerprint):
+        names = f"tokenizer {theirs}, the model has {own.fingerprint}"
+        raise ValueError(f"the store was cut by {names}: build one with the model's own")
+
+
 def fit(
     retro: ChunkedLM,
     train: Dataset,
@@ -326,12 +346,14 @@ def fit(
     several leave the newest regular checkpoint).
 
     Raises:
-        ValueError: a setting out of range, a frozen language model to train without retrieval, or a checkpoint of
-            another model or of other settings.
+        ValueError: a setting out of range, a frozen language model to train without retrieval, data of another chunk
+            size or tokenizer, or a checkpoint of another model or of other settings.
         FloatingPointError: a loss or gradient that is not finite, naming the step.
     """
     if not retrieval and retro.frozen:
         raise ValueError("retrieval is off and the model frozen: nothing would be trained. Pass retrieval=True")
+    for data in (train, valid):
+        check_store(retro, data)
     accelerator = _new_accelerator(retrieval)
     asked = dict(
         steps=steps, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, wd=wd,

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import socket
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from tiny_language_models import CONFIGS, TOKENIZERS, N, language_model, move
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from transformers import AutoModelForCausalLM
 
 from retro_nb import RETRO, RETROfit, evaluation, fit, generate, left_pad, retrofit
@@ -716,3 +716,18 @@ def test_what_does_not_go_together(wrapped, texts, tiny_bert, tmp_path):
         with pytest.raises(ValueError, match=message):
             TrainingWrapper(retro=wrapped.retro, **options | changes)
     assert not (tmp_path / "work").exists()
+
+
+def test_a_store_of_another_model_is_met_at_the_door(wrapped, tmp_path):
+    other_tokens, part = copy(wrapped.ds), Subset(wrapped.ds, [0, 1])
+    other_tokens.tokenizer = "another"
+    assert wrapped.ds.tokenizer == wrapped.retro.tokenizer.fingerprint
+    for model, store, message in (
+        (fresh("gpt2", chunk_size=8), part, "chunks have 4 tokens, the model's 8"),
+        (wrapped.retro, other_tokens, "cut by tokenizer another, the model has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(model, store, steps=1, out_dir=tmp_path / "run", progress=False)
+        with pytest.raises(ValueError, match=message):
+            evaluation.token_losses(model, store.dataset if store is part else store, [0], progress=False)
+    assert not (tmp_path / "run").exists()
