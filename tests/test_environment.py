@@ -41,7 +41,8 @@ def requirements(lines: list[str]) -> dict[str, Requirement]:
 
 
 def required() -> dict[str, Requirement]:
-    return requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
+    extras = PROJECT["optional-dependencies"]
+    return requirements(PROJECT["dependencies"] + extras["scale"] + extras["test"])
 
 
 def constraints() -> dict[str, Requirement]:
