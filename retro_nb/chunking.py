@@ -9,11 +9,12 @@ needs as input and label. A row of the chunk array is therefore m + 1 ids, padde
     chunk 1  t3 t4 t5 | t6               t6 is stored already: it does not get a chunk of its own
 """
 
+import hashlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, Integer
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tqdm.auto import tqdm
@@ -146,10 +147,61 @@ def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int, pad_id: int = PA
         yield Chunks(row[None], np.array([[own[0, 0], own[-1, 1]]], np.int64))
 
 
-def _bytes_between(text: str, edges: list[int]) -> Int64[np.ndarray, " c"]:
+def _bytes_between(text: str, edges: list[int]) -> Int32[np.ndarray, " c"]:
     """Bytes of the text from each edge to the next, in UTF-8."""
     sizes = [len(text[start:stop].encode("utf-8", "replace")) for start, stop in pairwise(edges)]
-    return np.array(sizes, dtype=np.int64)
+    return np.array(sizes, dtype=np.int32)
+
+
+class ChunkedDocument(NamedTuple):
+    """One document as a store keeps it: what is known of it, and its chunks.
+
+    about     title, source, number of characters, spans of the facts, and a digest of the text, by which a document
+              that has not changed is known again (`retro_nb.updating`)
+    replaced  undecodable pieces, as in `Document`
+    rows      m + 1 ids each; none if the text has no token
+    spans     the characters [start, end) of each chunk in the text
+    bytes     of the text from each chunk to the next
+    """
+
+    about: dict
+    replaced: int
+    rows: Integer[np.ndarray, "c m_plus_1"]
+    spans: Int64[np.ndarray, "c 2"]
+    bytes: Int32[np.ndarray, " c"]
+
+    def tokens(self, pad_id: int) -> int:
+        """How many tokens the document has, start and end included."""
+        if not len(self.rows):
+            return 0
+        last = int(self.rows[-1, -1] != pad_id)  # the last token of all, where it is only a label
+        return int(np.count_nonzero(self.rows[:, :-1] != pad_id)) + last
+
+
+def text_digest(text: str) -> str:
+    """Identity of a text."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def describe_document(document: Document) -> dict:
+    """What a store keeps of a document beside its chunks."""
+    return {
+        "title": document.title,
+        "source": document.source,
+        "characters": len(document.text),
+        "digest": text_digest(document.text),
+        "facts": document.facts,
+    }
+
+
+def chunk_document(document: Document, chunk_size: int, tokenizer: TextTokenizer) -> ChunkedDocument:
+    """Cut one document into chunks of m tokens."""
+    stretches = tokens_to_chunks(document_tokens(document.text, tokenizer=tokenizer), chunk_size, tokenizer.ids.pad)
+    parts = [Chunks(rows.astype(tokenizer.dtype), spans) for rows, spans in stretches]
+    rows = np.concatenate([part.rows for part in parts] or [np.empty((0, chunk_size + 1), tokenizer.dtype)])
+    spans = np.concatenate([part.spans for part in parts] or [np.empty((0, 2), np.int64)])
+    sizes = _bytes_between(document.text, [0, *spans[1:, 0].tolist(), len(document.text)][-len(spans) - 1 :])
+    return ChunkedDocument(describe_document(document), document.replaced, rows, spans, sizes)
 
 
 # a corpus
@@ -221,36 +273,18 @@ class _ChunkFiles:
                 self._titles.flush()
         return None
 
-    def write(self, document: Document, chunks: Iterable[Chunks], limit: int | float) -> int | None:
-        """Write one document's chunks; return its number of tokens, or None if `limit` chunks are too few."""
-        first, tokens, starts = self.chunks.rows, 0, []
-        for rows, spans in chunks:
-            if self.chunks.rows + len(rows) > limit:
-                self.chunks.truncate(first)
-                self.spans.truncate(first)
-                return None
-            self.chunks.append(rows)
-            self.spans.append(spans)
-            starts += spans[:, 0].tolist()
-            tokens += int(np.count_nonzero(rows[:, :-1] != self.pad_id))
-        count = self.chunks.rows - first
-        if not count:
-            return 0
-        tokens += int(rows[-1, -1] != self.pad_id)  # the last token of all, where it is only a label
-        self.bytes.append(_bytes_between(document.text, [0, *starts[1:], len(document.text)]))
+    def append(self, document: ChunkedDocument) -> None:
+        """Write one document with its chunks."""
+        first, count = self.chunks.rows, len(document.rows)
+        self.chunks.append(document.rows)
+        self.spans.append(document.spans)
+        self.bytes.append(document.bytes)
         self.doc_ids.append(np.full(count, self.documents))
         self.seqs.append(np.arange(first, first + count, self.chunks_per_seq))
-        about = {
-            "title": document.title,
-            "source": document.source,
-            "chunks": [first, first + count],
-            "characters": len(document.text),
-            "facts": document.facts,
-        }
+        about = document.about | {"chunks": [first, first + count]}
         with naming(self.documents_path):
             self._titles.write(json.dumps(about, ensure_ascii=False) + "\n")
         self.documents += 1
-        return tokens
 
 
 def documents_to_chunks_(
@@ -296,10 +330,36 @@ def documents_to_chunks_(
         ValueError: n is not a multiple of m; no document has a token; the first one exceeds a maximum.
         OSError: a file cannot be written; its name and the reason are told, and what was there is still there.
     """
-    _check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
-    paths = [Path(p) for p in (chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path)]
-    fingerprint, tokenizer = getattr(documents, "fingerprint", None), get_tokenizer(tokenizer)
-    settings = {
+    tokenizer = get_tokenizer(tokenizer)
+
+    def cut() -> Iterator[ChunkedDocument]:
+        for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
+            yield chunk_document(document, chunk_size, tokenizer)
+
+    return write_chunks(
+        cut,
+        documents,
+        [chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path],
+        tokenizer,
+        chunk_size=chunk_size,
+        seq_len=seq_len,
+        max_chunks=max_chunks,
+        max_seqs=max_seqs,
+        force_reprocess=force_reprocess,
+    )
+
+
+def chunk_settings(
+    documents: Iterable[Document],
+    tokenizer: TextTokenizer,
+    chunk_size: int,
+    seq_len: int,
+    max_chunks: int | None,
+    max_seqs: int | None,
+) -> dict:
+    """Everything that the chunks of a corpus depend on, as the manifest has it."""
+    fingerprint = getattr(documents, "fingerprint", None)
+    return {
         "corpus": fingerprint() if fingerprint else None,
         "tokenizer": tokenizer.fingerprint,
         "chunk_size": chunk_size,
@@ -308,9 +368,35 @@ def documents_to_chunks_(
         "max_seqs": max_seqs,
     }
 
+
+def write_chunks(
+    cut: Callable[[], Iterable[ChunkedDocument]],
+    documents: Iterable[Document],
+    paths: Sequence[PathLike],
+    tokenizer: TextTokenizer,
+    *,
+    chunk_size: int,
+    seq_len: int,
+    max_chunks: int | None = None,
+    max_seqs: int | None = None,
+    force_reprocess: bool = False,
+) -> dict:
+    """What `documents_to_chunks_` does, whoever cuts the documents.
+
+    Args:
+        cut: called if they have to be cut; gives them in order.
+        documents: where they come from.
+        paths: the files for chunks, sequences and document ids.
+        tokenizer: what the chunks are made of.
+        chunk_size, seq_len, max_chunks, max_seqs, force_reprocess: as there.
+    """
+    _check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
+    paths = [Path(path) for path in paths]
+    settings = chunk_settings(documents, tokenizer, chunk_size, seq_len, max_chunks, max_seqs)
+
     def build() -> dict:
         with _ChunkFiles(*paths, chunk_size, seq_len, tokenizer) as files:
-            stats, said = _chunk_all(files, documents, chunk_size, max_chunks, max_seqs, tokenizer, progress)
+            stats, said = _write_all(files, cut(), documents, max_chunks, max_seqs)
         remarks.extend(said)
         return {**stats, "vocabulary": tokenizer.size, "special_ids": tokenizer.ids._asdict()}
 
@@ -321,40 +407,38 @@ def documents_to_chunks_(
         build,
         files=(*paths[1:], *(companion(paths[0], kind) for kind in COMPANIONS)),
         # A bare iterable cannot say whether it is still the same corpus.
-        force_reprocess=force_reprocess or fingerprint is None,
+        force_reprocess=force_reprocess or settings["corpus"] is None,
     )
-    for remark in remarks:  # here, so that they name the caller's line
-        warnings.warn(remark, stacklevel=2)
+    for remark in remarks:  # here, so that they name the line of documents_to_chunks_'s caller
+        warnings.warn(remark, stacklevel=3)
     return stats
 
 
-def _chunk_all(
+def _write_all(
     files: _ChunkFiles,
+    chunked: Iterable[ChunkedDocument],
     documents: Iterable[Document],
-    chunk_size: int,
     max_chunks: int | None,
     max_seqs: int | None,
-    tokenizer: TextTokenizer,
-    progress: bool,
 ) -> tuple[dict, list[str]]:
     """Write all documents; the statistics, and what the caller should be warned of."""
-    stats = {"chunks": 0, "docs": 0, "seqs": 0, "tokens": 0, "empty_docs": 0, "replaced_characters": 0}
-    complete, empty, undecodable, remarks = True, [], [], []
-    for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
-        chunks = tokens_to_chunks(document_tokens(document.text, tokenizer=tokenizer), chunk_size, tokenizer.ids.pad)
-        seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
-        limit = min(max_chunks or math.inf, files.chunks.rows + seqs_left * files.chunks_per_seq)
-        tokens = files.write(document, chunks, limit)
-        if tokens is None:
-            complete = False
-            remarks.append(_stopped(document, files, max_chunks, max_seqs))
-            break
-        stats["tokens"] += tokens
-        if not tokens:
-            empty.append(document.source)
-        stats["replaced_characters"] += document.replaced
+    tokens, replaced, complete, empty, undecodable, remarks = 0, 0, True, [], [], []
+    for document in chunked:
+        source = document.about["source"]
+        if not len(document.rows):
+            empty.append(source)
+        else:
+            seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
+            limit = min(max_chunks or math.inf, files.chunks.rows + seqs_left * files.chunks_per_seq)
+            if files.chunks.rows + len(document.rows) > limit:
+                complete = False
+                remarks.append(_stopped(document.about["title"], files, max_chunks, max_seqs))
+                break
+            files.append(document)
+            tokens += document.tokens(files.pad_id)
+        replaced += document.replaced
         if document.replaced:
-            undecodable.append(document.source)
+            undecodable.append(source)
     if not files.documents:
         where, first = getattr(documents, "folder", type(documents).__name__), f", first {empty[0]}" if empty else ""
         raise ValueError(f"no text to chunk in {where}: {len(empty)} documents, none with a token{first}")
@@ -362,19 +446,19 @@ def _chunk_all(
         remarks.append(f"documents without a token, left out: {len(empty)}, first {empty[0]}")
     if undecodable:
         remarks.append(
-            f"{stats['replaced_characters']} undecodable bytes became U+FFFD in {len(undecodable)} documents, "
-            f"first in {undecodable[0]}: save them as UTF-8"
+            f"{replaced} undecodable bytes became U+FFFD in {len(undecodable)} documents, first in {undecodable[0]}: "
+            f"save them as UTF-8, or pass text_folder(…, encoding=None), which looks for each file's encoding"
         )
-    stats |= {"chunks": files.chunks.rows, "docs": files.documents, "seqs": files.seqs.rows}
-    return {**stats, "empty_docs": len(empty), "complete": complete}, remarks
+    counts = {"chunks": files.chunks.rows, "docs": files.documents, "seqs": files.seqs.rows, "tokens": tokens}
+    return counts | {"empty_docs": len(empty), "replaced_characters": replaced, "complete": complete}, remarks
 
 
-def _stopped(document: Document, files: _ChunkFiles, max_chunks: int | None, max_seqs: int | None) -> str:
+def _stopped(title: str, files: _ChunkFiles, max_chunks: int | None, max_seqs: int | None) -> str:
     limits = f"max_chunks {max_chunks}, max_seqs {max_seqs}"
     if not files.documents:
-        raise ValueError(f"{limits}: the first document, {document.title!r}, has more; raise the limit")
+        raise ValueError(f"{limits}: the first document, {title!r}, has more; raise the limit")
     return (
-        f"{limits}: stopped before {document.title!r}, which does not fit; {files.documents} documents with "
+        f"{limits}: stopped before {title!r}, which does not fit; {files.documents} documents with "
         f"{files.chunks.rows} chunks are in. Raise the limit, or leave it out, for the whole corpus"
     )
 
@@ -407,8 +491,8 @@ def text_folder_to_chunks_(
 
 
 def read_documents(chunks_memmap_path: PathLike) -> list[dict]:
-    """What is known of each document of a chunk array, by document id: title, source, chunks,
-    characters, facts."""
+    """What is known of each document of a chunk array, by its number: title, source, chunks, characters, digest of the
+    text, facts."""
     path = companion(chunks_memmap_path, "documents.jsonl")
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: it is written with the chunks; chunk the corpus again")

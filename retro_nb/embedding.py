@@ -311,6 +311,24 @@ def _begin_block(
     return wait
 
 
+def embedding_settings(
+    chunks_memmap_path: PathLike, num_chunks: int, bert: PathLike | None, use_cls_repr: bool
+) -> dict:
+    """Everything that the vectors of a chunk array depend on, as the manifest has it."""
+    return {
+        "chunks": array_key(chunks_memmap_path),
+        "num_chunks": num_chunks,
+        "bert": bert_fingerprint(bert),
+        "pooling": "cls" if use_cls_repr else "mean",
+        "tokenizers": [store_tokenizer(chunks_memmap_path, bert).fingerprint, get_tokenizer(bert).fingerprint],
+    }
+
+
+def embedding_stats(num_chunks: int, dim: int, device: torch.device) -> dict:
+    """What the manifest says of vectors: how many, their width, and the type they were computed in."""
+    return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
+
+
 def chunks_to_embeddings_(
     *,
     num_chunks: int,
@@ -358,13 +376,7 @@ def chunks_to_embeddings_(
     tokenizer, berts = store_tokenizer(chunks_memmap_path, bert), get_tokenizer(bert)
     chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
     device = torch.device(device or best_device())
-    settings = {
-        "chunks": array_key(chunks_memmap_path),
-        "num_chunks": num_chunks,
-        "bert": bert_fingerprint(bert),
-        "pooling": "cls" if use_cls_repr else "mean",
-        "tokenizers": [tokenizer.fingerprint, berts.fingerprint],
-    }
+    settings = embedding_settings(chunks_memmap_path, num_chunks, bert, use_cls_repr)
     sizes = ON_GPU if device.type == "cuda" else ON_CPU
 
     def build() -> dict:
@@ -383,6 +395,6 @@ def chunks_to_embeddings_(
             for write in writes:
                 write.result()
         rows.finish()
-        return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
+        return embedding_stats(num_chunks, dim, device)
 
     return cached(embeddings_memmap_path, settings, build, force_reprocess=force_reprocess, shared=True)

@@ -5,6 +5,7 @@ vector and is exact; IVF looks into a few of many lists; HNSW walks a graph; SQ 
 themselves in fewer bytes.
 """
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,13 +56,15 @@ def parse_bytes(size: str | int | None) -> int | None:
 def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
     """An index-factory string for `count` vectors of width `dim`: the most exact that is fast and fits.
 
-    Flat (exact) up to 100,000 vectors; above, an inverted file of about 4·√count lists. If `max_bytes` is
-    set, vectors are kept in 8 bits a dimension, or product-quantised to a quarter or an eighth of that.
+    Flat (exact) up to 100,000 vectors; above, an inverted file of about 4·√count lists, a power of two, so that
+    an index may grow for a while before another would be chosen. If `max_bytes` is set, vectors are kept in 8 bits
+    a dimension, or product-quantised to a quarter or an eighth of that.
 
     Raises:
         ValueError: nothing fits into `max_bytes`.
     """
-    lists = max(1, min(round(4 * count**0.5), count // TRAINING_POINTS_PER_LIST))
+    lists = 2 ** round(math.log2(4 * max(count, 1) ** 0.5))
+    lists = max(1, min(lists, count // TRAINING_POINTS_PER_LIST))
     tables = OVERHEAD + lists * (4 * dim + 8)  # the lists' centroids and lengths
     ladder = [(f"IVF{lists},Flat", tables + count * (4 * dim + 8))]
     ladder += [(f"IVF{lists},SQ8", tables + 8 * dim + count * (dim + 8))]
@@ -168,8 +171,18 @@ def write_index(index: faiss.Index, path: PathLike) -> None:
             raise OSError(0, str(error).split("Error:")[-1].strip()) from error
 
 
+def index_files(path: PathLike) -> list[Path]:
+    """The files of an index: one, or two where the inverted lists lie apart (`retro_nb.cluster`)."""
+    return [file for file in (Path(path), lists_path(path)) if file.exists()]
+
+
+def lists_path(path: PathLike) -> Path:
+    """Where an index keeps its inverted lists if they do not lie in its own file."""
+    return Path(f"{path}.lists")
+
+
 def read_index(path: PathLike) -> faiss.Index:
-    """Load an index.
+    """Load an index; lists that lie apart stay on disk, and what is searched is read from there.
 
     Raises:
         FileNotFoundError: there is none at `path`.
@@ -178,7 +191,7 @@ def read_index(path: PathLike) -> faiss.Index:
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no index at {path}: build it with chunks_to_index_and_embed")
     try:
-        return faiss.read_index(str(path))
+        return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
     except (RuntimeError, MemoryError) as error:  # a corrupt length asks for more memory than there is
         raise ValueError(f"{path} is truncated or corrupt: delete it and build it again") from error
 

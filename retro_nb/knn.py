@@ -28,6 +28,7 @@ from retro_nb.index import (
     build_index,
     choose_index,
     exact_search,
+    index_files,
     innermost,
     is_exact,
     parse_bytes,
@@ -218,12 +219,21 @@ def chunks_to_index_and_embed(
     def build() -> dict:
         started = time.perf_counter()
         write_index(build_index(vectors, spec, progress=progress), folder / index_file)
-        size = (folder / index_file).stat().st_size
-        return {"index": spec, "vectors": num_chunks, "bytes": size, "seconds": time.perf_counter() - started}
+        return index_stats(folder / index_file, spec, num_chunks, started)
 
-    settings = {"embeddings": array_key(embeddings_path), "index": spec}
-    cached(folder / index_file, settings, build, force_reprocess=force_reprocess)
+    cached(folder / index_file, index_settings(embeddings_path, spec), build, force_reprocess=force_reprocess)
     return read_index(folder / index_file), vectors
+
+
+def index_settings(embeddings_path: PathLike, spec: str) -> dict:
+    """Everything that an index depends on, as the manifest has it."""
+    return {"embeddings": array_key(embeddings_path), "index": spec}
+
+
+def index_stats(path: Path, spec: str, count: int, started: float) -> dict:
+    """What the manifest says of an index: its kind, vectors, bytes, and the seconds since it was begun."""
+    size = sum(file.stat().st_size for file in index_files(path))
+    return {"index": spec, "vectors": count, "bytes": size, "seconds": time.perf_counter() - started}
 
 
 def knn_path(chunk_memmap_path: PathLike, exclude: Ranges = ()) -> Path:
@@ -287,23 +297,62 @@ def chunks_to_precalculated_knn_(
     )
     path, k = knn_path(chunk_memmap_path, exclude), num_nearest_neighbors
     without = {"exclude": exclude, "max_similarity": max_similarity}
-    settings = {
-        "index": array_key(path.parent / index_file),
-        "doc_ids": file_record(doc_ids_memmap_path),
-        "k": k,
-        "max_similarity": max_similarity,
-    }
 
-    def build() -> dict:
-        started = time.perf_counter()
-        rows = ResumableRows(path, (num_chunks, k), np.int32, settings)
+    def fill(rows: ResumableRows) -> None:
         with tqdm(total=num_chunks, initial=rows.done, desc="searching", unit=" chunks", disable=not progress) as bar:
             for block in rows.blocks(max_rows_per_file):
                 part = range(block.start, block.stop)
                 rows.write(block, neighbours(index, vectors, doc_ids, k, rows=part, **without))
                 bar.update(len(part))
+
+    settings = knn_settings(path.parent / index_file, doc_ids_memmap_path, k, max_similarity)
+    write_neighbours(path, fill, settings, index, vectors, doc_ids, force_reprocess=force_reprocess, **without)
+    return path, index
+
+
+def knn_settings(
+    index_path: PathLike, doc_ids_memmap_path: PathLike, k: int, max_similarity: float | int | None
+) -> dict:
+    """Everything that the neighbours of chunks depend on, as the manifest has it."""
+    return {
+        "index": array_key(index_path),
+        "doc_ids": file_record(doc_ids_memmap_path),
+        "k": k,
+        "max_similarity": max_similarity,
+    }
+
+
+def write_neighbours(
+    path: Path,
+    fill: Callable[[ResumableRows], None],
+    settings: dict,
+    index: faiss.Index,
+    vectors: Vectors,
+    doc_ids: Int[np.ndarray, " c"],
+    *,
+    exclude: Ranges = (),
+    max_similarity: float | int | None = None,
+    force_reprocess: bool = False,
+) -> dict:
+    """Store the neighbours of every chunk, whoever searches them, unless they are there.
+
+    Args:
+        path: where to.
+        fill: writes all rows that are not there yet.
+        settings: from `knn_settings`.
+        index, vectors, doc_ids, exclude, max_similarity: what is searched; recall is measured on it.
+        force_reprocess: build again in any case.
+
+    Returns:
+        `k`, `recall` (at k), `missing` neighbours, `seconds`.
+    """
+
+    def build() -> dict:
+        started, k = time.perf_counter(), settings["k"]
+        rows = ResumableRows(path, (len(vectors), k), np.int32, settings)
+        fill(rows)
         rows.finish()
-        found = open_array(path)
+        found, without = open_array(path), {"exclude": exclude, "max_similarity": max_similarity}
         return {
             "k": k,
             "recall": 1.0 if is_exact(index) else measure_recall(vectors, doc_ids, found, **without),
@@ -311,8 +360,7 @@ def chunks_to_precalculated_knn_(
             "seconds": time.perf_counter() - started,
         }
 
-    cached(path, settings, build, force_reprocess=force_reprocess)
-    return path, index
+    return cached(path, settings, build, force_reprocess=force_reprocess)
 
 
 def knn_stats(chunk_memmap_path: PathLike, index_file: str = "knn.index", exclude: Ranges = ()) -> dict:

@@ -129,13 +129,6 @@ class ArrayWriter:
             self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
         self.rows += len(rows)
 
-    def truncate(self, rows: int) -> None:
-        """Forget every row from `rows` on."""
-        with naming(self.path):
-            self._file.truncate(self._start + rows * self.row_bytes)
-            self._file.seek(0, os.SEEK_END)
-        self.rows = rows
-
     def flush(self) -> None:
         """Write everything out, the number of rows too: only the move is then left to do."""
         with naming(self.path):

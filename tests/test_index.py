@@ -184,13 +184,13 @@ def test_nonsense_sizes(nonsense):
 
 def test_the_ladder_of_indices():
     assert choose_index(1, 384) == choose_index(100_000, 384) == "Flat"
-    assert choose_index(100_001, 384) == "IVF1265,Flat" and choose_index(1_000_000, 384) == "IVF4000,Flat"
+    assert choose_index(100_001, 384) == "IVF1024,Flat" and choose_index(1_000_000, 384) == "IVF4096,Flat"
     gigabytes = [(1.6, "Flat"), (0.5, "SQ8"), (0.2, "PQ96"), (0.08, "PQ48")]
     assert [choose_index(1_000_000, 384, int(g * 1e9)) for g, _ in gigabytes] == [
-        f"IVF4000,{kind}" for _, kind in gigabytes
+        f"IVF4096,{kind}" for _, kind in gigabytes
     ]
     with pytest.raises(
-        ValueError, match=r"need 62\d{6} bytes in the smallest index, IVF4000,PQ48, but 1000 are allowed"
+        ValueError, match=r"need 62\d{6} bytes in the smallest index, IVF4096,PQ48, but 1000 are allowed"
     ):
         choose_index(1_000_000, 384, 1000)
     with pytest.raises(ValueError, match="smallest index, Flat, but 100 are"):
