@@ -18,6 +18,7 @@ from retro_nb.sampling import generate, gumbel_sample, left_pad, top_k, top_p
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.towns import almanac
 from retro_nb.training import evaluate_loss, fit, get_optimizer, split_by_document
+from retro_nb.updating import update_store
 from retro_nb.wrapper import TrainingWrapper
 
 __version__ = "0.1.0"
@@ -63,4 +64,5 @@ __all__ = [
     "top_k",
     "top_p",
     "train_tokenizer",
+    "update_store",
 ]

@@ -212,9 +212,7 @@ def chunks_to_index_and_embed(
         progress=progress,
     )
     vectors = open_array(embeddings_path, shape=(num_chunks, stats["dim"]))
-    limits = [parse_bytes(size) for size in (max_index_memory_usage, current_memory_available)]
-    limit = min((size for size in limits if size is not None), default=None)
-    spec = index or choose_index(num_chunks, stats["dim"], limit)
+    spec = choose_spec(num_chunks, stats["dim"], index, max_index_memory_usage, current_memory_available)
 
     def build() -> dict:
         started = time.perf_counter()
@@ -223,6 +221,18 @@ def chunks_to_index_and_embed(
 
     cached(folder / index_file, index_settings(embeddings_path, spec), build, force_reprocess=force_reprocess)
     return read_index(folder / index_file), vectors
+
+
+def choose_spec(
+    count: int,
+    dim: int,
+    index: str | None = None,
+    max_index_memory_usage: str | int | None = None,
+    current_memory_available: str | int | None = None,
+) -> str:
+    """The index that these options of `chunks_to_index_and_embed` mean for so many vectors of this width."""
+    limits = [parse_bytes(size) for size in (max_index_memory_usage, current_memory_available)]
+    return index or choose_index(count, dim, min((size for size in limits if size is not None), default=None))
 
 
 def index_settings(embeddings_path: PathLike, spec: str) -> dict:

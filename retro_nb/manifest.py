@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from retro_nb.storage import PathLike, launched, plain, tell, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+STAGING = "update"  # a folder within a store's: the store as it will be
+READY = "ready.json"  # in there, once it is whole: what is to be moved, and what then goes
 # Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
 CHECKSUM_LIMIT = 2**30
 CHECKSUM_BLOCK = 2**22
@@ -87,6 +90,52 @@ def array_key(path: PathLike) -> str:
     content = file_record(path)
     settings = None if "sha256" in content else read_manifest(path.parent).get(path.name, {}).get("settings")
     return _digest([content, settings])[:16]
+
+
+def intact(path: PathLike) -> bool:
+    """Whether an array and all files that go with it are as they were recorded."""
+    path = Path(path)
+    record = read_manifest(path.parent).get(path.name)
+    files = {path.parent / name: about for name, about in record["files"].items()} if record else {}
+    return bool(files) and all(file.exists() and file_record(file) == about for file, about in files.items())
+
+
+# a store replaced by another
+
+
+def replace_store(folder: PathLike) -> None:
+    """Move the whole store in the folder's STAGING over its own; what nothing in there follows from goes."""
+    folder = Path(folder)
+    staging, names = folder / STAGING, {MANIFEST: None}
+    for record in read_manifest(staging).values():
+        names |= dict.fromkeys(record["files"])
+    before = [name for record in read_manifest(folder).values() for name in record["files"]]
+    moves = sorted(names, key=MANIFEST.__eq__)  # the manifest last
+    write_json(staging / READY, {"moves": moves, "gone": [name for name in before if name not in names]})
+    finish_replacement(folder)
+
+
+def finish_replacement(folder: PathLike) -> None:
+    """Go on with a `replace_store` that was stopped while it moved files; nothing to do where none was."""
+    folder = Path(folder)
+    staging = folder / STAGING
+    if not (staging / READY).exists():
+        return
+    check_writable(folder)
+    with FileLock(folder / ".lock"):
+        if not (staging / READY).exists():
+            return
+        todo = json.loads((staging / READY).read_text(encoding="utf-8"))
+        for name in todo["moves"]:
+            if (staging / name).exists():  # else it was moved before the stop
+                os.replace(staging / name, folder / name)
+        for name in todo["gone"]:
+            (folder / name).unlink(missing_ok=True)
+        (staging / READY).unlink()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# what is built once
 
 
 def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | None:
@@ -165,6 +214,7 @@ def _build_if_stale(
     path: Path, settings: dict, files: tuple[PathLike, ...], force: bool, build: Callable[[], dict]
 ) -> dict:
     folder = path.parent
+    finish_replacement(folder)
     outputs = {os.path.relpath(file, folder): Path(file) for file in (path, *files)}
     if not force and _why_stale(path, settings, outputs) is None:
         return read_manifest(folder)[path.name]["stats"]

@@ -6,6 +6,7 @@ that retrieves from the corpus as it writes (notebooks 05 and 06).
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,18 @@ from torch.utils.data import DataLoader
 
 from retro_nb.checkpoints import History
 from retro_nb.chunked import ChunkedLM
-from retro_nb.chunking import documents_to_chunks_
+from retro_nb.chunking import chunk_settings, documents_to_chunks_
 from retro_nb.corpus import jsonl, text_folder
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
-from retro_nb.manifest import cached
+from retro_nb.manifest import cached, read_manifest, reprocess_requested
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, left_pad, top_k
-from retro_nb.storage import WORK, PathLike, open_array, write_json
+from retro_nb.storage import WORK, PathLike, open_array, tell, write_json
 from retro_nb.tokens import PAD_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
+from retro_nb.updating import CHUNKS, INDEX, update_store, why_not
 
 
 def _default_work_dir(documents: Any, described: Any) -> Path:
@@ -63,6 +65,30 @@ def _trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> 
     return folder
 
 
+def _follow(
+    corpus: Any,
+    settings: dict,
+    work_dir: Path,
+    bert: PathLike | None,
+    progress: bool,
+    use_cls_repr: bool = False,
+    **options: Any,
+) -> None:
+    """Where a store is there and only its corpus has changed, let it follow; else it will be built."""
+
+    def changed() -> bool:
+        recorded = read_manifest(work_dir).get(CHUNKS, {}).get("settings", {}).get("corpus")
+        if recorded in (None, settings["corpus"]) or reprocess_requested():
+            return False
+        return why_not(corpus, work_dir, bert=bert, use_cls_repr=use_cls_repr, settings=settings) is None
+
+    if tell(changed()):
+        names = ("index", "max_index_memory_usage", "current_memory_available")
+        chosen = {name: options[name] for name in names if name in options}
+        update = update_store(corpus, work_dir, bert=bert, progress=progress, **chosen)
+        warnings.warn(f"the corpus has changed: {update}", stacklevel=3)
+
+
 def _numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
     """The documents that `keep_out` means, of so many."""
     if isinstance(keep_out, Sequence):
@@ -74,7 +100,8 @@ class TrainingWrapper(nn.Module):
     """Everything that a RETRO needs of one corpus.
 
     Building it chunks, embeds, indexes and searches the corpus; what an earlier run has built with the same
-    settings is used again, and REPROCESS=1 in the environment builds all anew. `.stats` says what was built,
+    settings is used again, and REPROCESS=1 in the environment builds all anew. Where the corpus alone has changed, only
+    its new documents are embedded (`updating.update_store`). `.stats` says what was built,
     `.ds` is the dataset, `.retriever` answers questions about the corpus.
 
     Args:
@@ -148,6 +175,10 @@ class TrainingWrapper(nn.Module):
             "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / "seqs.npy"),
             "doc_ids_memmap_path": Path(doc_ids_memmap_path or self.work_dir / "doc_ids.npy"),
         }
+        own_names = {chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path} == {None}
+        if own_names and faiss_index_filename == INDEX:
+            settings = chunk_settings(corpus, self.tokenizer, chunk_size, retro.seq_len, max_chunks, max_seqs)
+            _follow(corpus, settings, self.work_dir, bert, progress, **index_kwargs)
         chunk_stats = documents_to_chunks_(
             corpus,
             **paths,

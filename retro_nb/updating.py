@@ -1,0 +1,411 @@
+"""A store follows its corpus: documents come and go, and only what is new is embedded (notebook 10).
+
+What stays the same is taken over from the store as it was: the chunks of every document whose text has not changed,
+their vectors, and the neighbours of every chunk that neither lost one nor has a nearer new one. The result is what
+building the new corpus from nothing gives. (An inverted file keeps its centroids and its effort: it is what filling
+the same trained index anew gives.)
+
+The new store is made in a folder within the old one, step by step, and moved into place at the end: a stop costs at
+most the block that was being worked on, and until then the old store serves.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from tqdm.auto import tqdm
+
+from retro_nb.chunking import (
+    ChunkedDocument,
+    chunk_document,
+    companion,
+    describe_document,
+    read_documents,
+    special_ids,
+    store_tokenizer,
+    text_digest,
+    write_chunks,
+)
+from retro_nb.corpus import Corpus
+from retro_nb.embedding import bert_fingerprint, chunks_to_embeddings_, embedding_settings
+from retro_nb.index import (
+    BLOCK,
+    NO_NEIGHBOUR,
+    Neighbours,
+    Vectors,
+    build_index,
+    exact_search,
+    innermost,
+    is_exact,
+    read_index,
+    rows_of,
+    write_index,
+)
+from retro_nb.knn import choose_spec, index_settings, index_stats, knn_settings, neighbours, write_neighbours
+from retro_nb.manifest import (
+    STAGING,
+    array_key,
+    cached,
+    finish_replacement,
+    intact,
+    read_manifest,
+    replace_store,
+)
+from retro_nb.storage import ArrayWriter, PathLike, ResumableRows, launched, open_array, tell, writing
+
+CHUNKS, SEQS, DOC_IDS = "chunks.npy", "seqs.npy", "doc_ids.npy"
+VECTORS, INDEX, NEIGHBOURS = "chunks.embedded.npy", "knn.index", "chunks.knn.npy"
+AT_A_TIME = 1024  # chunks searched and saved together
+SLACK = 1e-5  # of the numbers that a distance is made of, which float32 rounds: what is this near may be nearer
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update did: how many documents were kept, added and removed, how many chunks were embedded, and for how
+    many neighbours were searched."""
+
+    kept: int
+    added: int
+    removed: int
+    embedded: int
+    searched: int
+
+    def __str__(self) -> str:
+        documents = f"{self.kept} documents kept, {self.added} added, {self.removed} removed"
+        return f"{documents}; {self.embedded} chunks embedded, neighbours searched for {self.searched}"
+
+
+def why_not(
+    documents: Any,
+    folder: PathLike,
+    *,
+    bert: PathLike | None = None,
+    use_cls_repr: bool | None = None,
+    settings: dict | None = None,
+) -> str | None:
+    """Why a store cannot be brought up to date with a corpus; None if it can.
+
+    Args:
+        documents: the corpus.
+        folder: the store's.
+        bert: what is to embed it.
+        use_cls_repr: how; None: as it was.
+        settings: how its chunks would be made now, from `chunk_settings`; None: as they were.
+    """
+    folder = Path(folder)
+    finish_replacement(folder)
+    was = {name: record["settings"] for name, record in read_manifest(folder).items()}
+    if missing := [name for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS) if name not in was]:
+        return f"it has no record of {missing[0]}"
+    if not isinstance(documents, Corpus):
+        return "the documents have no fingerprint, by which a store knows what it was made from"
+    pooling = {None: was[VECTORS]["pooling"], True: "cls", False: "mean"}[use_cls_repr]
+    wanted = (settings or {}) | {"bert": bert_fingerprint(bert), "pooling": pooling, "corpus": None}
+    for name, value in (was[VECTORS] | was[CHUNKS] | {"corpus": None}).items():
+        if wanted.get(name, value) != value:
+            return f"{name} was {value} and is {wanted[name]}"
+    sources = ((VECTORS, CHUNKS, "chunks"), (INDEX, VECTORS, "embeddings"), (NEIGHBOURS, INDEX, "index"))
+    for name, source, needed in sources:
+        if not intact(folder / source) or was[name][needed] != array_key(folder / source):
+            return f"{source} is not what {name} was made from"
+    if not intact(folder / NEIGHBOURS):
+        return f"{NEIGHBOURS} is truncated or corrupt"
+    if not all("digest" in about for about in read_documents(folder / CHUNKS)):
+        return "it was built by a version that did not record the texts' digests"
+    return None
+
+
+# the update
+
+
+def update_store(
+    documents: Corpus,
+    work_dir: PathLike,
+    *,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    **index_options: Any,
+) -> Update:
+    """Bring a built store up to date with its corpus, from which documents may have gone and to which others came.
+
+    `TrainingWrapper` and `python -m retro_nb build` do this by themselves when they find that the corpus has changed
+    and nothing else. It takes as much free disk as the store has. A document that moved among the others counts as
+    removed and added, but is not embedded again. Neighbours for databases that keep documents out (`keep_out`) are
+    dropped: they are searched again when they are next asked for. A stopped update goes on when it is called again.
+
+    Args:
+        documents: the corpus as it is now.
+        work_dir: the store, as `TrainingWrapper` builds it.
+        bert: what embedded it, and will embed what is new.
+        device: where; see `bert_embed`.
+        progress: show progress bars.
+        **index_options: `index`, `max_index_memory_usage`, `current_memory_available` as at the build. An inverted
+            file of the same kind is edited; one of another kind, as a corpus grows, is trained and searched anew.
+
+    Returns:
+        What was done; as a string, in a sentence.
+
+    Raises:
+        ValueError: there is no whole store, or it was made with other settings.
+    """
+    folder = Path(work_dir)
+    if reason := tell(why_not(documents, folder, bert=bert)):
+        raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
+    old, staging = _Old(folder), folder / STAGING
+    if old.settings[CHUNKS]["corpus"] == documents.fingerprint():
+        return Update(len(old.documents), added=0, removed=0, embedded=0, searched=0)
+    new = _chunk(old, documents, staging, progress)
+    _embed(old, new, bert, device, progress)
+    index = _index(old, new, index_options, progress)
+    searched = _search(old, new, index, progress)
+    if launched()[0] == 0:
+        replace_store(folder)
+    tell()  # the others wait
+    kept = len(new.kept)
+    return Update(kept, new.documents - kept, len(old.documents) - kept, len(new.fresh), searched)
+
+
+# documents and chunks
+
+
+class _Old:
+    """A store before its update."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.arrays = folder, read_manifest(folder)
+        self.settings = {name: record["settings"] for name, record in self.arrays.items()}
+        self.chunks, self.vectors = open_array(folder / CHUNKS), open_array(folder / VECTORS)
+        self.spans, self.bytes = (open_array(companion(folder / CHUNKS, f"{kind}.npy")) for kind in ("spans", "bytes"))
+        self.documents = read_documents(folder / CHUNKS)
+        self.by_digest: dict[str, list[int]] = defaultdict(list)
+        for number, about in enumerate(self.documents):
+            self.by_digest[about["digest"]].append(number)
+
+    def chunked(self, document: int, about: dict, replaced: int) -> ChunkedDocument:
+        """The chunks of a document, under what is now known of it."""
+        rows = slice(*self.documents[document]["chunks"])
+        own = (np.array(array[rows]) for array in (self.chunks, self.spans, self.bytes))
+        return ChunkedDocument(about, replaced, *own)
+
+
+@dataclass(frozen=True)
+class _New:
+    """A store as it will be: its chunks are there, and what they were before.
+
+    kept     (new, old) numbers of the documents that are the same and in the same order
+    origin   for each chunk an old one with the same text, whose vector it takes; −1 for a new text
+    was      for each chunk of a kept document the same one; −1 for others, whose neighbours are searched
+    """
+
+    folder: Path
+    documents: int
+    kept: list[tuple[int, int]]
+    origin: Int64[np.ndarray, " c"]
+    was: Int64[np.ndarray, " c"]
+
+    @property
+    def fresh(self) -> Int64[np.ndarray, " n"]:
+        """The chunks to embed."""
+        return np.flatnonzero(self.origin < 0)
+
+
+def _chunk(old: _Old, documents: Corpus, staging: Path, progress: bool) -> _New:
+    """Write the chunks of the corpus; those of texts that the old store has are copied."""
+    settings, tokenizer = old.settings[CHUNKS], store_tokenizer(old.folder / CHUNKS)
+
+    def cut() -> Iterator[ChunkedDocument]:
+        for document in tqdm(documents, desc="reading", unit=" documents", disable=not progress):
+            if same := old.by_digest.get(text_digest(document.text)):
+                yield old.chunked(same[0], describe_document(document), document.replaced)
+            else:
+                yield chunk_document(document, settings["chunk_size"], tokenizer)
+
+    sizes = {name: settings[name] for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
+    write_chunks(cut, documents, [staging / name for name in (CHUNKS, SEQS, DOC_IDS)], tokenizer, **sizes)
+    found = read_documents(staging / CHUNKS)
+    kept = _kept(old.by_digest, [about["digest"] for about in found])
+    origin, was = (np.full(found[-1]["chunks"][1], -1, np.int64) for _ in range(2))
+    for about in found:
+        if same := old.by_digest.get(about["digest"]):
+            origin[slice(*about["chunks"])] = range(*old.documents[same[0]]["chunks"])
+    for now, before in kept:
+        was[slice(*found[now]["chunks"])] = range(*old.documents[before]["chunks"])
+    return _New(staging, len(found), kept, origin, was)
+
+
+def _kept(old: dict[str, list[int]], digests: Sequence[str]) -> list[tuple[int, int]]:
+    """The longest list of pairs (new, old) of documents with the same text in which both numbers ascend.
+
+    A document that moved to another place is not among them: of equally near chunks the first is the nearer, and
+    its chunks are elsewhere now.
+    """
+    left = {digest: iter(numbers) for digest, numbers in old.items()}
+    pairs = [(new, next(left.get(digest, iter(())), None)) for new, digest in enumerate(digests)]
+    pairs = [pair for pair in pairs if pair[1] is not None]
+    ends, last, before = [], [], []  # of each length the list that ends lowest: the number, its pair; and what precedes
+    for number, (_, was) in enumerate(pairs):
+        length = bisect_left(ends, was)
+        ends[length:length + 1], before = [was], [*before, last[length - 1] if length else None]
+        last[length:length + 1] = [number]
+    chain, number = [], last[-1] if last else None
+    while number is not None:
+        chain.append(pairs[number])
+        number = before[number]
+    return chain[::-1]
+
+
+# vectors and index
+
+
+def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | str | None, progress: bool) -> None:
+    """The vectors of all chunks: the old ones, and those of new texts."""
+    whole, fresh = new.folder / CHUNKS, new.fresh
+    chunks, cls = open_array(whole), old.settings[VECTORS]["pooling"] == "cls"
+    tokenizer, part = store_tokenizer(whole), new.folder / "fresh" / CHUNKS
+
+    def pick() -> dict:
+        with ArrayWriter(part, chunks.dtype, chunks.shape[1:]) as file:
+            for rows in np.array_split(fresh, -(-len(fresh) // BLOCK)):
+                file.append(chunks[rows])
+        with writing(companion(part, "tokenizer.json"), "w", encoding="utf-8") as rules:
+            rules.write(tokenizer.backend.to_str())
+        return {"special_ids": special_ids(whole)._asdict()}
+
+    embedded = old.vectors[:0]
+    if len(fresh):
+        settings = {"chunks": array_key(whole), "tokenizer": tokenizer.fingerprint}
+        cached(part, settings, pick, files=(companion(part, "tokenizer.json"),))
+        where, size = companion(part, "embedded.npy"), chunks.shape[1] - 1
+        sizes = {"num_chunks": len(fresh), "chunk_size": size, "embed_dim": old.vectors.shape[1]}
+        files = {"chunks_memmap_path": part, "embeddings_memmap_path": where}
+        chunks_to_embeddings_(**sizes, **files, use_cls_repr=cls, bert=bert, device=device, progress=progress)
+        embedded = open_array(where)
+
+    def join() -> dict:
+        with ArrayWriter(new.folder / VECTORS, np.float32, old.vectors.shape[1:]) as file:
+            for start in range(0, len(chunks), BLOCK):
+                origin = new.origin[start : start + BLOCK]
+                rows = np.empty((len(origin), old.vectors.shape[1]), np.float32)
+                rows[origin >= 0] = old.vectors[origin[origin >= 0]]
+                first = np.searchsorted(fresh, start)
+                rows[origin < 0] = embedded[first : first + np.count_nonzero(origin < 0)]
+                file.append(rows)
+        return old.arrays[VECTORS]["stats"] | {"rows": len(chunks)}
+
+    cached(new.folder / VECTORS, embedding_settings(whole, len(chunks), bert, cls), join)
+
+
+def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> faiss.Index:
+    """The index of all vectors; an inverted file of the same kind keeps its centroids and its effort."""
+    path, vectors = new.folder / INDEX, open_array(new.folder / VECTORS)
+    spec = choose_spec(*vectors.shape, **options)
+
+    def build() -> dict:
+        started, index = perf_counter(), read_index(old.folder / INDEX)
+        if spec == old.settings[INDEX]["index"] and isinstance(innermost(index), faiss.IndexIVF):
+            _edit_lists(index, new.was, vectors)
+        else:
+            index = build_index(vectors, spec, progress=progress)
+        write_index(index, path)
+        return index_stats(path, spec, len(vectors), started)
+
+    cached(path, index_settings(new.folder / VECTORS, spec), build)
+    return read_index(path)
+
+
+def _edit_lists(index: faiss.Index, was: Int64[np.ndarray, " c"], vectors: Vectors) -> None:
+    """Make an inverted file what it would be with these vectors: drop what is gone, renumber the rest, add."""
+    inner, now = innermost(index), np.full(index.ntotal, NO_NEIGHBOUR, np.int64)
+    now[was[was >= 0]] = np.flatnonzero(was >= 0)
+    lists, size = faiss.ArrayInvertedLists(inner.nlist, inner.code_size), inner.code_size
+    for number in range(inner.nlist):
+        ids, codes = _entries(inner.invlists, number, size)
+        ids, codes = now[ids], codes[now[ids] >= 0]
+        ids = ids[ids >= 0]
+        lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    inner.replace_invlists(lists, True)
+    lists.this.disown()  # it is the index's now
+    inner.ntotal = index.ntotal = int((now >= 0).sum())
+    added = np.flatnonzero(was < 0)
+    for rows in np.array_split(added, -(-len(added) // BLOCK)) if len(added) else ():
+        index.add_with_ids(rows_of(vectors, rows), rows)
+    for number in range(inner.nlist):  # by number, as in a list that is filled from the beginning
+        ids, codes = _entries(inner.invlists, number, size)
+        order = np.argsort(ids)
+        ids[:], codes[:] = ids[order], codes[order]
+
+
+def _entries(lists: faiss.InvertedLists, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and codes in an inverted list, where they lie in memory."""
+    count = lists.list_size(number)
+    if not count:
+        return np.empty(0, np.int64), np.empty((0, size), np.uint8)
+    codes = faiss.rev_swig_ptr(lists.get_codes(number), count * size)
+    return faiss.rev_swig_ptr(lists.get_ids(number), count), codes.reshape(count, size)
+
+
+# neighbours
+
+
+def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
+    """Write the neighbours of all chunks; return how many had to be searched for."""
+    settings, path, vectors = old.settings[NEIGHBOURS], new.folder / NEIGHBOURS, open_array(new.folder / VECTORS)
+    k, most, doc_ids = settings["k"], settings["max_similarity"], open_array(new.folder / DOC_IDS)
+    found, lost = _renumber(open_array(old.folder / NEIGHBOURS), new.was)
+    todo = (new.was < 0) | lost
+    same_kind = old.settings[INDEX]["index"] == read_manifest(new.folder)[INDEX]["settings"]["index"]
+    if same_kind and (is_exact(index) or isinstance(faiss.downcast_index(index), faiss.IndexIVFFlat)):
+        todo[~todo] = _may_be_nearer(vectors, found, np.flatnonzero(~todo), np.flatnonzero(new.was < 0))
+    else:  # other indices see distances of their own
+        todo[:] = True
+    todo, settings = np.flatnonzero(todo), knn_settings(new.folder / INDEX, new.folder / DOC_IDS, k, most)
+
+    def fill(rows: ResumableRows) -> None:
+        part = ResumableRows(new.folder / "fresh" / NEIGHBOURS, (len(todo), k), np.int32, settings)
+        with tqdm(total=len(todo), initial=part.done, desc="searching", unit=" chunks", disable=not progress) as bar:
+            for block in part.blocks(AT_A_TIME):
+                part.write(block, neighbours(index, vectors, doc_ids, k, rows=todo[block], max_similarity=most))
+                bar.update(block.stop - block.start)
+        part.finish()
+        found[todo] = open_array(part.path)
+        for block in rows.blocks(BLOCK):
+            rows.write(block, found[block])
+
+    write_neighbours(path, fill, settings, index, vectors, doc_ids, max_similarity=most)
+    return len(todo)
+
+
+def _renumber(before: Neighbours, was: Int64[np.ndarray, " c"]) -> tuple[Neighbours, Bool[np.ndarray, " c"]]:
+    """The neighbours that chunks had, by their new numbers, and which chunks have lost one."""
+    now = np.full(len(before) + 1, NO_NEIGHBOUR, np.int32)  # the last is that of −1
+    now[was[was >= 0]] = np.flatnonzero(was >= 0)
+    found = np.full((len(was), before.shape[1]), NO_NEIGHBOUR, np.int32)
+    found[was >= 0] = now[before[was[was >= 0]]]
+    lost = np.zeros(len(was), bool)
+    lost[was >= 0] = ((found[was >= 0] < 0) & (before[was[was >= 0]] >= 0)).any(axis=1)
+    return found, lost
+
+
+def _may_be_nearer(
+    vectors: Vectors, found: Neighbours, rows: Int64[np.ndarray, " b"], added: Int64[np.ndarray, " n"]
+) -> Bool[np.ndarray, " b"]:
+    """Whether one of the added chunks may be nearer to a chunk than the last of its neighbours (or it has too few)."""
+    if not len(added):
+        return np.zeros(len(rows), bool)
+    others, nearer = rows_of(vectors, added), []
+    for part in np.array_split(rows, -(-len(rows) // BLOCK)):
+        queries, last = rows_of(vectors, part), found[part, -1]
+        nearest = exact_search(others, queries, 1)[0][:, 0]
+        reach = ((rows_of(vectors, np.maximum(last, 0)) - queries) ** 2).sum(axis=1)
+        reach += SLACK * (reach + (queries**2).sum(axis=1))
+        nearer.append((last < 0) | (nearest <= reach))
+    return np.concatenate(nearer) if nearer else np.zeros(0, bool)
