@@ -20,7 +20,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 from tqdm.auto import tqdm
 
 from retro_nb.chunking import (
@@ -39,7 +39,6 @@ from retro_nb.embedding import bert_fingerprint, chunks_to_embeddings_, embeddin
 from retro_nb.index import (
     BLOCK,
     NO_NEIGHBOUR,
-    Neighbours,
     Vectors,
     build_index,
     exact_search,
@@ -384,7 +383,9 @@ def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
     return len(todo)
 
 
-def _renumber(before: Neighbours, was: Int64[np.ndarray, " c"]) -> tuple[Neighbours, Bool[np.ndarray, " c"]]:
+def _renumber(
+    before: Int32[np.ndarray, "c_before k"], was: Int64[np.ndarray, " c"]
+) -> tuple[Int32[np.ndarray, "c k"], Bool[np.ndarray, " c"]]:
     """The neighbours that chunks had, by their new numbers, and which chunks have lost one."""
     now = np.full(len(before) + 1, NO_NEIGHBOUR, np.int32)  # the last is that of −1
     now[was[was >= 0]] = np.flatnonzero(was >= 0)
@@ -396,7 +397,7 @@ def _renumber(before: Neighbours, was: Int64[np.ndarray, " c"]) -> tuple[Neighbo
 
 
 def _may_be_nearer(
-    vectors: Vectors, found: Neighbours, rows: Int64[np.ndarray, " b"], added: Int64[np.ndarray, " n"]
+    vectors: Vectors, found: Int32[np.ndarray, "c k"], rows: Int64[np.ndarray, " b"], added: Int64[np.ndarray, " n"]
 ) -> Bool[np.ndarray, " b"]:
     """Whether one of the added chunks may be nearer to a chunk than the last of its neighbours (or it has too few)."""
     if not len(added):
