@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from retro_nb.corpus import Document, digest
+from retro_nb.corpus import Document, digest, part_of, shares
 
 # What is always installed with this project and has the longest manuals: the name one imports, and pip's.
 # Not transformers, nearly as long as all of these: its models, and so their docstrings, copy one another.
@@ -81,6 +81,11 @@ class docstrings:
             if sum(len(docstring) for _, docstring in entries) >= self.min_chars:
                 text = "\n\n".join(f"{heading}\n{docstring}" for heading, docstring in entries)
                 yield Document(text, module, source)
+
+    def split(self, count: int) -> "list[docstrings]":
+        """At most `count` corpora of like size, by the size of the files, that one after another have these modules."""
+        sizes = [path.stat().st_size for _, path in self._files]
+        return [part_of(self, _files=self._files[some], skipped={}) for some in shares(sizes, count)]
 
     def fingerprint(self) -> dict:
         """The parameters, the packages' versions and Python's, and a digest of path and size of every file."""
