@@ -5,7 +5,7 @@ Data flows one way, from each module only to those below it in this list.
 """
 
 from retro_nb.chunking import documents_to_chunks_, text_folder_to_chunks_
-from retro_nb.corpus import Document, jsonl, speeches, text_folder
+from retro_nb.corpus import Document, jsonl, parts, speeches, text_folder
 from retro_nb.dataset import RETRODataset, knn_to_retrieved_chunks
 from retro_nb.embedding import bert_embed, chunks_to_embeddings_, embed_chunks
 from retro_nb.index import build_index, exact_search, search
@@ -15,6 +15,8 @@ from retro_nb.model import RETRO
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.retrofit import RETROfit, retrofit
 from retro_nb.sampling import generate, gumbel_sample, left_pad, top_k, top_p
+from retro_nb.sources import open_corpus
+from retro_nb.tables import hf_dataset, parquet
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.towns import almanac
 from retro_nb.training import evaluate_loss, fit, get_optimizer, split_by_document
@@ -49,11 +51,15 @@ __all__ = [
     "get_optimizer",
     "get_tokenizer",
     "gumbel_sample",
+    "hf_dataset",
     "jsonl",
     "knn_chunks_from_seq_chunks",
     "knn_to_retrieved_chunks",
     "left_pad",
     "neighbours",
+    "open_corpus",
+    "parquet",
+    "parts",
     "retrofit",
     "search",
     "speeches",

@@ -15,7 +15,7 @@ from retro_nb.storage import launched
 BUILD = """Chunk a corpus, embed the chunks, index them and find every chunk's neighbours; once, on disk.
 
   python -m retro_nb build                                          the speeches
-  python -m retro_nb build -p corpus my_texts/ -p knn 4             a folder of text files (or a .jsonl file)
+  python -m retro_nb build -p corpus my_texts/ -p knn 4             a folder of texts (or a .jsonl or .parquet file)
   python -m retro_nb build -f experiments/train_speeches.yaml       what `train` with this file will want
   accelerate launch --multi_gpu --num_processes 2 -m retro_nb build …   two GPUs embed
 

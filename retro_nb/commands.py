@@ -8,9 +8,8 @@ and some of the corpora's. A YAML file holds them flat, `name: value`.
 embedding and training, and the first alone does the rest.
 """
 
-import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import Parameter
@@ -22,19 +21,17 @@ import yaml
 from accelerate import PartialState
 
 from retro_nb.checkpoints import History
-from retro_nb.corpus import speeches
 from retro_nb.embedding import best_device
 from retro_nb.evaluation import bytes_of_chunks, evaluate
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.lesson import Run
-from retro_nb.libraries import docstrings
 from retro_nb.model import RETRO
 from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
+from retro_nb.sources import NAMED, OPTIONS, recognise
 from retro_nb.storage import ROOT, plain, replacing
 from retro_nb.tokens import PAD_ID, get_tokenizer
-from retro_nb.towns import almanac
 from retro_nb.training import FREE_SETTINGS, fit
-from retro_nb.wrapper import TrainingWrapper
+from retro_nb.wrapper import TrainingWrapper, as_corpus
 
 Settings = dict[str, Any]
 
@@ -45,13 +42,16 @@ def _own(name: str, kind: Any, default: Any) -> Parameters:
     return {name: Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)}
 
 
-CORPORA: dict[str, tuple[Callable, Parameters]] = {
-    "speeches": (speeches, parameters(speeches, "max_documents", "max_chars")),
-    "almanac": (almanac, parameters(almanac, "towns")),
-    "docstrings": (docstrings, parameters(docstrings, "packages", "min_chars")),
+LIMITS: dict[str, Parameters] = {  # of the corpora that have a name
+    "speeches": parameters(NAMED["speeches"], "max_documents", "max_chars"),
+    "almanac": parameters(NAMED["almanac"], "towns"),
+    "docstrings": parameters(NAMED["docstrings"], "packages", "min_chars"),
 }
-CORPUS = _own("corpus", str, "speeches")
-for _, limits in CORPORA.values():
+READING: Parameters = {}  # of those in files
+for option, default in OPTIONS.items():
+    READING |= _own(option, str | None if option == "encoding" else str, default)
+CORPUS = _own("corpus", str, "speeches") | READING
+for limits in LIMITS.values():
     CORPUS |= limits
 DATABASE = (
     _own("knn", int, 2)
@@ -103,14 +103,11 @@ def _vocabulary(settings: Settings) -> dict[str, int]:
 
 def _check_corpus(settings: Settings) -> None:
     name = settings["corpus"]
-    for owner, (_, limits) in CORPORA.items():
+    for owner, limits in LIMITS.items():
         for limit, parameter in limits.items():
             if name != owner and settings[limit] != parameter.default:
                 raise ValueError(f"{limit} is {settings[limit]}, but corpus {name} has none: only {owner} has")
-    if name not in CORPORA and not Path(name).is_dir() and not (Path(name).is_file() and name.endswith(".jsonl")):
-        close = difflib.get_close_matches(name, CORPORA, 1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"corpus {name!r} is no folder, no .jsonl file, nor {' or '.join(CORPORA)}{meant}")
+    recognise(name, glob=settings["glob"], **_of(settings, READING))
 
 
 def _of(settings: Settings, *groups: Parameters) -> Settings:
@@ -138,16 +135,19 @@ def processes() -> Iterator[PartialState]:
 # the commands
 
 
+def choose_corpus(settings: Settings) -> tuple[Any, Path]:
+    """The corpus that the settings mean, and the folder of its database."""
+    name, folder = settings["corpus"], settings["work_dir"]
+    named = NAMED[name](**_of(settings, LIMITS[name])) if name in NAMED else None
+    corpus, default = as_corpus(name if named is None else named, settings["glob"], **_of(settings, READING))
+    return corpus, default if folder is None else Path(folder)
+
+
 def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
     """Build whatever is missing for this model; every process calls it."""
-    name = settings["corpus"]
-    corpus, limits = CORPORA.get(name, (Path, {}))
-    return TrainingWrapper(
-        retro=retro,
-        documents_path=corpus(name) if corpus is Path else corpus(**_of(settings, limits)),
-        progress=progress,
-        **_of(settings, DATABASE),
-    )
+    corpus, folder = choose_corpus(settings)
+    database = _of(settings, DATABASE) | {"work_dir": folder}
+    return TrainingWrapper(retro=retro, documents_path=corpus, progress=progress, **database)
 
 
 def describe(wrapper: TrainingWrapper) -> str:

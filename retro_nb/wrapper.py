@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from retro_nb.checkpoints import History
 from retro_nb.chunked import ChunkedLM
 from retro_nb.chunking import chunk_settings, documents_to_chunks_
-from retro_nb.corpus import jsonl, text_folder
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.manifest import cached, read_manifest, reprocess_requested
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, left_pad, top_k
+from retro_nb.sources import OPTIONS, is_path, open_corpus
 from retro_nb.storage import WORK, PathLike, open_array, tell, write_json
 from retro_nb.tokens import PAD_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
@@ -40,14 +40,20 @@ def _default_work_dir(documents: Any, described: Any) -> Path:
     return WORK / f"{type(documents).__name__}-{digest}"
 
 
-def _as_corpus(documents_path: Any, glob: str) -> tuple[Any, Path | None]:
-    """The corpus that `documents_path` means, and where its files go if nothing else is said."""
-    if not isinstance(documents_path, (str, Path)):
-        fingerprint = getattr(documents_path, "fingerprint", None)  # without one, no two could be told apart
-        return documents_path, _default_work_dir(documents_path, fingerprint()) if fingerprint else None
-    path = Path(documents_path)
-    corpus = jsonl(path) if path.suffix == ".jsonl" else text_folder(path, glob)
-    return corpus, _default_work_dir(corpus, [str(path.resolve()), glob])
+def as_corpus(
+    documents_path: Any, glob: Sequence[str] | str = "**/*.txt", **options: str | None
+) -> tuple[Any, Path | None]:
+    """The corpus that `documents_path` means (see `sources.open_corpus`), and where its files go by default.
+
+    That is a folder for each path and its options, so that files which change are built again in the same place;
+    for a corpus without a path, one for each fingerprint; None for one that has neither.
+    """
+    corpus = open_corpus(documents_path, glob=glob, **options)
+    if is_path(documents_path):
+        said = {name: value for name, value in options.items() if value != OPTIONS[name]}
+        return corpus, _default_work_dir(corpus, [str(Path(documents_path).resolve()), glob, *([said] if said else [])])
+    fingerprint = getattr(corpus, "fingerprint", None)  # without one, no two could be told apart
+    return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
 
 
 def _trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> Path:
@@ -107,10 +113,11 @@ class TrainingWrapper(nn.Module):
     Args:
         retro: the model.
         chunk_size: m, tokens; the model's.
-        documents_path: a folder of text files, a .jsonl file, a corpus of `retro_nb.corpus`, or any iterable
-            of `Document` (which cannot say whether it has changed: it is chunked anew, and needs a `work_dir`).
+        documents_path: a folder of text files, another name or path that `sources.open_corpus` knows, a corpus, or any
+            iterable of `Document` (which cannot say whether it has changed: it is chunked anew, and needs a
+            `work_dir`).
         knn: k, neighbours per chunk.
-        glob: which files of a folder.
+        glob: which text files of a folder, or several such patterns.
         chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, vectors, index and
             neighbours beside the first; left out, they lie in `work_dir`.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
@@ -141,7 +148,7 @@ class TrainingWrapper(nn.Module):
         chunk_size: int,
         documents_path: Any,
         knn: int,
-        glob: str = "**/*.txt",
+        glob: Sequence[str] | str = "**/*.txt",
         chunks_memmap_path: PathLike | None = None,
         seqs_memmap_path: PathLike | None = None,
         doc_ids_memmap_path: PathLike | None = None,
@@ -159,7 +166,7 @@ class TrainingWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self._check(retro, chunk_size, knn)
-        corpus, default = _as_corpus(documents_path, glob)
+        corpus, default = as_corpus(documents_path, glob)
         if work_dir is None and default is None:
             raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
         self.retro, self.bert, self.chunk_size, self.max_seq_len = retro, bert, chunk_size, retro.seq_len

@@ -125,7 +125,7 @@ def test_the_recipes_are_known_and_make_a_model(path):
         ("train", {"dec_cross_attn_layers": 3}, "parameter dec_cross_attn_layers: cannot read '3' as declared"),
         ("train", {"epochs": 1}, "Pass either steps or epochs"),
         ("train", {"steps": "null"}, "Pass either steps or epochs"),
-        ("train", {"corpus": "speech"}, "no folder, no .jsonl file, nor speeches or almanac or docstrings (did you"),
+        ("train", {"corpus": "speech"}, "nor hf:NAME or speeches or almanac or docstrings (did you mean speeches?)"),
         ("build", {"corpus": "almanac", "max_chars": 9}, "max_chars is 9, but corpus almanac has none: only speeches"),
         ("train", {"corpus": "almanac", "min_chars": 9}, "min_chars is 9, but corpus almanac has none: only docst"),
         ("build", {"corpus": "docstrings", "packages": "numpy"}, "parameter packages: cannot read 'numpy' as declared"),

@@ -28,10 +28,10 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 # Data flows one way: a module imports only from those before it.
-ORDER = """storage devices manifest corpus towns libraries tokens chunking embedding index knn updating dataset graphs
-layers kernels loss transformer presets pretrained chunked model backbone retrofit flops retrieval sampling
-checkpoints training evaluation wrapper leakage reading evidence plotting lesson settings commands experiments sweep
-refresh __main__""".split()
+ORDER = """storage devices manifest corpus tables towns libraries sources tokens chunking embedding index knn
+costs counting survey updating dataset graphs layers kernels loss transformer presets pretrained chunked model backbone retrofit flops
+retrieval sampling checkpoints training evaluation wrapper leakage reading evidence plotting lesson settings
+commands experiments sweep refresh __main__""".split()
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
@@ -78,7 +78,7 @@ def test_constraints_are_exact_and_within_the_ranges():
 
 
 def test_every_import_is_a_declared_dependency():
-    called = {"faiss": "faiss-cpu", "yaml": "pyyaml", "PIL": "pillow"}
+    called = {"faiss": "faiss-cpu", "yaml": "pyyaml", "PIL": "pillow", "charset_normalizer": "charset-normalizer"}
     comes_with = {"psutil": "jupyterlab", "IPython": "jupyterlab", "nbformat": "papermill"}
     comes_with |= {"tokenizers": "transformers", "triton": "torch"}  # Triton with torch for CUDA only
     called |= comes_with
