@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,6 +41,11 @@ class Sizes(NamedTuple):
 
 
 ON_CPU, ON_GPU = Sizes(32, 1024, ahead=0), Sizes(2048, 8192, ahead=2)
+
+
+def sizes_on(device: torch.device) -> Sizes:
+    """How many chunks this device takes at a time."""
+    return ON_GPU if device.type == "cuda" else ON_CPU
 
 
 def best_device() -> torch.device:
@@ -311,6 +316,30 @@ def _begin_block(
     return wait
 
 
+def begin_block(
+    chunks: Integer[np.ndarray, "c m"],
+    tokenizer: TextTokenizer,
+    batch_size: int | None = None,
+    on_batch: Callable[[int], Any] = lambda size: None,
+    *,
+    use_cls_repr: bool = False,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+) -> Callable[[], np.ndarray]:
+    """Begin to embed a block of a store's chunks. What is returned gives the vectors, and waits for a GPU if need be.
+
+    Args:
+        chunks: their ids, of this tokenizer.
+        batch_size: chunks per forward pass; None: as many as suit the device.
+        on_batch: called with the number of chunks in each batch.
+        use_cls_repr, bert, device: see `embed_chunks`.
+    """
+    device = torch.device(device or best_device())
+    frames = frames_for_bert(torch.from_numpy(chunks.astype(np.int32)), tokenizer, bert=bert)
+    batch = batch_size or sizes_on(device).batch
+    return _begin_block(get_bert(bert, device), frames, get_tokenizer(bert).ids.pad, batch, use_cls_repr, on_batch)
+
+
 def embedding_settings(
     chunks_memmap_path: PathLike, num_chunks: int, bert: PathLike | None, use_cls_repr: bool
 ) -> dict:
@@ -373,11 +402,11 @@ def chunks_to_embeddings_(
         raise ValueError(f"batch_size {batch_size}: pass 1 or more")
     if pad_id not in (None, special_ids(chunks_memmap_path).pad):
         raise ValueError(f"pad_id {pad_id}: this array is padded with {special_ids(chunks_memmap_path).pad}")
-    tokenizer, berts = store_tokenizer(chunks_memmap_path, bert), get_tokenizer(bert)
+    tokenizer = store_tokenizer(chunks_memmap_path, bert)
     chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
     device = torch.device(device or best_device())
     settings = embedding_settings(chunks_memmap_path, num_chunks, bert, use_cls_repr)
-    sizes = ON_GPU if device.type == "cuda" else ON_CPU
+    sizes = sizes_on(device)
 
     def build() -> dict:
         rows = ResumableRows(embeddings_memmap_path, (num_chunks, dim), np.float32, settings, shared=True)
@@ -386,9 +415,8 @@ def chunks_to_embeddings_(
         bar = tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden)
         with bar, ThreadPoolExecutor(1) as writer:
             for block in blocks:
-                model, batch = get_bert(bert, device), batch_size or sizes.batch
-                frames = frames_for_bert(torch.from_numpy(chunks[block, :-1].astype(np.int32)), tokenizer, bert=bert)
-                vectors = _begin_block(model, frames, berts.ids.pad, batch, use_cls_repr, bar.update)
+                options = {"use_cls_repr": use_cls_repr, "bert": bert, "device": device}
+                vectors = begin_block(chunks[block, :-1], tokenizer, batch_size, bar.update, **options)
                 writes.append(writer.submit(lambda block, vectors: rows.write(block, vectors()), block, vectors))
                 if len(writes) > sizes.ahead:
                     writes.popleft().result()

@@ -9,11 +9,13 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import faiss
 import numpy as np
+from faiss.contrib.ondisk import merge_ondisk
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
@@ -97,26 +99,40 @@ def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = F
     Raises:
         ValueError: there are no vectors, fewer than the index needs to be trained, or `spec` is no index.
     """
+    with _explaining(spec, vectors):
+        index = train_index(vectors, spec)
+        for start in tqdm(range(0, len(vectors), BLOCK), desc="indexing", disable=not progress):
+            index.add(rows_of(vectors, slice(start, start + BLOCK)))
+        tune(index, vectors)
+    return index
+
+
+def train_index(vectors: Vectors, spec: str | None = None) -> faiss.Index:
+    """An empty index that has learnt what it needs to know of these vectors; the first step of `build_index`."""
     count, dim = vectors.shape
     if not count:
         raise ValueError("no vectors to index: the chunk array is empty")
-    spec = spec or choose_index(count, dim)
-    try:
-        index = faiss.index_factory(dim, spec, faiss.METRIC_L2)
+    with _explaining(spec, vectors):
+        index = faiss.index_factory(dim, spec or choose_index(count, dim), faiss.METRIC_L2)
         if hasattr(innermost(index), "do_polysemous_training"):
             innermost(index).do_polysemous_training = False  # seconds a byte of PQ, for a search not made here
         if not index.is_trained:
             index.train(_training_sample(vectors, index))
-        for start in tqdm(range(0, count, BLOCK), desc="indexing", disable=not progress):
-            index.add(rows_of(vectors, slice(start, start + BLOCK)))
-        _tune(index, vectors)
+    return index
+
+
+@contextmanager
+def _explaining(spec: str | None, vectors: Vectors) -> Iterator[None]:
+    """Say what was to be made of what, and how to mend it, where FAISS says where in its code it failed."""
+    try:
+        yield
     except RuntimeError as error:
-        reason = str(error).split(":")[-1].strip()
+        (count, dim), reason = vectors.shape, str(error).split(":")[-1].strip()
+        spec = spec or choose_index(count, dim)
         raise ValueError(
             f"cannot make the index {spec!r} from {count} vectors of width {dim} ({reason}): an IVFn index "
             f"needs n vectors to train on, a PQ one {PQ_CENTROIDS}; use 'Flat' for a small corpus"
         ) from error
-    return index
 
 
 def rows_of(vectors: Vectors, rows: slice | np.ndarray) -> np.ndarray:
@@ -137,7 +153,7 @@ def innermost(index: faiss.Index) -> faiss.Index:
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
-def _tune(index: faiss.Index, vectors: Vectors) -> None:
+def tune(index: faiss.Index, vectors: Vectors) -> None:
     """Double the effort of an approximate index until it finds 95 % of the true 10 nearest.
 
     One that never does (its vectors are too coarse) keeps the least effort that comes within 1 % of its best.
@@ -181,8 +197,32 @@ def lists_path(path: PathLike) -> Path:
     return Path(f"{path}.lists")
 
 
-def read_index(path: PathLike) -> faiss.Index:
+def merge_on_disk(trained: faiss.Index, shards: Sequence[PathLike], vectors: Vectors, path: PathLike) -> None:
+    """Save an inverted file that holds what its shards hold, tuned; its lists lie in a file of their own.
+
+    Neither the shards nor the lists have to fit into memory.
+
+    Args:
+        trained: the empty index that every shard was made from. It becomes the merged one.
+        shards: files of shards, in order of their ids.
+        vectors: what they hold.
+        path: of the index; the lists' is `lists_path` of it.
+    """
+    path = Path(path).resolve()
+    with replacing(lists_path(path)) as temporary, naming(path):
+        merge_ondisk(trained, [str(shard) for shard in shards], str(temporary))
+        tune(trained, vectors)
+    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(trained).invlists)
+    lists.filename = str(lists_path(path))  # where it lies now
+    write_index(trained, path)
+
+
+def read_index(path: PathLike, *, mapped: bool = False) -> faiss.Index:
     """Load an index; lists that lie apart stay on disk, and what is searched is read from there.
+
+    Args:
+        path: its file.
+        mapped: let the vectors lie on disk too, for reading only.
 
     Raises:
         FileNotFoundError: there is none at `path`.
@@ -191,7 +231,7 @@ def read_index(path: PathLike) -> faiss.Index:
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no index at {path}: build it with chunks_to_index_and_embed")
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+        return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | mapped * faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, MemoryError) as error:  # a corrupt length asks for more memory than there is
         raise ValueError(f"{path} is truncated or corrupt: delete it and build it again") from error
 

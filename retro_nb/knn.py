@@ -31,6 +31,7 @@ from retro_nb.index import (
     index_files,
     innermost,
     is_exact,
+    lists_path,
     parse_bytes,
     read_index,
     recall,
@@ -217,6 +218,7 @@ def chunks_to_index_and_embed(
     def build() -> dict:
         started = time.perf_counter()
         write_index(build_index(vectors, spec, progress=progress), folder / index_file)
+        lists_path(folder / index_file).unlink(missing_ok=True)  # of an index that a cluster built
         return index_stats(folder / index_file, spec, num_chunks, started)
 
     cached(folder / index_file, index_settings(embeddings_path, spec), build, force_reprocess=force_reprocess)
