@@ -243,7 +243,8 @@ class text_folder:
     glob      which files, or several such patterns
     encoding  how to read them, a name that Python knows; None to find it out file by file: UTF-8 if a file can be
               UTF-8, UTF-16 or UTF-32 if a byte order mark says so, else what charset-normalizer takes its first
-              megabyte for, which may be wrong for a few words
+              megabyte for. That tells scripts apart, but not always the old encodings of western and central
+              Europe, where an accent may become another: name the encoding if you know it
 
     Raises FileNotFoundError if there is no such folder or the glob matches no file in it, NotADirectoryError if
     it is a file, ValueError for an unknown encoding.

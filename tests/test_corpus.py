@@ -1,11 +1,13 @@
 """Documents in: provenance, bad input at the door, streaming, fingerprints; and the almanac's promises."""
 
+import codecs
 import dataclasses
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from retro_nb import corpus, towns
-from retro_nb.corpus import Corpus, jsonl, speeches, text_folder
+from retro_nb.corpus import Corpus, Document, jsonl, parts, shares, speeches, text_folder
 from retro_nb.towns import almanac
 
 
@@ -150,6 +152,121 @@ def test_a_file_name_that_is_not_utf8_can_be_printed(tmp_path):
     assert f"{document.title} {document.source}".encode()
 
 
+def test_several_globs_take_each_file_once_in_order_of_the_paths(tmp_path):
+    for name in ["b.txt", "a.txt", "a.md", "deep/c.md", "d.rst"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    documents = list(text_folder(tmp_path, ("**/*.txt", "**/*.md", "a.*")))
+    assert [d.source for d in documents] == [d.text for d in documents] == ["a.md", "a.txt", "b.txt", "deep/c.md"]
+    assert [d.title for d in documents] == ["a", "a", "b", "deep/c"]
+    with pytest.raises(FileNotFoundError, match=re.escape("matches glob ('*.x', '*.y')")):
+        text_folder(tmp_path, ("*.x", "*.y"))
+
+
+TEXTS = {
+    "Greek": "Η θάλασσα ήταν ήρεμη και τα πλοία έφευγαν από το λιμάνι με το πρώτο φως, ενώ οι ψαράδες τραγουδούσαν.\n",
+    "Chinese": "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。\n",
+    "Arabic": "كان يا ما كان في قديم الزمان ملك عظيم يحكم مدينة كبيرة على شاطئ البحر، وكان له ثلاثة أبناء.\n",
+    "Russian": "Ночью шёл снег, и к утру вся деревня стала белой; дети побежали к реке, а старики затопили печи.\n",
+    "French": "Après la pluie, le village s'éveillait très tôt ; on était gai, et même le curé chantait à l'été.\n",
+}
+WRITTEN = [
+    *((language, codec) for language in TEXTS for codec in ("utf-8", "utf-8-sig", "utf-16", "utf-32", "gb18030")),
+    *((language, f"utf-{bits}-{end}") for language in TEXTS for bits in (16, 32) for end in ("le", "be")),
+    *[("Russian", "cp1251"), ("Russian", "koi8-r"), ("Greek", "cp1253"), ("Arabic", "cp1256"), ("French", "latin-1")],
+]
+
+
+@pytest.mark.parametrize(("language", "codec"), WRITTEN)
+def test_a_text_is_read_by_the_encoding_it_was_written_in(tmp_path, language, codec):
+    (tmp_path / "file.txt").write_bytes(TEXTS[language].encode(codec))
+    (document,) = text_folder(tmp_path, encoding=codec)
+    assert (document.text, document.replaced) == (TEXTS[language], 0)
+
+
+FOUND_OUT = [
+    (language, codec)
+    for language, codec in WRITTEN
+    if codec != "latin-1" and not codec.endswith(("le", "be")) and (codec != "gb18030" or language == "Chinese")
+]
+
+
+@pytest.mark.parametrize("times", [1, 50])
+def test_the_encodings_of_a_mixed_folder_are_found_out(tmp_path, times):
+    for language, codec in FOUND_OUT:
+        (tmp_path / f"{language} {codec}.txt").write_bytes((TEXTS[language] * times).encode(codec))
+    (tmp_path / "Empty x.txt").write_bytes(b"")
+    documents = list(text_folder(tmp_path, encoding=None))
+    assert len(documents) == len(FOUND_OUT) + 1
+    for document in documents:
+        expected = TEXTS.get(document.title.split()[0], "") * times
+        assert (document.text, document.replaced) == (expected, 0), document.title
+
+
+def test_a_wrong_guess_between_latin_alphabets_costs_only_accents(tmp_path):
+    """As the docstring warns: charset-normalizer 3.5 takes this for a text of central Europe."""
+    (tmp_path / "file.txt").write_bytes(TEXTS["French"].encode("latin-1"))
+    (document,) = text_folder(tmp_path, encoding=None)
+    pairs = list(zip(document.text, TEXTS["French"], strict=True))
+    assert all(read == written for read, written in pairs if written.isascii()) and not document.replaced
+    assert all(read.isalpha() == written.isalpha() for read, written in pairs)
+
+
+def test_a_long_text_is_found_out_by_its_beginning_even_if_a_character_is_cut(tmp_path):
+    sentence = TEXTS["Chinese"].strip()
+    for shift in range(3):
+        text = "a" * shift + sentence * (2**20 // len(sentence.encode("gb18030")) + 100)
+        (tmp_path / "file.txt").write_bytes(text.encode("gb18030"))
+        (document,) = text_folder(tmp_path, encoding=None)
+        assert document.text == text and not document.replaced
+
+
+@given(st.text(), st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32", "gb18030", "cp1251", "latin-1"]))
+@settings(deadline=None)
+def test_any_text_that_an_encoding_can_write_comes_back(text, codec):
+    data = text.encode(codec, errors="ignore")
+    assert corpus.decode_text(data, codec) == (data.decode(codec).removeprefix("\ufeff"), 0)
+    if not text.startswith("\ufeff"):
+        found_out = corpus._detect(codecs.BOM_UTF8 + text.encode())
+        assert corpus.decode_text(codecs.BOM_UTF8 + text.encode(), found_out) == (text, 0)
+        assert corpus.decode_text(text.encode(), corpus._detect(text.encode())) == (text, 0)
+
+
+@given(st.binary(), st.sampled_from(["utf-8", "utf-16", "utf-32", "gb18030", "cp1251", "shift_jis", "ascii"]))
+@settings(deadline=None)
+def test_every_replacement_is_counted_in_every_encoding(data, codec):
+    data += "\ufffd".encode(codec, errors="ignore")
+    errors = []
+
+    def replace(error):
+        errors.append(error)
+        return "\ufffd", error.end
+
+    codecs.register_error("counted", replace)
+    text = data.decode(codec, errors="counted")
+    assert corpus.decode_text(data, codec) == (text.removeprefix("\ufeff"), len(errors))
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=40, deadline=None)
+def test_whatever_the_bytes_something_is_found_out(data):
+    text, replaced = corpus.decode_text(data, corpus._detect(data))
+    assert 0 <= replaced <= text.count("\ufffd") and bool(text.encode("utf-8")) <= bool(data)
+
+
+@pytest.mark.parametrize("encoding", ["utf-9", "windows-what", "base64"])
+def test_an_unknown_encoding_is_met_at_the_door(encoding):
+    with pytest.raises(ValueError, match=f"encoding '{encoding}' is none that Python knows: pass e.g. 'utf-8'"):
+        text_folder(SAMPLE, encoding=encoding)
+
+
+def test_the_encoding_is_part_of_the_fingerprint_unless_it_is_the_usual_one():
+    assert set(text_folder(SAMPLE).fingerprint()) == {"corpus", "documents", "files"}  # as stores on disk have it
+    usual, russian, found_out = (text_folder(SAMPLE, encoding=e).fingerprint() for e in ("utf-8", "cp1251", None))
+    assert usual == text_folder(SAMPLE).fingerprint()
+    assert russian == usual | {"encoding": "cp1251"} and found_out == usual | {"encoding": None}
+
+
 def test_missing_folder_and_fruitless_glob_are_met_at_the_door(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: pass a folder of \.txt files or"):
         text_folder(tmp_path / "nowhere")
@@ -248,6 +365,172 @@ def test_a_corpus_can_be_iterated_again_and_fingerprinted(documents):
     if hasattr(documents, "__len__"):
         assert len(documents) == len(first)
     assert json.loads(json.dumps(documents.fingerprint())) == documents.fingerprint()
+
+
+def divided(whole, count):
+    """The documents of its parts, each of which has been pickled."""
+    made = [pickle.loads(pickle.dumps(part)) for part in whole.split(count)]
+    assert len(made) <= count and all(isinstance(part, Corpus) for part in made)
+    documents = [list(part) for part in made]
+    assert all(documents), "an empty part"
+    for part, some in zip(made, documents, strict=True):
+        assert not hasattr(part, "__len__") or len(part) == len(some)
+    return [document for some in documents for document in some]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize(
+    "whole",
+    [
+        speeches(20, 200), text_folder(SAMPLE), jsonl(SAMPLE.with_suffix(".jsonl")), parts(text_folder(SAMPLE), 300),
+        parts(speeches(5), 3000),
+    ],
+    ids=["speeches", "text_folder", "jsonl", "parts of a folder", "parts of speeches"],
+)  # fmt: skip
+def test_a_corpus_is_its_parts(whole, count):
+    assert divided(whole, count) == list(whole)
+    prints = {json.dumps(part.fingerprint()) for part in whole.split(count)}
+    assert len(prints) == len(whole.split(count)) and (count == 1 or json.dumps(whole.fingerprint()) not in prints)
+    for part in whole.split(2):
+        assert divided(part, 2) == list(part)
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=50), st.integers(1, 12))
+def test_shares_are_stretches_of_like_size(sizes, count):
+    stretches = [sizes[share] for share in shares(sizes, count)]
+    assert len(stretches) <= count and all(stretches) and [size for stretch in stretches for size in stretch] == sizes
+    for stretch in stretches:
+        assert sum(stretch) + len(stretch) <= (sum(sizes) + len(sizes)) / count + max(sizes) + 1
+    with pytest.raises(ValueError, match="count 0 is less than 1"):
+        shares(sizes, 0)
+
+
+@given(
+    st.lists(st.one_of(st.text(max_size=80), st.none()), max_size=30),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.booleans(),
+    st.integers(1, 9),
+    st.integers(1, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_jsonl_is_cut_at_line_ends_and_knows_its_lines(tmp_path_factory, texts, end, ended, count, again):
+    path = tmp_path_factory.mktemp("jsonl") / "some.jsonl"
+    lines = [b"" if text is None else json.dumps({"text": text}).encode() for text in texts]
+    path.write_bytes(end.join(lines) + (end if ended else b""))
+    expected = [(text, f"some.jsonl:{n}") for n, text in enumerate(texts, start=1) if text is not None]
+    pieces = [pickle.loads(pickle.dumps(part)) for part in jsonl(path).split(count)]
+    assert len(pieces) <= count
+    pieces = [part for piece in pieces for part in piece.split(again)]
+    assert [(document.text, document.source) for part in pieces for document in part] == expected
+    longest = max(map(len, lines), default=0) + len(end)
+    size = path.stat().st_size
+    for part in jsonl(path).split(count):
+        assert part._stop - part._start <= size / count + longest + 1
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=25), st.integers(1, 9))
+@settings(max_examples=25, deadline=None)
+def test_a_folder_is_divided_by_bytes(tmp_path_factory, sizes, count):
+    folder = tmp_path_factory.mktemp("folder")
+    for number, size in enumerate(sizes):
+        (folder / f"{number:02}.txt").write_text("x" * size)
+    assert divided(text_folder(folder), count) == list(text_folder(folder))
+    for part in text_folder(folder).split(count):
+        some = [len(document.text) + 1 for document in part]
+        assert sum(some) <= (sum(sizes) + len(sizes)) / count + max(sizes) + 1
+
+
+def test_thousands_of_tiny_documents(tmp_path):
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(f'{{"text": "{n}"}}\n' for n in range(5000)))
+    assert [int(document.text) for part in jsonl(path).split(7) for document in part] == list(range(5000))
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for n in range(2000):
+        (folder / f"{n:04}.txt").write_text(str(n))
+    assert [int(document.text) for part in text_folder(folder).split(7) for document in part] == list(range(2000))
+
+
+def test_nothing_has_no_parts_and_no_corpus_has_less_than_one(tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_bytes(b"")
+    assert list(jsonl(path)) == jsonl(path).split(3) == []
+    for whole in (jsonl(path), text_folder(SAMPLE), speeches(2), parts(speeches(2), 9)):
+        with pytest.raises(ValueError, match="count 0 is less than 1: pass a positive number of parts"):
+            whole.split(0)
+
+
+def test_what_can_only_be_read_from_the_beginning_has_no_split():
+    assert not hasattr(almanac(2), "split") and not hasattr(parts(almanac(2), 10**6), "split")
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text("ab \n\r\t文", max_size=60), max_size=4), st.integers(1, 30))
+@settings(deadline=None, max_examples=200)
+def test_parts_put_together_are_the_document(texts, limit):
+    whole = [Document(text, f"t{n}", f"s{n}", replaced=n) for n, text in enumerate(texts)]
+    found = list(parts(whole, limit))
+    assert all(len(part.text) <= limit for part in found)
+    for document in whole:
+        own = [part for part in found if part.source == document.source]
+        assert "".join(part.text for part in own) == document.text
+        assert sum(part.replaced for part in own) == document.replaced
+        if len(document.text) <= limit:
+            assert own == [document]
+        else:
+            assert [part.title for part in own] == [f"{document.title} ({i + 1}/{len(own)})" for i in range(len(own))]
+            assert all(part.text for part in own)
+
+
+@given(st.text("ab \n", max_size=80), st.integers(2, 30))
+@settings(deadline=None, max_examples=300)
+def test_a_part_ends_at_the_best_place_near_its_limit(text, limit):
+    """By brute force: of all places in the second half, a blank line's end before a line's before a space's."""
+
+    def rank(begin, place):
+        before = text[begin:place]
+        blank = re.search(r"\n[ ]*\n$", before) is not None
+        return 3 if blank else 2 if before.endswith("\n") else 1 if before.endswith(" ") else 0
+
+    start = 0
+    for part in list(parts([Document(text, "", "")], limit))[:-1]:
+        stop = start + len(part.text)
+        half = start + limit // 2
+        ranks = {place: rank(half, place) for place in range(half + 1, start + limit + 1)}
+        best = max(ranks.values())
+        assert ranks[stop] == best
+        assert best == 3 or all(ranks[place] < best for place in ranks if place > stop) or len(part.text) == limit
+        assert best or len(part.text) == limit
+        start = stop
+
+
+def test_a_book_is_cut_into_its_chapters():
+    chapters = [f"Chapter {n}\n" + "It went on and on.\n" * 20 + "\n" for n in range(5)]
+    book = Document("".join(chapters), "Book", "book.txt")
+    found = list(parts([book], len(chapters[0]) + 100))
+    assert [part.text for part in found] == chapters
+    assert [part.title for part in found] == [f"Book ({n}/5)" for n in range(1, 6)]
+
+
+def test_a_document_with_facts_is_not_cut():
+    whole = list(almanac(1))
+    longest = max(len(document.text) for document in whole)
+    assert list(parts(whole, longest)) == whole
+    with pytest.raises(ValueError, match=rf"has {len(whole[0].text)} characters and facts.*: pass max_chars="):
+        list(parts(almanac(1), 100))
+
+
+def test_parts_know_what_their_corpus_knows():
+    inner = speeches(3)
+    assert parts(inner, 9).fingerprint() == {"corpus": "parts", "max_chars": 9, "of": inner.fingerprint()}
+    assert not hasattr(parts(list(inner), 9), "fingerprint") and not hasattr(parts(list(inner), 9), "split")
+    with pytest.raises(ValueError, match="max_chars 0 is less than 1"):
+        parts(inner, 0)
+
+
+# --- samples and fingerprints -------------------------------------------------------------------------------
 
 
 def test_the_bundled_samples():
