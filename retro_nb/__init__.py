@@ -16,6 +16,7 @@ from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.retrofit import RETROfit, retrofit
 from retro_nb.sampling import generate, gumbel_sample, left_pad, top_k, top_p
 from retro_nb.sources import open_corpus
+from retro_nb.survey import Survey, survey
 from retro_nb.tables import hf_dataset, parquet
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.towns import almanac
@@ -33,6 +34,7 @@ __all__ = [
     "RETRODataset",
     "RETROfit",
     "Retriever",
+    "Survey",
     "TrainingWrapper",
     "almanac",
     "bert_embed",
@@ -64,6 +66,7 @@ __all__ = [
     "search",
     "speeches",
     "split_by_document",
+    "survey",
     "text_folder",
     "text_folder_to_chunks_",
     "tokenize",
