@@ -18,6 +18,7 @@ BUILD = """Chunk a corpus, embed the chunks, index them and find every chunk's n
   python -m retro_nb build -p corpus my_texts/ -p knn 4             a folder of texts (or a .jsonl or .parquet file)
   python -m retro_nb build -f experiments/train_speeches.yaml       what `train` with this file will want
   accelerate launch --multi_gpu --num_processes 2 -m retro_nb build …   two GPUs embed
+  python -m retro_nb build --engine ray --workers 4 …               four workers, here or with --address on a cluster
 
 What an earlier run has built with the same settings is used again, also by `train` and the notebooks. A build
 that was stopped goes on where it was."""
@@ -82,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         text = "a parameter, also as NAME=VALUE; wins over the file; may be repeated"
         command.add_argument("-p", dest="given", help=text, **pairs)
 
-    add_values(add("build", "chunk, embed and index a corpus", BUILD, commands.BUILD))
+    command = add("build", "chunk, embed and index a corpus", BUILD, commands.BUILD)
+    command.add_argument("--engine", choices=["here", "ray"], default="here", help="this process, or a Ray cluster")
+    command.add_argument("--workers", type=int, metavar="N", help="with ray: how many work at once (2)")
+    command.add_argument("--address", help="with ray: a running cluster's, e.g. auto; else one is started here")
+    add_values(command)
     add_values(add("train", "train a model on a corpus", TRAIN, commands.TRAIN))
     command = add("evaluate", "measure a trained model on unseen documents", EVALUATE)
     command.add_argument("run", type=Path, metavar="RUN", help="the out_dir of `train`")
@@ -97,6 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     command = add("refresh", "execute the committed notebooks again, in place", REFRESH)
     command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=f"{NAMES}; none means all")
     return parser
+
+
+def _build(said: argparse.Namespace) -> None:
+    """Build in this process or on a cluster."""
+    settings = commands.choose_settings("build", said.file, dict(said.given))
+    cluster = {name: getattr(said, name) for name in ("workers", "address") if getattr(said, name) is not None}
+    if said.engine == "ray":
+        commands.build_on_cluster(settings, **cluster)
+    elif cluster:
+        raise ValueError(f"--{next(iter(cluster))} is of a Ray cluster: add --engine ray")
+    else:
+        commands.build(settings)
 
 
 def _use_notebooks(said: argparse.Namespace) -> int:
@@ -143,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = _parser().parse_args(_split_pairs(sys.argv[1:] if arguments is None else arguments))
     try:
         if said.command == "build":
-            commands.build(commands.choose_settings("build", said.file, dict(said.given)))
+            _build(said)
         elif said.command == "train":
             commands.train(commands.choose_settings("train", said.file, dict(said.given)))
         elif said.command == "evaluate":

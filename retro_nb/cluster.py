@@ -73,6 +73,7 @@ HANDFUL = 4_000_000  # bytes of chunks that go back at a time
 SHARD = 2**18  # vectors in a shard of the index
 AT_A_TIME = 1024  # chunks searched together
 TRAINED = "trained.index"
+ATTEMPTS = 5  # to start Ray
 
 
 # the cluster
@@ -93,24 +94,36 @@ def cluster(workers: int, address: str | None = None, *, progress: bool = True) 
         ConnectionError: no cluster answers at this address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine takes its time
     try:
         import ray.data
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Ray is not installed: in a clone, pip install -e '.[scale]'") from error
-    if not progress:
-        logging.getLogger("ray").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = progress
     joined = ray.is_initialized()
     if not joined:
         # More CPUs than workers, or Ray's own tasks, which hand out the work, would wait for ever.
         sizes = {} if address else {"num_cpus": max(os.cpu_count() or 1, workers + 2), "include_dashboard": False}
-        ray.init(address=address or "local", log_to_driver=progress, **sizes)
+        level = logging.INFO if progress else logging.ERROR
+        _start(address=address or "local", log_to_driver=progress, logging_level=level, **sizes)
     try:
         yield
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _start(**options: Any) -> None:
+    """`ray.init`, and again if need be: on a busy machine one of Ray's processes may take longer than Ray waits."""
+    import ray
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises no kind of its own; it waits 15 s (its issue 65983)
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
+                raise ConnectionError(f"no Ray cluster ({options['address']}): {error}") from error
 
 
 def _results(

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import yaml
 from accelerate import PartialState
 
 from retro_nb.checkpoints import History
+from retro_nb.cluster import build_store
 from retro_nb.embedding import best_device
 from retro_nb.evaluation import bytes_of_chunks, evaluate
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
@@ -31,7 +33,7 @@ from retro_nb.sources import NAMED, OPTIONS, recognise
 from retro_nb.storage import ROOT, plain, replacing
 from retro_nb.tokens import PAD_ID, get_tokenizer
 from retro_nb.training import FREE_SETTINGS, fit
-from retro_nb.wrapper import TrainingWrapper, as_corpus
+from retro_nb.wrapper import TrainingWrapper, as_corpus, document_numbers, trained_tokenizer
 
 Settings = dict[str, Any]
 
@@ -171,6 +173,35 @@ def build(settings: Settings) -> TrainingWrapper:
         if here.is_main_process:
             print(describe(wrapper), flush=True)
         return wrapper
+
+
+def build_on_cluster(settings: Settings, workers: int = 2, address: str | None = None) -> TrainingWrapper:
+    """The same as `build`, by the workers of a Ray cluster (see `cluster.build_store`).
+
+    Args:
+        settings: from `choose_settings("build", …)`.
+        workers: how many work at once.
+        address: of a running cluster; None for one on this machine.
+    """
+    corpus, folder = choose_corpus(settings)
+    named, bert = settings["tokenizer"], settings["bert"]
+    if isinstance(named, int):
+        tokenizer = trained_tokenizer(corpus, folder / "tokenizer", named, progress=True)
+    else:
+        tokenizer = get_tokenizer(named or bert)
+    same = ("chunk_size", "knn", "max_chunks", "max_seqs", "bert", "use_cls_repr", "max_similarity", "index")
+    build_store(
+        corpus,
+        folder,
+        tokenizer,
+        workers=workers,
+        address=address,
+        seq_len=settings["max_seq_len"],
+        keep_out=partial(document_numbers, settings["keep_out"]),
+        max_index_memory_usage=settings["max_index_memory_usage"],
+        **{name: settings[name] for name in same},
+    )
+    return build(settings)  # it finds everything built
 
 
 def train(settings: Settings) -> tuple[TrainingWrapper, History]:

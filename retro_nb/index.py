@@ -231,7 +231,8 @@ def read_index(path: PathLike, *, mapped: bool = False) -> faiss.Index:
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no index at {path}: build it with chunks_to_index_and_embed")
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | mapped * faiss.IO_FLAG_MMAP_IFC)
+        mapped = mapped and not lists_path(path).exists()  # which are mapped in any case; FAISS cannot do both
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else faiss.IO_FLAG_ONDISK_SAME_DIR)
     except (RuntimeError, MemoryError) as error:  # a corrupt length asks for more memory than there is
         raise ValueError(f"{path} is truncated or corrupt: delete it and build it again") from error
 

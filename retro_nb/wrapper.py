@@ -24,12 +24,12 @@ from retro_nb.chunking import chunk_settings, documents_to_chunks_
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
-from retro_nb.manifest import cached, read_manifest, reprocess_requested
+from retro_nb.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, left_pad, top_k
 from retro_nb.sources import OPTIONS, is_path, open_corpus
-from retro_nb.storage import WORK, PathLike, open_array, tell, write_json
-from retro_nb.tokens import PAD_ID, decode, get_tokenizer, tokenize, train_tokenizer
+from retro_nb.storage import WORK, PathLike, open_array, plain, tell, write_json
+from retro_nb.tokens import PAD_ID, TextTokenizer, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
 from retro_nb.updating import CHUNKS, INDEX, update_store, why_not
 
@@ -56,8 +56,8 @@ def as_corpus(
     return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
 
 
-def _trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> Path:
-    """A folder with a byte-level BPE of this corpus; trained once, for as long as the corpus stays what it is."""
+def trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> TextTokenizer:
+    """A byte-level BPE of this corpus; trained once, for as long as the corpus stays what it is."""
     if isinstance(corpus, Iterator):
         raise ValueError(f"a {type(corpus).__name__} can be read only once: pass a list, or a tokenizer's folder")
     fingerprint = getattr(corpus, "fingerprint", None)
@@ -68,7 +68,7 @@ def _trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> 
         files=(folder / "tokenizer_config.json",),
         force_reprocess=fingerprint is None,
     )
-    return folder
+    return get_tokenizer(folder)
 
 
 def _follow(
@@ -83,8 +83,9 @@ def _follow(
     """Where a store is there and only its corpus has changed, let it follow; else it will be built."""
 
     def changed() -> bool:
+        finish_replacement(work_dir)
         recorded = read_manifest(work_dir).get(CHUNKS, {}).get("settings", {}).get("corpus")
-        if recorded in (None, settings["corpus"]) or reprocess_requested():
+        if recorded in (None, plain(settings["corpus"])) or reprocess_requested():
             return False
         return why_not(corpus, work_dir, bert=bert, use_cls_repr=use_cls_repr, settings=settings) is None
 
@@ -95,7 +96,7 @@ def _follow(
         warnings.warn(f"the corpus has changed: {update}", stacklevel=3)
 
 
-def _numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
+def document_numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
     """The documents that `keep_out` means, of so many."""
     if isinstance(keep_out, Sequence):
         return sorted(set(keep_out))
@@ -173,7 +174,7 @@ class TrainingWrapper(nn.Module):
         self.work_dir = Path(work_dir) if work_dir is not None else default
         if isinstance(tokenizer, int):
             self._check_tokenizer(retro, tokenizer, PAD_ID)  # before it is trained: so many ids, or less
-            self.tokenizer = get_tokenizer(_trained_tokenizer(corpus, self.work_dir / "tokenizer", tokenizer, progress))
+            self.tokenizer = trained_tokenizer(corpus, self.work_dir / "tokenizer", tokenizer, progress)
         else:
             self.tokenizer = get_tokenizer(tokenizer or retro.tokenizer or bert)
         self._check_tokenizer(retro, self.tokenizer.size, self.tokenizer.ids.pad, self.tokenizer.fingerprint)
@@ -196,7 +197,7 @@ class TrainingWrapper(nn.Module):
             tokenizer=self.tokenizer,
             progress=progress,
         )
-        self.kept_out = _numbers(keep_out, chunk_stats["docs"])
+        self.kept_out = document_numbers(keep_out, chunk_stats["docs"])
         chunks_path, doc_ids_path = paths["chunks_memmap_path"], paths["doc_ids_memmap_path"]
         knn_path, index = chunks_to_precalculated_knn_(
             num_nearest_neighbors=knn,
