@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from retro_nb.storage import PathLike, launched, plain, tell, write_json
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 STAGING = "update"  # a folder within a store's: the store as it will be
-READY = "ready.json"  # in there, once it is whole: what is to be moved, and what then goes
+READY = "ready.json"  # in there, once it is whole: what goes when it is moved
 # Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
 CHECKSUM_LIMIT = 2**30
 CHECKSUM_BLOCK = 2**22
@@ -103,15 +103,18 @@ def intact(path: PathLike) -> bool:
 # a store replaced by another
 
 
-def replace_store(folder: PathLike) -> None:
-    """Move the whole store in the folder's STAGING over its own; what nothing in there follows from goes."""
-    folder = Path(folder)
-    staging, names = folder / STAGING, {MANIFEST: None}
-    for record in read_manifest(staging).values():
-        names |= dict.fromkeys(record["files"])
-    before = [name for record in read_manifest(folder).values() for name in record["files"]]
-    moves = sorted(names, key=MANIFEST.__eq__)  # the manifest last
-    write_json(staging / READY, {"moves": moves, "gone": [name for name in before if name not in names]})
+def replace_store(folder: PathLike, gone: Sequence[str] = ()) -> None:
+    """Move the whole store in the folder's STAGING over its own; the arrays named in `gone` go with what they had.
+
+    What else the folder's manifest knows stays as it is.
+
+    Raises:
+        FileNotFoundError: there is none to be moved.
+    """
+    staging = Path(folder) / STAGING
+    if not read_manifest(staging):
+        raise FileNotFoundError(f"no store in {staging} is ready to take the place of that in {folder}")
+    write_json(staging / READY, {"gone": list(gone)})
     finish_replacement(folder)
 
 
@@ -125,12 +128,16 @@ def finish_replacement(folder: PathLike) -> None:
     with FileLock(folder / ".lock"):
         if not (staging / READY).exists():
             return
-        todo = json.loads((staging / READY).read_text(encoding="utf-8"))
-        for name in todo["moves"]:
+        staged, arrays = read_manifest(staging), read_manifest(folder)
+        gone = json.loads((staging / READY).read_text(encoding="utf-8"))["gone"]
+        replaced = {file for name in (*gone, *staged) if name in arrays for file in arrays[name]["files"]}
+        moves = {file for record in staged.values() for file in record["files"]}
+        for name in moves:
             if (staging / name).exists():  # else it was moved before the stop
                 os.replace(staging / name, folder / name)
-        for name in todo["gone"]:
+        for name in replaced - moves:
             (folder / name).unlink(missing_ok=True)
+        _write_manifest(folder, {name: record for name, record in arrays.items() if name not in gone} | staged)
         (staging / READY).unlink()
         shutil.rmtree(staging, ignore_errors=True)
 
