@@ -3,15 +3,21 @@
 What stays the same is taken over from the store as it was: the chunks of every document whose text has not changed,
 their vectors, and the neighbours of every chunk that neither lost one nor has a nearer new one. The result is what
 building the new corpus from nothing gives. (An inverted file keeps its centroids and its effort: it is what filling
-the same trained index anew gives.)
+the same trained index anew gives. Neighbours that exact search had to fill in stay, though it might now find others.)
 
 The new store is made in a folder within the old one, step by step, and moved into place at the end: a stop costs at
-most the block that was being worked on, and until then the old store serves.
+most the block that was being worked on, and until then the old store serves. An update that stopped is gone on with
+if it is the same, from the same store to the same corpus; else it is begun anew.
 """
 
-from bisect import bisect_left
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +26,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from filelock import FileLock
 from jaxtyping import Bool, Int32, Int64
 from tqdm.auto import tqdm
 
@@ -34,7 +41,7 @@ from retro_nb.chunking import (
     text_digest,
     write_chunks,
 )
-from retro_nb.corpus import Corpus
+from retro_nb.corpus import Corpus, Document
 from retro_nb.embedding import bert_fingerprint, chunks_to_embeddings_, embedding_settings
 from retro_nb.index import (
     BLOCK,
@@ -53,17 +60,32 @@ from retro_nb.manifest import (
     STAGING,
     array_key,
     cached,
+    check_writable,
     finish_replacement,
     intact,
     read_manifest,
     replace_store,
 )
-from retro_nb.storage import ArrayWriter, PathLike, ResumableRows, launched, open_array, tell, writing
+from retro_nb.storage import (
+    ArrayWriter,
+    PathLike,
+    ResumableRows,
+    launched,
+    open_array,
+    plain,
+    tell,
+    write_json,
+    writing,
+)
+from retro_nb.tokens import get_tokenizer
 
 CHUNKS, SEQS, DOC_IDS = "chunks.npy", "seqs.npy", "doc_ids.npy"
 VECTORS, INDEX, NEIGHBOURS = "chunks.embedded.npy", "knn.index", "chunks.knn.npy"
-AT_A_TIME = 1024  # chunks searched and saved together
-SLACK = 1e-5  # of the numbers that a distance is made of, which float32 rounds: what is this near may be nearer
+EDITABLE = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)  # all that they know is in the lists
+AT_A_TIME = 1024  # chunks compared, or searched and saved, together
+# A search rounds a distance by up to 1.3e-6 of |q|² + d² (measured on 32 to 1024 dimensions), and three such meet here,
+# one of them of a vector that may be longer: what is this near may be nearer.
+SLACK = 3e-5
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,7 @@ def why_not(
         return "the documents have no fingerprint, by which a store knows what it was made from"
     pooling = {None: was[VECTORS]["pooling"], True: "cls", False: "mean"}[use_cls_repr]
     wanted = (settings or {}) | {"bert": bert_fingerprint(bert), "pooling": pooling, "corpus": None}
+    wanted["tokenizers"] = [was[CHUNKS]["tokenizer"], get_tokenizer(bert).fingerprint]
     for name, value in (was[VECTORS] | was[CHUNKS] | {"corpus": None}).items():
         if wanted.get(name, value) != value:
             return f"{name} was {value} and is {wanted[name]}"
@@ -126,7 +149,7 @@ def why_not(
 
 
 def update_store(
-    documents: Corpus,
+    documents: Iterable[Document],
     work_dir: PathLike,
     *,
     bert: PathLike | None = None,
@@ -156,21 +179,45 @@ def update_store(
     Raises:
         ValueError: there is no whole store, or it was made with other settings.
     """
-    folder = Path(work_dir)
-    if reason := tell(why_not(documents, folder, bert=bert)):
-        raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
-    old, staging = _Old(folder), folder / STAGING
-    if old.settings[CHUNKS]["corpus"] == documents.fingerprint():
-        return Update(len(old.documents), added=0, removed=0, embedded=0, searched=0)
-    new = _chunk(old, documents, staging, progress)
-    _embed(old, new, bert, device, progress)
-    index = _index(old, new, index_options, progress)
-    searched = _search(old, new, index, progress)
-    if launched()[0] == 0:
-        replace_store(folder)
-    tell()  # the others wait
+    folder, staging = Path(work_dir), Path(work_dir) / STAGING
+    with _alone(folder):
+        if reason := tell(why_not(documents, folder, bert=bert)):
+            raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
+        old = _Old(folder)
+        if old.settings[CHUNKS]["corpus"] == plain(documents.fingerprint()):
+            return Update(len(old.documents), added=0, removed=0, embedded=0, searched=0)
+        tell(_begin(old, documents, staging) if launched()[0] == 0 else None)
+        new = _chunk(old, documents, staging, progress)
+        _embed(old, new, bert, device, progress)
+        index = _index(old, new, index_options, progress)
+        searched = _search(old, new, index, progress)
+        tell()  # the others have seen that all is there
+        if launched()[0] == 0:
+            replace_store(folder, old.searches())
+        tell()  # the others wait
     kept = len(new.kept)
     return Update(kept, new.documents - kept, len(old.documents) - kept, len(new.fresh), searched)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let other launches that would update the same store wait."""
+    if launched()[0] > 0 or not os.access(folder, os.W_OK):  # or else nothing can be changed
+        yield
+        return
+    with FileLock(folder / f".{STAGING}.lock"):
+        yield
+
+
+def _begin(old: "_Old", documents: Corpus, staging: Path) -> None:
+    """Clear away what an update from another store, or to another corpus, has left."""
+    check_writable(old.folder)
+    files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS)]
+    note, about = staging / "begun.json", plain({"from": files, "to": documents.fingerprint()})
+    if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != about:
+        if staging.exists():
+            shutil.rmtree(staging)
+        write_json(note, about)
 
 
 # documents and chunks
@@ -194,6 +241,11 @@ class _Old:
         rows = slice(*self.documents[document]["chunks"])
         own = (np.array(array[rows]) for array in (self.chunks, self.spans, self.bytes))
         return ChunkedDocument(about, replaced, *own)
+
+    def searches(self) -> list[str]:
+        """The arrays of neighbours found with its index, those of databases that keep documents out too."""
+        index = self.settings[NEIGHBOURS]["index"]
+        return [name for name, settings in self.settings.items() if settings.get("index") == index]
 
 
 @dataclass(frozen=True)
@@ -235,26 +287,31 @@ def _chunk(old: _Old, documents: Corpus, staging: Path, progress: bool) -> _New:
     origin, was = (np.full(found[-1]["chunks"][1], -1, np.int64) for _ in range(2))
     for about in found:
         if same := old.by_digest.get(about["digest"]):
-            origin[slice(*about["chunks"])] = range(*old.documents[same[0]]["chunks"])
+            origin[slice(*about["chunks"])] = np.arange(*old.documents[same[0]]["chunks"])
     for now, before in kept:
-        was[slice(*found[now]["chunks"])] = range(*old.documents[before]["chunks"])
+        rows = slice(*found[now]["chunks"])
+        origin[rows] = was[rows] = np.arange(*old.documents[before]["chunks"])
     return _New(staging, len(found), kept, origin, was)
 
 
 def _kept(old: dict[str, list[int]], digests: Sequence[str]) -> list[tuple[int, int]]:
-    """The longest list of pairs (new, old) of documents with the same text in which both numbers ascend.
+    """A longest list of pairs (new, old) of documents with the same text in which both numbers ascend.
 
-    A document that moved to another place is not among them: of equally near chunks the first is the nearer, and
-    its chunks are elsewhere now.
+    Where several have the same text it may be a shorter one: each is held against one of them only, the first that
+    makes the longest list so far longer. A document that moved to another place is not among the pairs: of equally
+    near chunks the first is the nearer, and its chunks are elsewhere now.
     """
-    left = {digest: iter(numbers) for digest, numbers in old.items()}
-    pairs = [(new, next(left.get(digest, iter(())), None)) for new, digest in enumerate(digests)]
-    pairs = [pair for pair in pairs if pair[1] is not None]
-    ends, last, before = [], [], []  # of each length the list that ends lowest: the number, its pair; and what precedes
-    for number, (_, was) in enumerate(pairs):
+    pairs, before = [], []  # what may be kept; and for each the one that precedes it in the longest list that it ends
+    ends, last = [], []  # of each length the list that ends lowest: its last old number, and its last pair
+    for new, digest in enumerate(digests):
+        if not (numbers := old.get(digest)):
+            continue
+        beyond = bisect_right(numbers, ends[-1]) if ends else 0
+        was = numbers[beyond if beyond < len(numbers) else 0]
         length = bisect_left(ends, was)
-        ends[length:length + 1], before = [was], [*before, last[length - 1] if length else None]
-        last[length:length + 1] = [number]
+        ends[length : length + 1], last[length : length + 1] = [was], [len(pairs)]
+        pairs.append((new, was))
+        before.append(last[length - 1] if length else None)
     chain, number = [], last[-1] if last else None
     while number is not None:
         chain.append(pairs[number])
@@ -309,8 +366,9 @@ def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> fai
     spec = choose_spec(*vectors.shape, **options)
 
     def build() -> dict:
-        started, index = perf_counter(), read_index(old.folder / INDEX)
-        if spec == old.settings[INDEX]["index"] and isinstance(innermost(index), faiss.IndexIVF):
+        started, same = perf_counter(), spec == old.settings[INDEX]["index"]
+        index = read_index(old.folder / INDEX) if same else None
+        if index is not None and type(innermost(index)) in EDITABLE:
             _edit_lists(index, new.was, vectors)
         else:
             index = build_index(vectors, spec, progress=progress)
@@ -357,30 +415,51 @@ def _entries(lists: faiss.InvertedLists, number: int, size: int) -> tuple[np.nda
 
 def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
     """Write the neighbours of all chunks; return how many had to be searched for."""
-    settings, path, vectors = old.settings[NEIGHBOURS], new.folder / NEIGHBOURS, open_array(new.folder / VECTORS)
-    k, most, doc_ids = settings["k"], settings["max_similarity"], open_array(new.folder / DOC_IDS)
-    found, lost = _renumber(open_array(old.folder / NEIGHBOURS), new.was)
-    todo = (new.was < 0) | lost
-    same_kind = old.settings[INDEX]["index"] == read_manifest(new.folder)[INDEX]["settings"]["index"]
-    if same_kind and (is_exact(index) or isinstance(faiss.downcast_index(index), faiss.IndexIVFFlat)):
-        todo[~todo] = _may_be_nearer(vectors, found, np.flatnonzero(~todo), np.flatnonzero(new.was < 0))
-    else:  # other indices see distances of their own
-        todo[:] = True
-    todo, settings = np.flatnonzero(todo), knn_settings(new.folder / INDEX, new.folder / DOC_IDS, k, most)
+    vectors, doc_ids = open_array(new.folder / VECTORS), open_array(new.folder / DOC_IDS)
+    k, most = (old.settings[NEIGHBOURS][name] for name in ("k", "max_similarity"))
+    settings = knn_settings(new.folder / INDEX, new.folder / DOC_IDS, k, most)
+    searched = new.folder / "searched.npy"
 
     def fill(rows: ResumableRows) -> None:
-        part = ResumableRows(new.folder / "fresh" / NEIGHBOURS, (len(todo), k), np.int32, settings)
+        found, todo = _taken_over(old, new, index, vectors)
+        which = {"rows": hashlib.sha256(todo.tobytes()).hexdigest()}
+        part = ResumableRows(searched, (len(todo), k), np.int32, settings | which)
         with tqdm(total=len(todo), initial=part.done, desc="searching", unit=" chunks", disable=not progress) as bar:
             for block in part.blocks(AT_A_TIME):
                 part.write(block, neighbours(index, vectors, doc_ids, k, rows=todo[block], max_similarity=most))
                 bar.update(block.stop - block.start)
         part.finish()
-        found[todo] = open_array(part.path)
+        found[todo] = open_array(searched)
         for block in rows.blocks(BLOCK):
             rows.write(block, found[block])
 
-    write_neighbours(path, fill, settings, index, vectors, doc_ids, max_similarity=most)
-    return len(todo)
+    write_neighbours(new.folder / NEIGHBOURS, fill, settings, index, vectors, doc_ids, max_similarity=most)
+    return len(open_array(searched))
+
+
+def _taken_over(
+    old: _Old, new: _New, index: faiss.Index, vectors: Vectors
+) -> tuple[Int32[np.ndarray, "c k"], Int64[np.ndarray, " n"]]:
+    """The neighbours that chunks had, by their new numbers, and the chunks that have to be searched for."""
+    found, lost = _renumber(open_array(old.folder / NEIGHBOURS), new.was)
+    added = np.flatnonzero(new.was < 0)
+    todo = (new.was < 0) | lost
+    same = old.settings[INDEX]["index"] == read_manifest(new.folder)[INDEX]["settings"]["index"]
+    if same and _comparing_pays(index, len(added)):
+        todo[~todo] = _may_be_nearer(vectors, found, np.flatnonzero(~todo), added)
+    else:
+        todo[:] = True
+    return found, np.flatnonzero(todo)
+
+
+def _comparing_pays(index: faiss.Index, added: int) -> bool:
+    """Whether to compare a chunk with those added tells if its neighbours change, for less than a search would take."""
+    index = faiss.downcast_index(index)
+    if is_exact(index):
+        return True
+    if type(index) is not faiss.IndexIVFFlat:  # other indices see distances of their own
+        return False
+    return added * index.nlist <= index.nprobe * index.ntotal
 
 
 def _renumber(
@@ -402,11 +481,12 @@ def _may_be_nearer(
     """Whether one of the added chunks may be nearer to a chunk than the last of its neighbours (or it has too few)."""
     if not len(added):
         return np.zeros(len(rows), bool)
-    others, nearer = rows_of(vectors, added), []
-    for part in np.array_split(rows, -(-len(rows) // BLOCK)):
+    others, nearer = rows_of(vectors, added), np.zeros(len(rows), bool)
+    for start in range(0, len(rows), AT_A_TIME):
+        part = rows[start : start + AT_A_TIME]
         queries, last = rows_of(vectors, part), found[part, -1]
         nearest = exact_search(others, queries, 1)[0][:, 0]
         reach = ((rows_of(vectors, np.maximum(last, 0)) - queries) ** 2).sum(axis=1)
         reach += SLACK * (reach + (queries**2).sum(axis=1))
-        nearer.append((last < 0) | (nearest <= reach))
-    return np.concatenate(nearer) if nearer else np.zeros(0, bool)
+        nearer[start : start + AT_A_TIME] = (last < 0) | (nearest <= reach)
+    return nearer
