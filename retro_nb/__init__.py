@@ -15,6 +15,7 @@ from retro_nb.model import RETRO
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.retrofit import RETROfit, retrofit
 from retro_nb.sampling import generate, gumbel_sample, left_pad, top_k, top_p
+from retro_nb.scale import Plan
 from retro_nb.sources import open_corpus
 from retro_nb.survey import Survey, survey
 from retro_nb.tables import hf_dataset, parquet
@@ -31,6 +32,7 @@ __all__ = [
     "RETRO",
     "SOS_ID",
     "Document",
+    "Plan",
     "RETRODataset",
     "RETROfit",
     "Retriever",
