@@ -60,7 +60,8 @@ class Reading:
             hashed.update(data)
             size += len(data)
             counts["spaces"] += part.count(" ") + part.count("\n")
-        self.texts.frombytes(hashed.digest())
+        if text:
+            self.texts.frombytes(hashed.digest())
         if len(text) > counts["longest"]:
             counts["longest"], self.longest_title, self.longest_bytes = len(text), document.title, size
         self.lengths[len(text).bit_length()] += 1

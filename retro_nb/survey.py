@@ -35,7 +35,7 @@ class Survey:
 
     `longest`, in characters, and `longest_title` are of the longest document. `lengths[i]` is the number of documents
     of 2^(i−1) to 2^i − 1 characters, `lengths[0]` of those of none. A duplicate has the same text, or the same m
-    tokens, as one before it. A padded chunk is one of which less than half is text.
+    tokens, as one before it; texts of no character are none. A padded chunk is one of which less than half is text.
     """
 
     chunk_size: int
@@ -255,10 +255,10 @@ def _about_tokens(s: Survey) -> Iterator[str]:
 
 def _about_machine(s: Survey) -> Iterator[str]:
     if s.total_disk > s.free_disk:
-        yield f"it needs {_size(s.total_disk)} on disk, and {_size(s.free_disk)} are free: pass another work_dir"
+        yield f"it needs {as_size(s.total_disk)} on disk, and {as_size(s.free_disk)} are free: pass another work_dir"
     if s.peak_memory > s.all_memory:
         yield (
-            f"it needs {_size(s.peak_memory)} of memory, and the machine has {_size(s.all_memory)}: pass "
+            f"it needs {as_size(s.peak_memory)} of memory, and the machine has {as_size(s.all_memory)}: pass "
             f"max_index_memory_usage=…, e.g. '{max(1, s.all_memory // 2**31)}G', and cut the longest document"
         )
 
@@ -266,7 +266,8 @@ def _about_machine(s: Survey) -> Iterator[str]:
 # the report
 
 
-def _size(size: float | int) -> str:
+def as_size(size: float | int) -> str:
+    """Bytes, as "512 bytes", "1.5 kB", "37 GB"; units are powers of 1000."""
     unit = next((unit for unit in ("kB", "MB", "GB") if size < 999.5 * UNITS[unit]), "TB")
     if size < 1000:
         return f"{size:.0f} bytes"
@@ -274,7 +275,10 @@ def _size(size: float | int) -> str:
     return f"{amount:,.0f} {unit}" if amount >= 9.95 else f"{amount:.1f} {unit}"
 
 
-def _time(seconds: float | int) -> str:
+def as_time(seconds: float | int) -> str:
+    """Seconds, as "1.5 s", "37 min", "4.2 h", "12 days"."""
+    if 0 < seconds < 0.05:
+        return "< 0.1 s"
     unit = next((unit for unit in ("s", "min", "h") if seconds < 99.5 * UNITS[unit]), "days")
     amount = seconds / UNITS[unit]
     return f"{amount:,.0f} {unit}" if amount >= 9.95 else f"{amount:.1f} {unit}"
@@ -286,8 +290,8 @@ def _found(s: Survey) -> list[str]:
     places, padded = s.chunks * s.chunk_size, s.padded_chunks / s.chunks
     lines = {
         "documents": f"{s.documents:,}, {s.empty_documents:,} of them empty",
-        "text": f"{_size(s.bytes)}, {s.characters:,} characters",
-        "longest": f"{_size(s.whole.longest)}, {s.longest_share:.1%} of all: {s.longest_title:.50}",
+        "text": f"{as_size(s.bytes)}, {s.characters:,} characters",
+        "longest": f"{as_size(s.whole.longest)}, {s.longest_share:.1%} of all: {s.longest_title:.50}",
         "undecodable": f"{s.replaced_characters:,} bytes in {s.replaced_documents:,} documents",
         "tokens": f"{s.tokens:,}, of {s.tokenised / s.tokens:.1f} characters; {unknown:.1%} are unknown",
         "chunks": f"{s.chunks:,} of {s.chunk_size} tokens, in {s.seqs:,} sequences of up to {s.seq_len:,}",
@@ -300,12 +304,12 @@ def _found(s: Survey) -> list[str]:
 def _extent(s: Survey) -> str:
     """How much of the corpus was read, and how much there is."""
     if s.complete:
-        return f"All was read, in {_time(s.seconds)}."
+        return f"All was read, in {as_time(s.seconds)}."
     seen = f"Of {s.length:,} documents {s.documents:,}" if s.length else f"{s.documents:,} documents"
     cut = f", {s.tokenised / s.characters:.0%} of their text cut" if s.tokenised < s.characters else ""
-    total = f"{_size(s.whole.bytes)} of text, {s.whole.chunks:,} chunks"
+    total = f"{as_size(s.whole.bytes)} of text, {s.whole.chunks:,} chunks"
     kind = "In all there will be about" if s.length else "The corpus does not say how long it is: it has at least"
-    return f"{seen} were read{cut}, in {_time(s.seconds)}.\n{kind} {total}."
+    return f"{seen} were read{cut}, in {as_time(s.seconds)}.\n{kind} {total}."
 
 
 def _expected(s: Survey) -> list[str]:
@@ -313,7 +317,7 @@ def _expected(s: Survey) -> list[str]:
     rates, of = s.rates, f"{s.whole.chunks:,}"
     speed = f"{rates.tokens:,.0f} tokens, {rates.chunks:,.0f} chunks, {rates.comparisons / 1e6:,.0f} M pairs"
     does = {
-        "chunk": f"cut {_size(s.whole.bytes)} into chunks",
+        "chunk": f"cut {as_size(s.whole.bytes)} into chunks",
         "embed": f"embed {of} chunks",
         "index": f"index them: {s.index}",
         "search": f"search {s.knn} neighbours of each",
@@ -322,6 +326,6 @@ def _expected(s: Survey) -> list[str]:
     rows.append(("all", s.total_seconds, s.total_disk, s.peak_memory))
     return [
         f"{'A build would':<32}{'take':>12}{'on disk':>12}{'in memory':>12}",
-        *(f"  {what:<30}{_time(time):>12}{_size(disk):>12}{_size(memory):>12}" for what, time, disk, memory in rows),
+        *(f"  {what:<30}{as_time(time):>12}{as_size(disk):>12}{as_size(top):>12}" for what, time, disk, top in rows),
         f"since this machine cuts, embeds, compares a second: {speed}.",
     ]

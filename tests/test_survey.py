@@ -56,7 +56,7 @@ def lists(texts, m, n, tokenizer=None):
     found = Counter(documents=len(texts), characters=sum(map(len, texts)))
     found["bytes"] = sum(len(text.encode("utf-8", "replace")) for text in texts)
     found["longest"] = max(map(len, texts))
-    found["duplicate_documents"] = len(texts) - len(set(texts))
+    found["duplicate_documents"] = len([text for text in texts if text]) - len({*texts} - {""})
     chunks = []
     for text in texts:
         (ids,) = tokenizer.encode([text.encode("utf-8", "replace").decode()])

@@ -1,0 +1,67 @@
+"""Figures of notebook 10: how long the documents of a corpus are, and what a build of it will take."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from retro_nb.costs import Step
+from retro_nb.plotting.style import COLOURS
+from retro_nb.survey import Survey, as_size, as_time
+
+DOES = {"chunk": "cut into chunks", "embed": "embed", "index": "index", "search": "search neighbours"}
+LEAST = 0.01  # seconds: shorter bars would have no length on a logarithmic axis
+TICKS = {"0.1 s": 0.1, "1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600, "10 h": 36000}
+TICKS |= {"4 days": 4 * 86400, "40 days": 40 * 86400, "1 year": 365 * 86400, "10 years": 3650 * 86400}
+
+
+def lengths(found: Survey) -> Figure:
+    """How many documents are how long: a bar for each doubling; an arrow where the longest is, and its share."""
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    counts = np.array(found.lengths)
+    edges = np.concatenate([[0.5], 2.0 ** np.arange(len(counts))])  # the empty ones left of a character
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=COLOURS["chunk"], edgecolor="white")
+    if counts[0]:
+        axes.patches[0].set_color(COLOURS["muted"])
+        axes.annotate(f"{counts[0]:,} empty", (0.5**0.5, counts[0]), (0, 3), textcoords="offset points", ha="center")
+    axes.annotate(
+        f"the longest: {found.longest_share:.1%} of all text\n{found.longest_title:.40}",
+        (found.longest, 0),
+        (0.98, 0.98),
+        textcoords="axes fraction",
+        ha="right",
+        va="top",
+        color=COLOURS["neighbour"],
+        arrowprops={"arrowstyle": "-|>", "color": COLOURS["neighbour"], "linewidth": 1.5},
+    )
+    first = edges[np.flatnonzero(counts)[0]]
+    axes.set(xscale="log", xlim=(first / 2, 2.8 * edges[-1]), ylim=(0, counts.max() * 1.45))
+    axes.set(title=f"How long are the {found.documents:,} documents?", ylabel="documents", xlabel="characters")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    plt.close(figure)
+    return figure
+
+
+def times(steps: Sequence[Step]) -> Figure:
+    """Estimated time of each step as a bar, in order from above, with its bytes on disk."""
+    figure, axes = plt.subplots(figsize=(8, 2.3))
+    seconds = [max(step.seconds, LEAST) for step in steps]
+    names = [DOES[step.name] for step in steps]
+    bars = axes.barh(names, seconds, left=0, color=[COLOURS[name] for name in ("chunk", "model", "muted", "neighbour")])
+    labels = [f" {as_time(step.seconds)}, {as_size(step.disk)}" for step in steps]
+    axes.bar_label(bars, labels)
+    whole = sum(step.seconds for step in steps)
+    axes.set(xscale="log", xlim=(LEAST / 2, max(seconds) * 60), title=f"A build will take about {as_time(whole)}")
+    axes.set(xlabel="time (logarithmic)")
+    shown = {name: at for name, at in TICKS.items() if at < max(seconds) * 20}  # room for the last one's name
+    axes.set_xticks(list(shown.values()), list(shown), fontsize=9 if len(shown) < 8 else 8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    plt.close(figure)
+    return figure
