@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import inspect
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -252,6 +253,22 @@ def test_a_real_one():
 
 
 # --- fingerprints and errors --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 99])
+def test_a_library_is_its_parts(site, count):
+    write(site, {f"fakelib/m{n}.py": f'"""Module {n}. {"Words. " * n}"""' for n in range(0, 90, 10)})
+    write(site, {"fakelib/m5.py": "no python"})
+    whole = docstrings(["fakelib"], min_chars=20)
+    parts = [pickle.loads(pickle.dumps(part)) for part in whole.split(count)]
+    assert 0 < len(parts) <= count and len(whole._files) == 13
+    assert [document for part in parts for document in part] == list(whole)
+    assert [source for part in parts for source in part.skipped] == list(whole.skipped) == ["fakelib/m5.py"]
+    prints = {json.dumps(part.fingerprint()) for part in parts}
+    assert len(prints) == len(parts) and (json.dumps(whole.fingerprint()) in prints) == (count == 1)
+    sizes = [sum(path.stat().st_size for _, path in part._files) for part in parts]
+    longest = max(path.stat().st_size for _, path in whole._files)
+    assert max(sizes) <= sum(sizes) / len(parts) + longest + len(whole._files)
 
 
 def test_a_fingerprint_changes_with_what_the_documents_depend_on(site):
