@@ -1,4 +1,4 @@
-"""The command line: `python -m retro_nb build`, `train`, `evaluate`, `run`, `sweep`, `refresh`."""
+"""The command line: `python -m retro_nb survey`, `build`, `train`, `evaluate`, `run`, `sweep`, `refresh`."""
 
 import argparse
 import json
@@ -11,6 +11,13 @@ from typing import Any
 from retro_nb import commands
 from retro_nb.evaluation import MODES
 from retro_nb.storage import launched
+
+SURVEY = """Report on a corpus before any long work: what is in it, what a build will take here, what to mend first.
+
+  python -m retro_nb survey -p corpus my_texts/ -p knn 4
+  python -m retro_nb survey -f experiments/train_speeches.yaml --seconds inf
+
+The settings are those of `build`. What is not read in --seconds is estimated, or said to be there at least."""
 
 BUILD = """Chunk a corpus, embed the chunks, index them and find every chunk's neighbours; once, on disk.
 
@@ -83,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         text = "a parameter, also as NAME=VALUE; wins over the file; may be repeated"
         command.add_argument("-p", dest="given", help=text, **pairs)
 
+    command = add("survey", "report on a corpus before building", SURVEY, commands.BUILD)
+    command.add_argument("--seconds", type=float, default=20, metavar="S", help="read no longer than so (20)")
+    add_values(command)
     command = add("build", "chunk, embed and index a corpus", BUILD, commands.BUILD)
     command.add_argument("--engine", choices=["here", "ray"], default="here", help="this process, or a Ray cluster")
     command.add_argument("--workers", type=int, metavar="N", help="with ray: how many work at once (2)")
@@ -159,7 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 if a notebook failed, 2 for bad input, 130 for Ctrl-C."""
     said = _parser().parse_args(_split_pairs(sys.argv[1:] if arguments is None else arguments))
     try:
-        if said.command == "build":
+        if said.command == "survey":
+            settings = commands.choose_settings("build", said.file, dict(said.given))
+            print(commands.survey_corpus(settings, said.seconds))
+        elif said.command == "build":
             _build(said)
         elif said.command == "train":
             commands.train(commands.choose_settings("train", said.file, dict(said.given)))

@@ -1,4 +1,4 @@
-"""The commands `build`, `train`, `evaluate`: a corpus to neighbours, these to a model, both to bits per byte.
+"""The commands `survey`, `build`, `train`, `evaluate`: a corpus to neighbours, these to a model, both to bits per byte.
 
 Their settings are the arguments of the functions that do the work, by the same names: `TrainingWrapper` and the
 index functions (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
@@ -31,6 +31,7 @@ from retro_nb.model import RETRO
 from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
 from retro_nb.sources import NAMED, OPTIONS, recognise
 from retro_nb.storage import ROOT, plain, replacing
+from retro_nb.survey import Survey, survey
 from retro_nb.tokens import PAD_ID, get_tokenizer
 from retro_nb.training import FREE_SETTINGS, fit
 from retro_nb.wrapper import TrainingWrapper, as_corpus, document_numbers, trained_tokenizer
@@ -150,6 +151,19 @@ def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
     corpus, folder = choose_corpus(settings)
     database = _of(settings, DATABASE) | {"work_dir": folder}
     return TrainingWrapper(retro=retro, documents_path=corpus, progress=progress, **database)
+
+
+def survey_corpus(settings: Settings, seconds: float | int = 20) -> Survey:
+    """What a corpus holds and what `build` will take, without `max_chunks` and `max_seqs`, which end it sooner.
+
+    Args:
+        settings: from `choose_settings("build", …)`.
+        seconds: read no longer than so.
+    """
+    corpus, folder = choose_corpus(settings)
+    same = ("chunk_size", "knn", "tokenizer", "bert", "index", "max_index_memory_usage")
+    sizes = {name: settings[name] for name in same} | {"seq_len": settings["max_seq_len"]}
+    return survey(corpus, work_dir=folder, seconds=seconds, **sizes)
 
 
 def describe(wrapper: TrainingWrapper) -> str:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -196,10 +198,34 @@ def test_build_makes_what_train_uses(recipe, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_survey_says_what_build_will_take_and_writes_nothing(recipe, tmp_path, capsys):
+    assert main(arguments("survey", recipe, knn=3, max_seq_len=128)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("All was read, in ") and not (tmp_path / "work").exists()
+    assert "7, 0 of them empty" in said and "28 of 64 tokens, in 14 sequences of up to 128" in said
+    assert "index them: Flat" in said and "search 3 neighbours of each" in said
+    assert main([*arguments("survey", recipe, tokenizer=300), "--seconds", "0"]) == 0
+    assert "Of 7 documents 1 were read, in " in capsys.readouterr().out
+    assert main(arguments("survey", recipe, index="Tree")) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: 'Tree' is no index")
+
+
 def test_build_takes_the_packages_of_the_docstrings(recipe, capsys):
     given = {"corpus": "docstrings", "packages": "[einops]", "min_chars": 3000}
     assert main(arguments("build", recipe, **given)) == 0
     assert capsys.readouterr().out.startswith(f"{len(list(docstrings(['einops'], 3000)))} documents, ")
+
+
+def test_build_takes_a_table(recipe, tmp_path, capsys):
+    """The sample's texts in a parquet file, under another name, give the sample's chunks."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "data" / "sample").glob("*.txt"))]
+    pq.write_table(pa.table({"body": texts}), tmp_path / "my.parquet")
+    assert main(arguments("build", recipe)) == 0
+    chunks = np.load(tmp_path / "work" / "chunks.npy")
+    given = {"corpus": tmp_path / "my.parquet", "text_field": "body", "work_dir": tmp_path / "table"}
+    assert main(arguments("build", recipe, **given)) == 0
+    assert np.array_equal(np.load(tmp_path / "table" / "chunks.npy"), chunks)
+    assert capsys.readouterr().out.count("7 documents, 28 chunks,") == 2
 
 
 @pytest.fixture(scope="module")
