@@ -10,6 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -134,12 +135,13 @@ def survey(
     """
     if chunk_size < 1 or seq_len < chunk_size or seq_len % chunk_size:
         raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take 2048 and 64, say")
+    length = length_hint(corpus, -1)  # −1 too for a streamed dataset, which has a `len` that raises TypeError
+    length = None if length < 0 else length
     cutter, trained_on_all = _get_tokenizer(corpus, tokenizer, bert, progress)
     reading = Reading(cutter, chunk_size, seq_len // chunk_size)
     took = reading.read(corpus, seconds, progress)
     if not reading.counts["chunks"]:
         raise ValueError(f"no text to survey: {reading.counts['documents']} documents, none with a token")
-    length = len(corpus) if hasattr(corpus, "__len__") else None
     whole, dim = reading.whole(length), embedding_dim(bert)
     spec = index or choose_index(whole.chunks, dim, parse_bytes(max_index_memory_usage))
     rates = measure(

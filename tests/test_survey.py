@@ -101,7 +101,7 @@ def test_a_survey_says_what_was_found(quick):
     texts = [ENGLISH * 9, "", ENGLISH, ENGLISH * 2, ENGLISH, "\n \n"]
     documents = named(texts)
     documents[2:4] = [replace(documents[2], replaced=2), replace(documents[3], replaced=5)]
-    found = quick(iter(documents))
+    found = quick(document for document in documents)
     assert {name: getattr(found, name) for name in lists(texts, 8, 32)} == dict(lists(texts, 8, 32))
     assert found.complete and found.length is None and found.longest_title == "text 0"
     assert (found.replaced_characters, found.replaced_documents, found.first_replaced) == (7, 2, "2.txt")
@@ -184,6 +184,14 @@ def test_without_a_length_there_is_at_least_what_was_read(quick):
     found = quick(iter(Alike(1000, ENGLISH)), seconds=0)
     assert not found.complete and found.length is None and found.whole.chunks == found.chunks
     assert "has at least" in str(found)
+
+
+def test_a_streamed_dataset_does_not_know_its_length(quick):
+    class Streamed(Alike):
+        def __len__(self):
+            raise TypeError("object of type 'IterableDataset' has no len()")
+
+    assert quick(Streamed(3, ENGLISH)).length is None
 
 
 def test_empty_documents_do_not_end_the_reading(quick):
