@@ -25,7 +25,7 @@ help: ## list these targets
 
 setup: $(STAMP) ## make .venv with everything installed in it (3 minutes, 2 GB)
 
-tutorial: $(STAMP) ## execute notebooks 00 to 09 into runs/<time>/ (8 minutes)
+tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (12 minutes)
 	$(PY) -m retro_nb run tutorial
 
 test: $(STAMP) ## ruff, the unit tests, every notebook under nbval (8 minutes)

@@ -49,7 +49,7 @@ With the neighbours on, off, and shuffled, the control: a model that ignores wha
 
 RUN = """Execute notebooks with papermill into a new folder in runs/, each in a process of its own.
 
-  python -m retro_nb run tutorial                     notebooks 00 to 09 as they are
+  python -m retro_nb run tutorial                     notebooks 00 to 11 as they are
   python -m retro_nb run 05_training -p seed 3        one notebook, one parameter changed
   python -m retro_nb run 04 05 -f experiments/small.yaml
 
@@ -70,7 +70,7 @@ REFRESH = """Execute the committed notebooks and their solutions again, in place
 
 A notebook is replaced only after it has succeeded."""
 
-NAMES = "a stem (05_training), a number (05), a path, tutorial (00 to 09) or all"
+NAMES = "a stem (05_training), a number (05), a path, or tutorial (00 to 11)"
 
 
 def _parser() -> argparse.ArgumentParser:

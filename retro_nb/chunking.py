@@ -39,6 +39,7 @@ PIECE_CHARACTERS = 50_000
 PIECES_AT_ONCE = 16
 BERTS_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
 SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
+MOST_CHUNKS = 2**31 - 1  # of a store, whose sequences and neighbours are int32
 SAMPLE = "one two 3 four 56 7 é ж 中 x"
 
 
@@ -276,6 +277,11 @@ class _ChunkFiles:
     def append(self, document: ChunkedDocument) -> None:
         """Write one document with its chunks."""
         first, count = self.chunks.rows, len(document.rows)
+        if first + count > MOST_CHUNKS:
+            raise ValueError(
+                f"a store numbers its chunks in 32 bits, up to {MOST_CHUNKS}: {document.about['title']!r} has no room; "
+                f"pass max_chunks={MOST_CHUNKS}, or divide the corpus into several stores"
+            )
         self.chunks.append(document.rows)
         self.spans.append(document.spans)
         self.bytes.append(document.bytes)

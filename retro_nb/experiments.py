@@ -33,7 +33,6 @@ from retro_nb.storage import ROOT, replacing, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 RUNS = ROOT / "runs"
-LAST_OF_TUTORIAL = 9
 
 
 def no_progress(cells: int) -> None:
@@ -49,7 +48,7 @@ def series() -> list[Path]:
 
 
 def find_notebooks(names: Iterable[str]) -> list[Path]:
-    """The notebooks meant by stems ("05_training"), numbers ("05"), paths, "tutorial" (00–08) or "all".
+    """The notebooks meant by stems ("05_training"), numbers ("05"), paths, or "tutorial", which is all of them.
 
     Raises:
         ValueError: a name that means no notebook, with the known ones.
@@ -58,13 +57,13 @@ def find_notebooks(names: Iterable[str]) -> list[Path]:
     for name in names:
         if name.endswith(".ipynb"):
             matches = [Path(name).resolve()] if Path(name).is_file() else []
-        elif name in ("all", "tutorial"):
-            matches = [path for path in series() if name == "all" or int(path.stem[:2]) <= LAST_OF_TUTORIAL]
+        elif name == "tutorial":
+            matches = series()
         else:
             matches = [path for path in series() if name == path.stem or name.zfill(2) == path.stem[:2]]
         if not matches:
             known = ", ".join(path.stem for path in series()) or f"none in {NOTEBOOKS}"
-            raise ValueError(f"no notebook {name!r}: say a path, a number, tutorial, all, or one of {known}")
+            raise ValueError(f"no notebook {name!r}: say a path, a number, tutorial, or one of {known}")
         found |= dict.fromkeys(matches)
     return list(found)
 

@@ -67,7 +67,7 @@ def refresh(names: Sequence[str] = ()) -> list[Result]:
     Raises:
         ValueError: an unknown name.
     """
-    chosen = find_notebooks(names or ["all"])
+    chosen = find_notebooks(names or ["tutorial"])
     solutions = [path.parent / "solutions" / path.name for path in chosen]
     notebooks = chosen + [path for path in solutions if path.exists()]
     results = []

@@ -434,6 +434,14 @@ def test_sizes_that_cannot_be_are_met_at_the_door(tmp_path, options, message):
     assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.tmp"))
 
 
+def test_more_chunks_than_a_store_can_number_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunking, "MOST_CHUNKS", 5)
+    build(tmp_path / "full", [of_tokens(3 * M + 1, "a"), of_tokens(2 * M + 1, "b")])
+    with pytest.raises(ValueError, match="32 bits, up to 5: 'c' has no room; pass max_chunks=5"):
+        build(tmp_path / "new", [of_tokens(3 * M + 1, "a"), of_tokens(2 * M + 1, "b"), of_tokens(3, "c")])
+    assert not list((tmp_path / "new").glob("*.npy*"))
+
+
 @pytest.mark.parametrize("texts", [[], [""], ["", " \n ", "\0\ufffd"]])
 def test_no_text_at_all_is_an_error(tmp_path, texts):
     with pytest.raises(ValueError, match=f"no text to chunk in list: {len(texts)} documents, none with a token"):

@@ -73,9 +73,9 @@ def metrics(folder: Path) -> dict:
 
 def test_notebooks_by_stem_number_path_and_series(project):
     first, late = sorted((project / "notebooks").glob("*.ipynb"))
-    for name in ("00_first", "00", "0", str(first), "tutorial"):
+    for name in ("00_first", "00", "0", str(first)):
         assert experiments.find_notebooks([name]) == [first]
-    assert experiments.find_notebooks(["10", "all"]) == [late, first]
+    assert experiments.find_notebooks(["10", "tutorial"]) == [late, first]
     with pytest.raises(ValueError, match=r"no notebook '05'.*00_first, 10_late"):
         experiments.find_notebooks(["05"])
 
@@ -128,7 +128,7 @@ def test_an_impossible_cast_is_an_error(project, value, kind):
 
 
 def test_presets_hold_the_series_parameters(project):
-    notebooks = experiments.find_notebooks(["all"])
+    notebooks = experiments.find_notebooks(["tutorial"])
     values = preset(project, "seed: 1\nlr: 1e-4\nsteps: 5\n")
     first, late = experiments.choose_parameters(notebooks, values, {"seed": "2"})
     assert first == {"seed": 2, "lr": 1e-4} and late == {"steps": 5}
@@ -172,7 +172,7 @@ def test_run_one_notebook(project, capsys):
 
 
 def test_a_failing_notebook_is_reported_and_the_others_go_on(project, capsys):
-    assert main(["run", "all", "-p", "seed", "13", "-p", "steps", "4"]) == 1
+    assert main(["run", "tutorial", "-p", "seed", "13", "-p", "steps", "4"]) == 1
     said = capsys.readouterr()
     assert "FAILED 00_first, cell 3: ValueError: thirteen is unlucky" in said.err and "1 of 2 done" in said.out
     assert "%|" in said.err and "100%|" not in said.err, "the bar claims that all cells ran"
