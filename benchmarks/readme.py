@@ -33,6 +33,8 @@ LEARN = {
     "07_does_retrieval_help": "on, off, shuffled, baseline; a memory that is edited; where the model looks",
     "08_leakage": "what a chunk shares word for word with its neighbours, and what is left without it",
     "09_retrofit": "a frozen Hugging Face model learns to read; other tokenizers; when more weights look like reading",
+    "10_your_own_corpus": "your texts in, a report before long work; documents that come and go without a rebuild",
+    "11_scaling_out": "from a laptop to trillions of tokens, in numbers; many workers, one store; many machines train",
 }
 
 Record = dict[str, Any]  # a results file
