@@ -27,7 +27,7 @@ import faiss
 import numpy as np
 import torch
 from filelock import FileLock
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Int32, Int64
 from tqdm.auto import tqdm
 
 from retro_nb.chunking import (
@@ -42,17 +42,14 @@ from retro_nb.chunking import (
     write_chunks,
 )
 from retro_nb.corpus import Corpus, Document
+from retro_nb.editing import EDITABLE, comparing_pays, edit_lists, may_be_nearer, renumber
 from retro_nb.embedding import bert_fingerprint, chunks_to_embeddings_, embedding_settings
 from retro_nb.index import (
     BLOCK,
-    NO_NEIGHBOUR,
     Vectors,
     build_index,
-    exact_search,
     innermost,
-    is_exact,
     read_index,
-    rows_of,
     write_index,
 )
 from retro_nb.knn import choose_spec, index_settings, index_stats, knn_settings, neighbours, write_neighbours
@@ -81,11 +78,7 @@ from retro_nb.tokens import get_tokenizer
 
 CHUNKS, SEQS, DOC_IDS = "chunks.npy", "seqs.npy", "doc_ids.npy"
 VECTORS, INDEX, NEIGHBOURS = "chunks.embedded.npy", "knn.index", "chunks.knn.npy"
-EDITABLE = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)  # all that they know is in the lists
-AT_A_TIME = 1024  # chunks compared, or searched and saved, together
-# A search rounds a distance by up to 1.3e-6 of |q|² + d² (measured on 32 to 1024 dimensions), and three such meet here,
-# one of them of a vector that may be longer: what is this near may be nearer.
-SLACK = 3e-5
+AT_A_TIME = 1024  # chunks searched and saved together
 
 
 @dataclass(frozen=True)
@@ -369,7 +362,7 @@ def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> fai
         started, same = perf_counter(), spec == old.settings[INDEX]["index"]
         index = read_index(old.folder / INDEX) if same else None
         if index is not None and type(innermost(index)) in EDITABLE:
-            _edit_lists(index, new.was, vectors)
+            edit_lists(index, new.was, vectors)
         else:
             index = build_index(vectors, spec, progress=progress)
         write_index(index, path)
@@ -377,37 +370,6 @@ def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> fai
 
     cached(path, index_settings(new.folder / VECTORS, spec), build)
     return read_index(path)
-
-
-def _edit_lists(index: faiss.Index, was: Int64[np.ndarray, " c"], vectors: Vectors) -> None:
-    """Make an inverted file what it would be with these vectors: drop what is gone, renumber the rest, add."""
-    inner, now = innermost(index), np.full(index.ntotal, NO_NEIGHBOUR, np.int64)
-    now[was[was >= 0]] = np.flatnonzero(was >= 0)
-    lists, size = faiss.ArrayInvertedLists(inner.nlist, inner.code_size), inner.code_size
-    for number in range(inner.nlist):
-        ids, codes = _entries(inner.invlists, number, size)
-        ids, codes = now[ids], codes[now[ids] >= 0]
-        ids = ids[ids >= 0]
-        lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
-    inner.replace_invlists(lists, True)
-    lists.this.disown()  # it is the index's now
-    inner.ntotal = index.ntotal = int((now >= 0).sum())
-    added = np.flatnonzero(was < 0)
-    for rows in np.array_split(added, -(-len(added) // BLOCK)) if len(added) else ():
-        index.add_with_ids(rows_of(vectors, rows), rows)
-    for number in range(inner.nlist):  # by number, as in a list that is filled from the beginning
-        ids, codes = _entries(inner.invlists, number, size)
-        order = np.argsort(ids)
-        ids[:], codes[:] = ids[order], codes[order]
-
-
-def _entries(lists: faiss.InvertedLists, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and codes in an inverted list, where they lie in memory."""
-    count = lists.list_size(number)
-    if not count:
-        return np.empty(0, np.int64), np.empty((0, size), np.uint8)
-    codes = faiss.rev_swig_ptr(lists.get_codes(number), count * size)
-    return faiss.rev_swig_ptr(lists.get_ids(number), count), codes.reshape(count, size)
 
 
 # neighbours
@@ -441,52 +403,12 @@ def _taken_over(
     old: _Old, new: _New, index: faiss.Index, vectors: Vectors
 ) -> tuple[Int32[np.ndarray, "c k"], Int64[np.ndarray, " n"]]:
     """The neighbours that chunks had, by their new numbers, and the chunks that have to be searched for."""
-    found, lost = _renumber(open_array(old.folder / NEIGHBOURS), new.was)
+    found, lost = renumber(open_array(old.folder / NEIGHBOURS), new.was)
     added = np.flatnonzero(new.was < 0)
     todo = (new.was < 0) | lost
     same = old.settings[INDEX]["index"] == read_manifest(new.folder)[INDEX]["settings"]["index"]
-    if same and _comparing_pays(index, len(added)):
-        todo[~todo] = _may_be_nearer(vectors, found, np.flatnonzero(~todo), added)
+    if same and comparing_pays(index, len(added)):
+        todo[~todo] = may_be_nearer(vectors, found, np.flatnonzero(~todo), added)
     else:
         todo[:] = True
     return found, np.flatnonzero(todo)
-
-
-def _comparing_pays(index: faiss.Index, added: int) -> bool:
-    """Whether to compare a chunk with those added tells if its neighbours change, for less than a search would take."""
-    index = faiss.downcast_index(index)
-    if is_exact(index):
-        return True
-    if type(index) is not faiss.IndexIVFFlat:  # other indices see distances of their own
-        return False
-    return added * index.nlist <= index.nprobe * index.ntotal
-
-
-def _renumber(
-    before: Int32[np.ndarray, "c_before k"], was: Int64[np.ndarray, " c"]
-) -> tuple[Int32[np.ndarray, "c k"], Bool[np.ndarray, " c"]]:
-    """The neighbours that chunks had, by their new numbers, and which chunks have lost one."""
-    now = np.full(len(before) + 1, NO_NEIGHBOUR, np.int32)  # the last is that of −1
-    now[was[was >= 0]] = np.flatnonzero(was >= 0)
-    found = np.full((len(was), before.shape[1]), NO_NEIGHBOUR, np.int32)
-    found[was >= 0] = now[before[was[was >= 0]]]
-    lost = np.zeros(len(was), bool)
-    lost[was >= 0] = ((found[was >= 0] < 0) & (before[was[was >= 0]] >= 0)).any(axis=1)
-    return found, lost
-
-
-def _may_be_nearer(
-    vectors: Vectors, found: Int32[np.ndarray, "c k"], rows: Int64[np.ndarray, " b"], added: Int64[np.ndarray, " n"]
-) -> Bool[np.ndarray, " b"]:
-    """Whether one of the added chunks may be nearer to a chunk than the last of its neighbours (or it has too few)."""
-    if not len(added):
-        return np.zeros(len(rows), bool)
-    others, nearer = rows_of(vectors, added), np.zeros(len(rows), bool)
-    for start in range(0, len(rows), AT_A_TIME):
-        part = rows[start : start + AT_A_TIME]
-        queries, last = rows_of(vectors, part), found[part, -1]
-        nearest = exact_search(others, queries, 1)[0][:, 0]
-        reach = ((rows_of(vectors, np.maximum(last, 0)) - queries) ** 2).sum(axis=1)
-        reach += SLACK * (reach + (queries**2).sum(axis=1))
-        nearer[start : start + AT_A_TIME] = (last < 0) | (nearest <= reach)
-    return nearer
