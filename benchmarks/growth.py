@@ -37,7 +37,17 @@ from measure import write_results
 from neighbours import speeches_store
 from tqdm.auto import tqdm
 
-from retro_nb.index import BLOCK, build_index, choose_index, exact_search, recall, rows_of, search, write_index
+from retro_nb.index import (
+    BLOCK,
+    build_index,
+    choose_index,
+    exact_search,
+    recall,
+    rows_of,
+    search,
+    usual_lists,
+    write_index,
+)
 from retro_nb.knn import neighbours, own_ranges
 from retro_nb.storage import WORK, ArrayWriter, open_array
 
@@ -91,10 +101,10 @@ def likeness(vectors: np.ndarray, doc_ids: np.ndarray) -> dict[str, dict]:
         own = own_ranges(documents, rows)
         distances, truth = exact_search(those, those[rows], 100, own=own)
         found[name] = {f"distance to neighbour {n}": float(np.median(distances[:, n - 1])) for n in (1, 10, 100)}
-        index = build_index(those, "IVF400,Flat")
+        index = build_index(those, "IVF512,Flat")
         for index.nprobe in (1, 4, 16, 32, 64):
             _, ids = search(index, those[rows], K, own=own)
-            found[name][f"recall@{K}, {index.nprobe} of 400 lists"] = recall(those, those[rows], ids, truth[:, :K])
+            found[name][f"recall@{K}, {index.nprobe} of 512 lists"] = recall(those, those[rows], ids, truth[:, :K])
     return found
 
 
@@ -171,7 +181,7 @@ def sample(count: int) -> np.ndarray:
 
 def specs(count: int, dim: int) -> list[str]:
     """The chosen index first, then the others that can be built in reasonable time."""
-    lists = round(4 * count**0.5)
+    lists = usual_lists(count)
     others = ["Flat", f"IVF{lists},Flat", f"IVF{lists},SQ8", f"IVF{lists},PQ{dim // 4}"]
     if count <= HNSW_PER_CORE * (os.cpu_count() or 1):
         others.append("HNSW32")

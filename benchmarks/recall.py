@@ -36,7 +36,7 @@ from measure import RESULTS, cpu_name, where
 from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import Document, digest
 from retro_nb.embedding import bert_fingerprint, chunks_to_embeddings_
-from retro_nb.index import BLOCK, exact_search, innermost, recall, rows_of, search
+from retro_nb.index import BLOCK, exact_search, innermost, recall, rows_of, search, usual_lists
 from retro_nb.knn import own_ranges
 from retro_nb.storage import WORK, ArrayWriter, open_array, plain, write_json
 from retro_nb.tokens import get_tokenizer
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8, help="no index is begun later than that")
     parser.add_argument("--out", type=Path, default=RESULTS / "recall-cpu.json", help="the results file")
     options, begun = parser.parse_args(), time.perf_counter()
-    lists = options.lists or 2 ** round(np.log2(4 * options.chunks**0.5))
+    lists = options.lists or usual_lists(options.chunks)
     folder = WORK / f"recall-{options.chunks}"
     folder.mkdir(parents=True, exist_ok=True)
 
