@@ -25,9 +25,9 @@ from retro_nb.chunking import documents_to_chunks_, read_documents
 from retro_nb.corpus import Document, text_folder
 from retro_nb.editing import list_entries
 from retro_nb.embedding import Sizes
-from retro_nb.index import innermost, read_index
+from retro_nb.index import innermost, merge_on_disk, read_index
 from retro_nb.knn import choose_spec, chunks_to_precalculated_knn_, neighbours
-from retro_nb.manifest import file_record, intact, read_manifest, replace_store
+from retro_nb.manifest import array_key, file_record, intact, read_manifest, replace_store
 from retro_nb.model import RETRO
 from retro_nb.storage import ResumableRows, launched, open_array, write_json
 from retro_nb.tokens import bert_folder, get_tokenizer
@@ -461,6 +461,30 @@ def test_an_inverted_file_is_kept_and_edited(tmp_path, bert, monkeypatch, spec, 
         warnings.filterwarnings("error", message="building")
         build(Corpus(*after), work, bert, index=spec, k=3)
     assert times(work) == before
+
+
+def test_lists_that_lie_apart_are_edited_and_lie_in_the_index(tmp_path, bert):
+    """As those of a store that a cluster built (`retro_nb.cluster`)."""
+    work, after = tmp_path / "work", Corpus(*IVF_TEXTS[3:], text(7, 20))
+    build(Corpus(*IVF_TEXTS), work, bert, index="IVF4,Flat")
+    index, shard = read_index(work / "knn.index"), tmp_path / "shard"
+    index_module.write_index(index, shard)
+    index.reset()
+    merge_on_disk(index, [shard], open_array(work / "chunks.embedded.npy"), work / "knn.index")
+    arrays = read_manifest(work)
+    files = {name: file_record(work / name) for name in ("knn.index", "knn.index.lists")}
+    arrays["knn.index"]["files"] = files
+    manifest._write_manifest(work, arrays)
+    arrays["chunks.knn.npy"]["settings"]["index"] = array_key(work / "knn.index")
+    manifest._write_manifest(work, arrays)
+    assert update(after, work, bert, index="IVF4,Flat").kept == 27
+    assert not (work / "knn.index.lists").exists() and set(recorded(work)) == set(ARRAYS)
+    filled, vectors = read_index(shard), open_array(work / "chunks.embedded.npy")
+    filled.reset()
+    filled.add(np.ascontiguousarray(vectors))
+    assert lists_of(read_index(work / "knn.index")) == lists_of(filled)
+    built = neighbours(read_index(work / "knn.index"), vectors, open_array(work / "doc_ids.npy"), K)
+    assert (open_array(work / "chunks.knn.npy") == built).all()
 
 
 def test_another_kind_of_index_is_built_and_searched_anew(work, bert):
