@@ -55,6 +55,11 @@ def parse_bytes(size: str | int | None) -> int | None:
     return int(float(match[1]) * 1024 ** "_kmgt".index(match[2] or "_"))
 
 
+def usual_lists(count: int) -> int:
+    """The power of two next to 4·√count: of so many lists an inverted file of so many vectors consists."""
+    return 2 ** round(math.log2(4 * max(count, 1) ** 0.5))
+
+
 def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
     """An index-factory string for `count` vectors of width `dim`: the most exact that is fast and fits.
 
@@ -65,8 +70,7 @@ def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
     Raises:
         ValueError: nothing fits into `max_bytes`.
     """
-    lists = 2 ** round(math.log2(4 * max(count, 1) ** 0.5))
-    lists = max(1, min(lists, count // TRAINING_POINTS_PER_LIST))
+    lists = max(1, min(usual_lists(count), count // TRAINING_POINTS_PER_LIST))
     tables = OVERHEAD + lists * (4 * dim + 8)  # the lists' centroids and lengths
     ladder = [(f"IVF{lists},Flat", tables + count * (4 * dim + 8))]
     ladder += [(f"IVF{lists},SQ8", tables + 8 * dim + count * (dim + 8))]
@@ -213,7 +217,7 @@ def merge_on_disk(trained: faiss.Index, shards: Sequence[PathLike], vectors: Vec
         merge_ondisk(trained, [str(shard) for shard in shards], str(temporary))
         tune(trained, vectors)
     lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(trained).invlists)
-    lists.filename = str(lists_path(path))  # where it lies now
+    lists.filename = lists_path(path).name  # without a folder: a store may be moved
     write_index(trained, path)
 
 
@@ -231,10 +235,27 @@ def read_index(path: PathLike, *, mapped: bool = False) -> faiss.Index:
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no index at {path}: build it with chunks_to_index_and_embed")
     try:
-        mapped = mapped and not lists_path(path).exists()  # which are mapped in any case; FAISS cannot do both
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else faiss.IO_FLAG_ONDISK_SAME_DIR)
+        if not lists_path(path).exists():
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)  # lists that lie apart it leaves to us
+        _map_lists(index, lists_path(path))
+        return index
     except (RuntimeError, MemoryError) as error:  # a corrupt length asks for more memory than there is
         raise ValueError(f"{path} is truncated or corrupt: delete it and build it again") from error
+
+
+def _map_lists(index: faiss.Index, path: Path) -> None:
+    """Let an index search the inverted lists in this file, for reading only, if it has none of its own.
+
+    FAISS's IO_FLAG_ONDISK_SAME_DIR would open it for writing, and print where it lies each time.
+    """
+    inner = innermost(index)
+    lists = faiss.downcast_InvertedLists(inner.invlists) if isinstance(inner, faiss.IndexIVF) else None
+    if isinstance(lists, faiss.OnDiskInvertedLists) and lists.filename == path.name:
+        if path.stat().st_size != lists.totsize:
+            raise RuntimeError(f"{path} has another size")  # to read beyond a file's end kills a process
+        lists.filename, lists.read_only = str(path), True
+        lists.do_mmap()
 
 
 # the search
