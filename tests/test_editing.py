@@ -69,6 +69,14 @@ def test_rounding_hides_no_nearer_chunk(seed):
     assert flagged[(after >= 700).any(axis=1)].all() and (after >= 700).any()
 
 
+def test_to_those_that_have_too_few_neighbours_any_chunk_is_near():
+    vectors = np.array([[0], [1], [100]], np.float32)
+    for found, near in (([[1, -1], [0, -1]], [True, True]), ([[0, 1], [0, 1]], [False, False])):
+        found = np.array([*found, [-1, -1]], np.int32)
+        assert may_be_nearer(vectors, found, np.arange(2), np.array([2])).tolist() == near
+        assert not may_be_nearer(vectors, found, np.arange(2), np.arange(0)).any(), "nothing came"
+
+
 @given(st.data())
 def test_neighbours_are_renumbered_and_losses_known(data):
     """Against a dictionary."""
