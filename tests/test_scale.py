@@ -14,7 +14,16 @@ from retro_nb.corpus import Document, speeches
 from retro_nb.costs import index_bytes
 from retro_nb.index import FLAT_LIMIT, build_index, write_index
 from retro_nb.knn import chunks_to_precalculated_knn_
-from retro_nb.scale import PAPER, RESULTS, Plan, embedding_rates, papers_plan, recall_runs, search_rates
+from retro_nb.scale import (
+    PAPER,
+    RESULTS,
+    Plan,
+    embedding_rates,
+    papers_plan,
+    recall_runs,
+    search_rate,
+    search_rates,
+)
 from retro_nb.tokens import get_tokenizer
 
 # bytes
@@ -155,7 +164,7 @@ def test_rates_are_read_from_the_benchmarks():
     record = json.loads((RESULTS / "embedding-gpu.json").read_text(encoding="utf-8"))
     what = f"embedding, GPU, MiniLM, bfloat16, {record['device']}"
     assert rates[what] == record["comparisons"][0]["ours"]
-    assert [name.split(",")[1] for name in rates].count(" CPU") == 1, "named apart"
+    assert [name.split(",")[1] for name in rates].count(" CPU") == 2, "named apart: with AVX-512 and without"
 
 
 def test_without_benchmarks_the_mend_is_said(tmp_path):
@@ -181,6 +190,16 @@ def results(folder):
 def test_comparisons_a_second_follow_from_the_slowest_trial(tmp_path):
     assert recall_runs(results(tmp_path) and tmp_path) == results(tmp_path)
     assert search_rates(tmp_path) == {"Flat": 1000 / 0.005, "IVF10,PQ8": pytest.approx((10 + 400) / 0.002)}
+
+
+def test_the_rate_of_an_index_is_that_of_one_that_keeps_its_vectors_alike(tmp_path):
+    results(tmp_path)
+    rates = search_rates(tmp_path)
+    assert search_rate("IVF524288,PQ8", tmp_path) == rates["IVF10,PQ8"]
+    assert search_rate("Flat", tmp_path) == rates["Flat"]
+    for spec in ("IVF4,Flat", "HNSW32", "PQ8"):
+        with pytest.raises(ValueError, match=f"like '{spec}' was measured, but Flat, IVF10,PQ8"):
+            search_rate(spec, tmp_path)
 
 
 @pytest.mark.skipif(not (RESULTS / "recall-cpu.json").exists(), reason="not measured yet: python benchmarks/recall.py")

@@ -1,4 +1,4 @@
-"""Figures of notebook 11: what an index finds for its bytes, and how bytes and hours grow with the corpus."""
+"""Figures of notebook 11: what an index finds for its bytes, how bytes and hours grow with the corpus, who builds."""
 
 from collections.abc import Mapping, Sequence
 from math import log10
@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
-from retro_nb.plotting.style import COLOURS
+from retro_nb.plotting.style import COLOURS, arrow, blank, box
 
 Number = float | int
 HUES = ("chunk", "neighbour", "model", "control", "continuation", "baseline")
@@ -17,6 +17,14 @@ BESIDE = [(9, -3, "left"), (-9, -3, "right"), (0, 9, "center"), (0, -16, "center
 BESIDE += [(9, -15, "left"), (-9, -15, "right"), (0, 21, "center"), (0, -28, "center")]  # points from a mark
 # An index is known by how it keeps its vectors: (the end of its factory string, colour, marker).
 KINDS = (("PQ", "neighbour", "s"), ("SQ", "model", "D"), ("RaBitQ", "control", "^"), ("HNSW", "continuation", "v"))
+
+# Of each stage of a build: what workers read, what they make of it, what the one that writes does, and the file.
+STAGES = {
+    "chunk": ("the corpus", "cuts documents", "puts in order", "chunks.npy"),
+    "embed": ("chunks.npy", "embeds a block", "writes each block", "chunks.embedded.npy"),
+    "index": ("chunks.embedded.npy", "fills a shard", "trains first, merges last", "knn.index"),
+    "search": ("knn.index, vectors", "searches a block", "writes each block", "chunks.knn.npy"),
+}
 
 DURATIONS = {"1 ms": 1e-3 / 3600, "1 second": 1 / 3600, "1 minute": 1 / 60, "1 hour": 1, "1 day": 24, "1 month": 730}
 DURATIONS |= {"1 year": 8766, "100 years": 876_600, "10,000 years": 87_660_000}  # in hours
@@ -157,3 +165,29 @@ def apart(values: Sequence[Number], factor: float) -> list[Number]:
     for number in sorted(range(len(values)), key=lambda i: values[i]):
         places[number] = below = max(values[number], below * factor)
     return places
+
+
+def workers(count: int) -> Figure:
+    """Who does what while a store is built by so many workers: from above, what is read, worked on and written."""
+    width, gap, step = 2.05, 0.2, 0.42
+    height = 2.75 + step * count
+    figure, axes = blank(len(STAGES) * (width + gap) + 0.1, height)
+    bottom = height - 1.15 - step * count  # of the lowest worker
+    box(axes, 0.05, bottom - 0.75, len(STAGES) * (width + gap) - gap, 0.5, colour=COLOURS["ink"])
+    small = {"ha": "center", "va": "center", "fontsize": 9}
+    for column, (stage, (read, work, written, file)) in enumerate(STAGES.items()):
+        x = 0.05 + column * (width + gap)
+        middle = x + width / 2
+        axes.text(middle, height - 0.15, stage, ha="center", va="center", fontweight="bold", color=COLOURS["ink"])
+        box(axes, x, height - 0.72, width, 0.36, read, colour="#DDE3E8")
+        arrow(axes, (middle, height - 0.72), (middle, height - 0.95))
+        for number in range(count):
+            y = height - 1.15 - step * (number + 1) + 0.2
+            box(axes, x, y, width, step - 0.08, f"worker {number + 1} {work}", colour=COLOURS["chunk"])
+        arrow(axes, (middle, bottom + 0.2), (middle, bottom - 0.25))
+        axes.text(middle, bottom - 0.5, written, color="white", **small)
+        arrow(axes, (middle, bottom - 0.75), (middle, bottom - 1.0))
+        box(axes, x, bottom - 1.36, width, 0.36, file, colour=COLOURS["continuation"])
+    note = "the black bar is one process: it alone writes into the store"
+    axes.text(0.05, 0.1, note, fontsize=9, va="center", color="#666666")
+    return figure
