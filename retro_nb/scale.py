@@ -170,6 +170,19 @@ def embedding_rates(folder: PathLike = RESULTS) -> dict[str, float]:
     return rates
 
 
+def embedding_rate(part: str, folder: PathLike = RESULTS) -> float:
+    """The first of `embedding_rates` with this in its name, such as "GPU, bert-base".
+
+    Raises:
+        ValueError: none has.
+    """
+    rates = embedding_rates(folder)
+    for name, rate in rates.items():
+        if part in name:
+            return rate
+    raise ValueError(f"no rate was measured for {part!r}, but for: {'; '.join(rates)}. Say a part of one of these")
+
+
 def recall_runs(folder: PathLike = RESULTS) -> list[dict[str, Any]]:
     """What each kind of index took and found at a million vectors: bytes_per_vector, trials of effort and recall."""
     return _results("recall-cpu", "recall", folder)["runs"]

@@ -18,6 +18,7 @@ from retro_nb.scale import (
     PAPER,
     RESULTS,
     Plan,
+    embedding_rate,
     embedding_rates,
     papers_plan,
     recall_runs,
@@ -165,6 +166,9 @@ def test_rates_are_read_from_the_benchmarks():
     what = f"embedding, GPU, MiniLM, bfloat16, {record['device']}"
     assert rates[what] == record["comparisons"][0]["ours"]
     assert [name.split(",")[1] for name in rates].count(" CPU") == 2, "named apart: with AVX-512 and without"
+    assert embedding_rate("GPU, MiniLM") == rates[what]
+    with pytest.raises(ValueError, match="for 'TPU', but for: embedding, CPU, MiniLM"):
+        embedding_rate("TPU")
 
 
 def test_without_benchmarks_the_mend_is_said(tmp_path):
