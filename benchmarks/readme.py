@@ -117,7 +117,8 @@ def growth_table(record: Record) -> str:
         cells = [f"{run['chunks']:,}", name, *map(rounded, numbers), f"{run['recall@2']:.3f}", rounded(run["peak_MB"])]
         lines.append(f"| {' | '.join(cells)} |")
     about = f"`{record['command']}`, {record['threads']} threads of an {record['device']}"
-    note = f"Bold: what `choose_index` takes. {about}; the process alone has {record['runs'][0]['MB_before']:.0f} MB."
+    chosen = "Bold: what `choose_index` took (now with the power of two next to its 4·√n lists)."
+    note = f"{chosen} {about}; the process alone has {record['runs'][0]['MB_before']:.0f} MB."
     return "\n".join([*lines, "", note])
 
 
