@@ -22,7 +22,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -285,6 +285,18 @@ class text_folder:
         files = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
         said = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as it was before there was a choice
         return {"corpus": "text_folder", "documents": len(self), "files": files} | said
+
+
+def write_texts(texts: Mapping[str, str], folder: str | Path) -> None:
+    """Write texts into a folder, each as `title`.txt in UTF-8, so that `text_folder` finds them there.
+
+    A file that is as it should be is not touched: its time of change stays, and a store knows that it is the same.
+    """
+    for title, text in texts.items():
+        path, data = Path(folder) / f"{title}.txt", text.encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != data:
+            path.write_bytes(data)
 
 
 def _check_encoding(encoding: str | None) -> None:

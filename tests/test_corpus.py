@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from retro_nb import corpus, towns
-from retro_nb.corpus import Corpus, Document, jsonl, parts, shares, speeches, text_folder
+from retro_nb.corpus import Corpus, Document, jsonl, parts, shares, speeches, text_folder, write_texts
 from retro_nb.towns import almanac
 
 
@@ -295,6 +295,21 @@ def test_files_are_read_one_at_a_time(tmp_path):
     assert next(documents).text == "changed since"
     with pytest.raises(FileNotFoundError, match=re.escape("c.txt")):
         next(documents)
+
+
+def test_texts_are_written_for_a_folder_and_what_is_right_is_left_alone(tmp_path):
+    texts = {"a": "Ёлка\r\nand\n", "b (2 of 7)": "", "deep/er": "three"}
+    write_texts(texts, tmp_path / "new" / "texts")
+    corpus = text_folder(tmp_path / "new" / "texts")
+    assert {each.title: each.text for each in corpus} == texts
+    for path in (tmp_path / "new").rglob("*.txt"):
+        os.utime(path, ns=(10**18, 10**18))
+    known = corpus.fingerprint()
+    write_texts(texts, corpus.folder)
+    assert corpus.fingerprint() == known  # times of change are part of it
+    write_texts(texts | {"a": "Ёлка"}, corpus.folder)
+    assert [path.name for path in corpus.folder.rglob("*.txt") if path.stat().st_mtime_ns != 10**18] == ["a.txt"]
+    assert next(iter(corpus)).text == "Ёлка" and corpus.fingerprint() != known
 
 
 # --- jsonl --------------------------------------------------------------------------------------------------
