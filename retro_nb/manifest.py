@@ -85,11 +85,14 @@ def _write_manifest(folder: Path, arrays: dict) -> None:
 
 
 def array_key(path: PathLike) -> str:
-    """A short identity of an array: of its content; where that is too large to read, of its settings too."""
+    """A short identity of an array: of its content; where that is too large to read, of its settings too.
+
+    So it is with an array of which a part lies in a file named after it (an index's lists).
+    """
     path = Path(path)
-    content = file_record(path)
-    settings = None if "sha256" in content else read_manifest(path.parent).get(path.name, {}).get("settings")
-    return _digest([content, settings])[:16]
+    content, record = file_record(path), read_manifest(path.parent).get(path.name, {})
+    whole = "sha256" in content and not any(name.startswith(f"{path.name}.") for name in record.get("files", ()))
+    return _digest([content, None if whole else record.get("settings")])[:16]
 
 
 def intact(path: PathLike) -> bool:
@@ -155,7 +158,7 @@ def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | No
     for name in [*settings, *was]:
         if was.get(name) != settings.get(name):
             return f"{name} was {was.get(name)!s:.80} and is {settings.get(name)!s:.80}"
-    for name, file in outputs.items():
+    for name, file in (outputs | {name: path.parent / name for name in files}).items():
         if not file.exists() or name not in files:
             return f"{name} is gone" if name in files else f"{MANIFEST} has no record of {name}"
         if file.stat().st_size != files[name]["bytes"] or file_record(file) != files[name]:

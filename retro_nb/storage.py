@@ -190,6 +190,7 @@ class ResumableRows:
         self.about = (json.dumps(self.settings) + "\n").encode()
         self.header = _header(self.dtype, self.shape)
         self.rank, self.processes = launched() if shared else (0, 1)
+        self._looked = self.processes > 1  # what is shared was begun before it was divided
 
     def _offset(self, row: int) -> int:
         return len(self.header) + row * self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
@@ -236,8 +237,9 @@ class ResumableRows:
 
     def write(self, rows: slice, values: np.ndarray) -> None:
         """Store one block, in any order, and mark its rows."""
-        if self.processes == 1 and self._marks() is None:  # what is shared was begun before it was divided
+        if not self._looked and self._marks() is None:
             self._begin()
+        self._looked = True  # the note has a mark for each row: not to be read again and again
         with naming(self.partial), open(self.partial, "r+b") as file:
             file.seek(self._offset(rows.start))
             file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())

@@ -394,7 +394,7 @@ def test_a_search_killed_at_any_point_is_finished_as_if_nothing_had_been(built, 
     shutil.copytree(folder, finished)
     build(finished, {**prepared, "chunk_memmap_path": finished / "chunks.npy"}, max_rows_per_file=ROWS, **options)
     resumed = 0
-    for point in itertools.count(step=13):
+    for point in itertools.count(step=7):
         work = tmp_path / f"killed {point}"
         shutil.copytree(folder, work)
         mine = {**prepared, "chunk_memmap_path": work / "chunks.npy"}
