@@ -9,10 +9,12 @@
 
 Ray Data hands out the work, holds back what the writer cannot take yet, starts a worker that died anew, and repeats
 what it had in hand. This process alone writes into the store, a block at a time, so that a worker's death costs that
-worker's block, and a stop of the whole costs the blocks in hand: the same call goes on.
+worker's block (beyond TASKS blocks, a few), and a stop of the whole costs the blocks in hand: the same call goes on.
+Chunks alone are cut again from the first, as in one process.
 
 Every machine must see the work folder under the same path (a shared file system), and have this package installed.
-The corpus is divided if it can be (`split`), and read by the machines that the workers run on.
+The corpus is divided if it can be (`split`), and read by the machines that the workers run on. What is the same to the
+last bit is what the same kind of processor computes.
 
 Memory of a worker, beside Python with its libraries (about 0.5 GB) and what the operating system keeps of mapped
 files as long as nobody else wants it:
@@ -21,6 +23,9 @@ files as long as nobody else wants it:
     embed    the BERT (90 MB for the default), and a block of chunks with its vectors (3 MB on a CPU)
     index    the centroids, SHARD vectors with their ids (0.4 GB for 384 dimensions), BLOCK vectors more
     search   the lists' centroids or, of an index that is not an inverted file, the index; BLOCK vectors (100 MB)
+
+What workers have finished and the writer has not taken yet lies in Ray's object store. A cluster started here gives it
+STORE bytes for each worker, and two more; when it is full, workers wait.
 """
 
 import json
@@ -28,12 +33,14 @@ import logging
 import os
 import pickle
 import shutil
+import socket
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -68,12 +75,15 @@ from retro_nb.manifest import cached
 from retro_nb.storage import PathLike, ResumableRows, open_array, plain, write_json
 from retro_nb.tokens import SpecialIds, TextTokenizer
 
-PIECES = 8  # parts of the corpus for each worker: few enough to be large, enough to share them evenly
-HANDFUL = 4_000_000  # bytes of chunks that go back at a time
+PIECES = 32  # parts of the corpus for each worker: what is done before its turn has to wait, in Ray's object store
+HANDFUL = 4_000_000  # bytes of results that go back at a time
+STORE = 2**27  # bytes of Ray's object store for each worker, and as much for Ray's own use twice
 SHARD = 2**18  # vectors in a shard of the index
 AT_A_TIME = 1024  # chunks searched together
+TASKS = 4096  # that Ray has to keep account of; where there are more blocks, some share one
 TRAINED = "trained.index"
 ATTEMPTS = 5  # to start Ray
+PATIENCE = 5  # seconds that a cluster has to answer
 
 
 # the cluster
@@ -92,130 +102,203 @@ def cluster(workers: int, address: str | None = None, *, progress: bool = True) 
     Raises:
         ModuleNotFoundError: Ray is not installed.
         ConnectionError: no cluster answers at this address.
+        ValueError: `workers` is less than 1, or more than the cluster has CPUs.
     """
+    if workers < 1:
+        raise ValueError(f"workers {workers}: pass 1 or more")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray.data
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Ray is not installed: in a clone, pip install -e '.[scale]'") from error
-    ray.data.DataContext.get_current().enable_progress_bars = progress
     joined = ray.is_initialized()
     if not joined:
-        # More CPUs than workers, or Ray's own tasks, which hand out the work, would wait for ever.
-        sizes = {} if address else {"num_cpus": max(os.cpu_count() or 1, workers + 2), "include_dashboard": False}
         level = logging.INFO if progress else logging.ERROR
-        _start(address=address or "local", log_to_driver=progress, logging_level=level, **sizes)
+        _start(address, log_to_driver=progress, logging_level=level, **({} if address else _sizes(workers)))
     try:
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if workers > cpus:  # those without one would be waited for
+            raise ValueError(f"{workers} workers, but the cluster has {cpus} CPUs: ask for no more, or add machines")
+        ray.data.DataContext.get_current().enable_progress_bars = progress
         yield
     finally:
         if not joined:
             ray.shutdown()
 
 
-def _start(**options: Any) -> None:
+def _sizes(workers: int) -> dict[str, Any]:
+    """What a cluster of one's own has: more CPUs than workers, for what Ray itself does, and little memory.
+
+    Without a word Ray would take a third of the machine's memory for its object store.
+    """
+    cpus = max(os.cpu_count() or 1, workers + 2)
+    return {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": (workers + 2) * STORE}
+
+
+def _start(address: str | None, **options: Any) -> None:
     """`ray.init`, and again if need be: on a busy machine one of Ray's processes may take longer than Ray waits."""
     import ray
 
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal():  # Ray itself would try for many minutes
+        try:
+            socket.create_connection((host.rpartition("/")[2], int(port)), timeout=PATIENCE).close()
+        except OSError as error:
+            raise ConnectionError(f"no Ray cluster at {address} ({error}): {MEND}") from error
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            ray.init(**options)
+            ray.init(address or "local", **options)
             return
         except Exception as error:  # Ray raises no kind of its own; it waits 15 s (its issue 65983)
             ray.shutdown()
+            if address:
+                raise ConnectionError(f"no Ray cluster at {address} ({error}): {MEND}") from error
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
-                raise ConnectionError(f"no Ray cluster ({options['address']}): {error}") from error
+                raise ConnectionError(f"Ray cannot be started here: {error}") from error
+
+
+MEND = "`ray start --head` starts one and says its address; without an address, it is started here"
 
 
 def _results(
-    worker: type, arguments: dict, items: list[dict], workers: int, *, in_order: bool = False
-) -> Iterator[dict]:
-    """What workers make of the items, as it comes or in order. `worker(**arguments)` is called with one item."""
+    worker: "type[_Worker]", arguments: dict, items: list[dict], workers: int, *, in_order: bool = False
+) -> Iterator[Any]:
+    """What workers yield for the items, as it comes or in order.
+
+    Raises:
+        ChildProcessError: Ray gives up, as it does when nothing gets done for half an hour.
+    """
     import ray.data
 
     if not items:
         return
-    context = ray.data.DataContext.get_current()
+    context, workers = ray.data.DataContext.get_current(), min(workers, len(items))
     context.execution_options.preserve_order = in_order
-    data = ray.data.from_items(items, override_num_blocks=min(len(items), 64 * workers))
-    gpus = min(1, ray.cluster_resources().get("GPU", 0) / workers) if worker is _Embed else 0
-    pool = ray.data.ActorPoolStrategy(size=min(workers, len(items)))
-    made = data.map_batches(
-        worker, fn_constructor_kwargs=arguments, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus
-    )
+    context.target_max_block_size = HANDFUL  # else Ray gathers 128 MB of a worker's results before it passes them on
+    gpus = _gpu_share(workers, ray.cluster_resources().get("GPU", 0)) if issubclass(worker, _Embed) else 0
+    made = ray.data.from_items(items, override_num_blocks=min(len(items), TASKS)).map_batches(
+        worker,
+        fn_constructor_kwargs={"where": os.getcwd(), "arguments": arguments},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=1,
+        num_gpus=gpus,
+    )  # a worker that dies is started again as often as it takes: Ray's default for such a pool
     try:
         for batch in made.iter_batches(batch_size=None, prefetch_batches=1):
-            for row in range(len(batch["data"])):
-                yield {name: column[row] for name, column in batch.items()}
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # what went wrong in the worker, and not how Ray brought it here
+            for data in batch["data"]:
+                result = pickle.loads(data)
+                if isinstance(result, _Failure):
+                    raise result.error from RuntimeError(f"in a worker:\n{result.trace}")
+                yield result
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ChildProcessError(f"Ray gave up ({reason}). What was finished is kept: run it again") from error
+
+
+def _gpu_share(workers: int, gpus: int | float) -> int | float:
+    """The part of a GPU that each worker gets, so that none has to wait for one; 0 where there are none."""
+    return 1 / -(-workers // int(gpus)) if gpus >= 1 else 0
 
 
 # the workers
 
 
-class _Chunk:
+class _Failure(NamedTuple):
+    """What went wrong in a worker: the error, and where."""
+
+    error: Exception
+    trace: str
+
+
+class _Worker:
+    """What Ray makes in another process, and calls with one item at a time.
+
+    `open` gets the arguments when the first item comes, `work` gets the item and yields results. An error comes back
+    as a result: Ray would bring one from a constructor without its cause, and others with words of its own.
+    """
+
+    def __init__(self, where: str, arguments: dict) -> None:
+        self.where, self.arguments, self.opened = where, arguments, False
+
+    def __call__(self, items: dict) -> Iterator[dict]:
+        try:
+            if not self.opened:
+                with suppress(OSError):  # a machine without this folder can still do what names no path in it
+                    os.chdir(self.where)
+                self.open(**self.arguments)
+                self.opened = True
+            for result in self.work(**{name: int(column[0]) for name, column in items.items()}):
+                yield {"data": [pickle.dumps(result)]}
+        except Exception as error:
+            yield {"data": [pickle.dumps(_Failure(error, traceback.format_exc()))]}
+
+
+class _Chunk(_Worker):
     """Reads parts of a corpus and cuts their documents."""
 
-    def __init__(self, parts: list[Corpus], chunk_size: int, rules: str, ids: tuple[int, int, int]) -> None:
+    def open(self, parts: list[Corpus], chunk_size: int, rules: str, ids: tuple[int, int, int]) -> None:
         self.parts, self.chunk_size = parts, chunk_size
         self.tokenizer = TextTokenizer(Tokenizer.from_str(rules), SpecialIds(*ids))
 
-    def __call__(self, items: dict) -> Iterator[dict]:
-        for number in items["part"]:
-            handful, size = [], 0
-            for document in self.parts[number]:
-                chunked = chunk_document(document, self.chunk_size, self.tokenizer)
-                handful.append(chunked)
-                size += sum(array.nbytes for array in (chunked.rows, chunked.spans, chunked.bytes)) + 500
-                if size > HANDFUL:
-                    yield {"data": [pickle.dumps(handful)]}
-                    handful, size = [], 0
-            yield {"data": [pickle.dumps(handful)]}
+    def work(self, part: int) -> Iterator[list[ChunkedDocument]]:
+        handful, size = [], 0
+        for document in self.parts[part]:
+            chunked = chunk_document(document, self.chunk_size, self.tokenizer)
+            handful.append(chunked)
+            size += sum(array.nbytes for array in (chunked.rows, chunked.spans, chunked.bytes)) + 500
+            if size > HANDFUL:
+                yield handful
+                handful, size = [], 0
+        yield handful
 
 
-class _Embed:
+Block = tuple[int, int, np.ndarray]  # first row, the row after the last, and the rows
+
+
+class _Embed(_Worker):
     """Embeds blocks of a chunk array."""
 
-    def __init__(self, chunks_path: Path, bert: PathLike | None, use_cls_repr: bool) -> None:
+    def open(self, chunks_path: Path, bert: PathLike | None, use_cls_repr: bool) -> None:
         self.chunks = open_array(chunks_path)
         options = {"use_cls_repr": use_cls_repr, "bert": bert}
         self.embed = partial(begin_block, tokenizer=store_tokenizer(chunks_path, bert), **options)
 
-    def __call__(self, items: dict) -> Iterator[dict]:
-        for start, stop in zip(items["start"], items["stop"], strict=True):
-            vectors = self.embed(self.chunks[start:stop, :-1])()
-            yield {"start": [start], "stop": [stop], "data": [vectors.tobytes()]}
+    def work(self, start: int, stop: int) -> Iterator[Block]:
+        yield start, stop, self.embed(self.chunks[start:stop, :-1])()
 
 
-class _Fill:
+class _Fill(_Worker):
     """Fills shards of an inverted file."""
 
-    def __init__(self, folder: Path, vectors_path: Path) -> None:
+    def open(self, folder: Path, vectors_path: Path) -> None:
         self.folder, self.vectors = folder, open_array(vectors_path)
 
-    def __call__(self, items: dict) -> Iterator[dict]:
-        for number in items["shard"]:
-            index, stop = read_index(self.folder / TRAINED), min((number + 1) * SHARD, len(self.vectors))
-            for start in range(number * SHARD, stop, BLOCK):
-                rows = np.arange(start, min(start + BLOCK, stop))
-                index.add_with_ids(rows_of(self.vectors, rows), rows)
-            write_index(index, self.folder / f"{number}.index")
-            yield {"data": [b""]}
+    def work(self, start: int, stop: int) -> Iterator[None]:
+        index = read_index(self.folder / TRAINED)
+        for first in range(start, stop, BLOCK):
+            rows = np.arange(first, min(first + BLOCK, stop))
+            index.add_with_ids(rows_of(self.vectors, rows), rows)
+        write_index(index, _shard(self.folder, start))
+        yield None
 
 
-class _Search:
+def _shard(folder: Path, start: int) -> Path:
+    """The file of the shard that begins with this vector."""
+    return folder / f"{start}.index"
+
+
+class _Search(_Worker):
     """Finds the neighbours of blocks of chunks."""
 
-    def __init__(
+    def open(
         self, index_path: Path, vectors_path: Path, doc_ids_path: Path, k: int, options: dict[str, Any]
     ) -> None:
         self.vectors, self.doc_ids = open_array(vectors_path), open_array(doc_ids_path)
         self.find = partial(neighbours, read_index(index_path, mapped=True), self.vectors, self.doc_ids, k, **options)
 
-    def __call__(self, items: dict) -> Iterator[dict]:
-        for start, stop in zip(items["start"], items["stop"], strict=True):
-            found = self.find(rows=range(start, stop)).astype(np.int32)
-            yield {"start": [start], "stop": [stop], "data": [found.tobytes()]}
+    def work(self, start: int, stop: int) -> Iterator[Block]:
+        yield start, stop, self.find(rows=range(start, stop)).astype(np.int32)
 
 
 # the store
@@ -255,11 +338,10 @@ def build_store(
         **index_options: `index`, `max_index_memory_usage`, `current_memory_available`.
 
     Raises:
-        ModuleNotFoundError: Ray is not installed.
-        ValueError: `workers` is less than 1; and what building in one process raises.
+        ModuleNotFoundError, ConnectionError, ValueError: there is no such cluster (see `cluster`).
+        ChildProcessError: Ray gives up, as it does when nothing gets done for half an hour.
+        What building in one process raises.
     """
-    if workers < 1:
-        raise ValueError(f"workers {workers}: pass 1 or more")
     folder = Path(work_dir).resolve()
     with cluster(workers, address, progress=progress):
         stats = _chunk(documents, folder, tokenizer, workers, chunk_size, seq_len, max_chunks, max_seqs)
@@ -285,8 +367,8 @@ def _chunk(
         rules = {"rules": tokenizer.backend.to_str(), "ids": tuple(tokenizer.ids)}
         items = [{"part": number} for number in range(len(parts))]
         arguments = {"parts": parts, "chunk_size": chunk_size, **rules}
-        for result in _results(_Chunk, arguments, items, workers, in_order=True):
-            yield from pickle.loads(result["data"])
+        for handful in _results(_Chunk, arguments, items, workers, in_order=True):
+            yield from handful
 
     return write_chunks(
         cut,
@@ -300,12 +382,11 @@ def _chunk(
     )
 
 
-def _write_blocks(rows: ResumableRows, block: int, worker: type, arguments: dict, workers: int) -> None:
+def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], arguments: dict, workers: int) -> None:
     """Let workers compute the blocks that are missing, and write each as it comes."""
     items = [{"start": part.start, "stop": part.stop} for part in rows.blocks(block)]
-    for result in _results(worker, arguments, items, workers):
-        values = np.frombuffer(result["data"], rows.dtype).reshape(-1, *rows.shape[1:])
-        rows.write(slice(int(result["start"]), int(result["stop"])), values)
+    for start, stop, values in _results(worker, arguments, items, workers):
+        rows.write(slice(start, stop), values)
 
 
 def _embed(folder: Path, count: int, bert: PathLike | None, use_cls_repr: bool, workers: int) -> None:
@@ -345,17 +426,21 @@ def _index(folder: Path, spec: str, workers: int) -> None:
 def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[faiss.Index, list[Path]]:
     """An index trained on these vectors, and the files of its shards; those of an interrupted build are kept."""
     vectors, settings = open_array(vectors_path), plain(index_settings(vectors_path, spec))
-    note = folder / "settings.json"
+    note, settings = folder / "settings.json", settings | {"shard": SHARD}
     if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != settings:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_index(train_index(vectors, spec), folder / TRAINED)
         write_json(note, settings)
-    shards = [folder / f"{number}.index" for number in range(-(-len(vectors) // SHARD))]
-    items = [{"shard": number} for number, shard in enumerate(shards) if not shard.exists()]
+    starts = range(0, len(vectors), SHARD)
+    items = [
+        {"start": start, "stop": min(start + SHARD, len(vectors))}
+        for start in starts
+        if not _shard(folder, start).exists()
+    ]
     for _ in _results(_Fill, {"folder": folder, "vectors_path": vectors_path}, items, workers):
         pass
-    return read_index(folder / TRAINED), shards
+    return read_index(folder / TRAINED), [_shard(folder, start) for start in starts]
 
 
 def _search(folder: Path, k: int, exclude: Ranges, max_similarity: float | int | None, workers: int) -> None:
