@@ -37,6 +37,8 @@ LEARN = {
     "11_scaling_out": "from a laptop to trillions of tokens, in numbers; many workers, one store; many machines train",
 }
 
+CLUSTER_STAGES = {"chunk": "chunk", "embed": "embed", "index": "fill the index", "search": "search"}
+
 Record = dict[str, Any]  # a results file
 Row = dict[str, Any]  # one of its comparisons
 
@@ -119,6 +121,35 @@ def growth_table(record: Record) -> str:
     about = f"`{record['command']}`, {record['threads']} threads of an {record['device']}"
     chosen = "Bold: what `choose_index` took (now with the power of two next to its 4·√n lists)."
     note = f"{chosen} {about}; the process alone has {record['runs'][0]['MB_before']:.0f} MB."
+    return "\n".join([*lines, "", note])
+
+
+def cluster_table(record: Record | None) -> str:
+    """What workers of each stage do in a second, and the memory that one takes; from benchmarks/cluster.py."""
+    if record is None:
+        return "Not measured yet: `python benchmarks/cluster.py`."
+    counts = sorted({run["workers"] for run in record["runs"]})
+    runs = {(run["stage"], run["workers"]): run for run in record["runs"]}
+    who = ["one process", *(f"{count} worker{'s' * (count > 1)}" for count in counts[1:])]
+    lines = [f"| chunks a second | {' | '.join(who)} | a worker's memory, MB | stated, at most |"]
+    lines.append("|---" * (len(who) + 3) + "|")
+    for stage, name in CLUSTER_STAGES.items():
+        rates = [runs[stage, count]["chunks_per_second"] for count in counts]
+        most = max((runs[stage, count] for count in counts[1:]), key=lambda run: run["worker_MB"])
+        memory = [rounded(most["worker_MB"]), rounded(most["idle_MB"] + most["stated_MB"])]
+        lines.append(f"| {' | '.join([name, *('–' if rate is None else rounded(rate) for rate in rates), *memory])} |")
+    idle, chunks = max(run.get("idle_MB", 0) for run in record["runs"]), record["settings"]["chunks"]
+    started = [
+        run["seconds"] - chunks / run["chunks_per_second"]
+        for run in record["runs"]
+        if run["workers"] and run["stage"] != "index" and run["chunks_per_second"]
+    ]
+    note = (
+        f"`{record['command']}`, {chunks:,} chunks of the speeches; a worker computes with one thread, on "
+        f"{record['settings']['cores']} cores of an {record['device']}. To start a stage's workers takes "
+        f"{np.median(started):.0f} s, which the rates leave out. An idle worker has {rounded(idle)} MB for itself. "
+        f"Equal to what one process builds: {record['equal']}."
+    )
     return "\n".join([*lines, "", note])
 
 
@@ -231,7 +262,10 @@ def main() -> None:
     text = replace_section(text, "evidence", evidence_table())
     text = replace_section(text, "retrofit", retrofit_table())
     growth = json.loads((RESULTS / "growth-cpu.json").read_text(encoding="utf-8"))
-    readme.write_text(replace_section(text, "growth", growth_table(growth)), encoding="utf-8")
+    text = replace_section(text, "growth", growth_table(growth))
+    cluster = RESULTS / "cluster-cpu.json"
+    record = json.loads(cluster.read_text(encoding="utf-8")) if cluster.exists() else None
+    readme.write_text(replace_section(text, "cluster", cluster_table(record)), encoding="utf-8")
     if devices:
         draw_speed(devices)
 

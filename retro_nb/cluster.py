@@ -16,12 +16,12 @@ Every machine must see the work folder under the same path (a shared file system
 The corpus is divided if it can be (`split`), and read by the machines that the workers run on. What is the same to the
 last bit is what the same kind of processor computes.
 
-Memory of a worker, beside Python with its libraries (about 0.5 GB) and what the operating system keeps of mapped
-files as long as nobody else wants it:
+Memory of a worker, beside Python with its libraries (0.3 GB of its own) and what the operating system keeps of mapped
+files as long as nobody else wants it (`python benchmarks/cluster.py` measures it):
 
-    chunk    the longest document with its tokens, and about HANDFUL bytes of results
-    embed    the BERT (90 MB for the default), and a block of chunks with its vectors (3 MB on a CPU)
-    index    the centroids, SHARD vectors with their ids (0.4 GB for 384 dimensions), BLOCK vectors more
+    chunk    the longest document with its tokens, and up to ten handfuls of results, of HANDFUL bytes each
+    embed    the BERT with what runs it, and a block of chunks with its vectors (0.3 GB for the default)
+    index    the centroids, SHARD vectors with their ids, twice while they grow (0.8 GB for 384 dimensions), BLOCK more
     search   the lists' centroids or, of an index that is not an inverted file, the index; BLOCK vectors (100 MB)
 
 What workers have finished and the writer has not taken yet lies in Ray's object store. A cluster started here gives it
@@ -120,6 +120,7 @@ def cluster(workers: int, address: str | None = None, *, progress: bool = True) 
         if workers > cpus:  # those without one would be waited for
             raise ValueError(f"{workers} workers, but the cluster has {cpus} CPUs: ask for no more, or add machines")
         ray.data.DataContext.get_current().enable_progress_bars = progress
+        logging.getLogger("ray.data").setLevel(logging.INFO if progress else logging.ERROR)
         yield
     finally:
         if not joined:
@@ -274,13 +275,13 @@ class _Fill(_Worker):
     def open(self, folder: Path, vectors_path: Path) -> None:
         self.folder, self.vectors = folder, open_array(vectors_path)
 
-    def work(self, start: int, stop: int) -> Iterator[None]:
+    def work(self, start: int, stop: int) -> Iterator[Path]:
         index = read_index(self.folder / TRAINED)
         for first in range(start, stop, BLOCK):
             rows = np.arange(first, min(first + BLOCK, stop))
             index.add_with_ids(rows_of(self.vectors, rows), rows)
         write_index(index, _shard(self.folder, start))
-        yield None
+        yield _shard(self.folder, start)
 
 
 def _shard(folder: Path, start: int) -> Path:

@@ -30,6 +30,7 @@ from retro_nb.tokens import get_tokenizer
 from retro_nb.updating import update_store
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[scale]'")
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster is enough for two cores (where pytest goes by groups)
 SIZES = {"chunk_size": 64, "seq_len": 128}
 SPEC = "IVF8,Flat"
 BLOCK, SHARD = 32, 90  # chunks embedded or searched, and indexed, together
@@ -365,7 +366,7 @@ def test_who_fills_a_shard_reads_it_alone(tmp_path):
     write_index(trained, tmp_path / cluster_module.TRAINED)
     worker = _Fill("", {})
     worker.open(tmp_path, tmp_path / "vectors.npy")
-    assert work(worker, start=150, stop=300) == [None]
+    assert work(worker, start=150, stop=300) == [tmp_path / "150.index"]
     trained.add_with_ids(vectors[150:300], np.arange(150, 300))
     write_index(trained, tmp_path / "expected")
     assert (tmp_path / "150.index").read_bytes() == (tmp_path / "expected").read_bytes()

@@ -149,6 +149,30 @@ def test_the_table_of_growth_is_the_measured_one():
     assert all(run["recall@2"] >= 0.95 for run in chosen)
 
 
+def test_the_table_of_the_cluster_is_the_measured_one():
+    script, _ = speed()
+    results = ROOT / "benchmarks" / "results" / "cluster-cpu.json"
+    record = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+    assert script["replace_section"](README, "cluster", script["cluster_table"](record)) == README
+
+
+def test_a_table_of_the_cluster_has_a_row_for_each_stage_and_a_column_for_each_number_of_workers():
+    script, _ = speed()
+    rows = [
+        {"workers": workers, "stage": stage, "chunks_per_second": 50.0 * (workers or 1)}
+        | {"seconds": 100 / (workers or 1) + 9}
+        | ({"worker_MB": 400.0 + workers, "idle_MB": 250.0, "stated_MB": 300.0} if workers else {})
+        for workers in (0, 1, 2)
+        for stage in ("chunk", "embed", "index", "search")
+    ]
+    rows[2]["chunks_per_second"] = None
+    record = {"runs": rows, "settings": {"chunks": 5000, "cores": 2}, "device": "CPU", "equal": "all", "command": "c"}
+    table = script["cluster_table"](record)
+    assert "| chunks a second | one process | 1 worker | 2 workers | a worker's memory, MB | stated, at most |" in table
+    assert "| embed | 50.0 | 50.0 | 100 | 402 | 550 |" in table and "| fill the index | – | 50.0 | 100 |" in table
+    assert "a stage's workers takes 9 s" in table and "5,000 chunks" in table
+
+
 def test_the_plot_of_speed_is_the_measured_one():
     script, devices = speed()
     if not devices:
