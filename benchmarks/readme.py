@@ -131,13 +131,15 @@ def cluster_table(record: Record | None) -> str:
     counts = sorted({run["workers"] for run in record["runs"]})
     runs = {(run["stage"], run["workers"]): run for run in record["runs"]}
     who = ["one process", *(f"{count} worker{'s' * (count > 1)}" for count in counts[1:])]
-    lines = [f"| chunks a second | {' | '.join(who)} | a worker's memory, MB | stated, at most |"]
-    lines.append("|---" * (len(who) + 3) + "|")
+    lines = [f"| chunks a second | {' | '.join(who)} | a worker's memory, MB |"]
+    lines.append("|---" * (len(who) + 2) + "|")
     for stage, name in CLUSTER_STAGES.items():
         rates = [runs[stage, count]["chunks_per_second"] for count in counts]
         most = max((runs[stage, count] for count in counts[1:]), key=lambda run: run["worker_MB"])
-        memory = [rounded(most["worker_MB"]), rounded(most["idle_MB"] + most["stated_MB"])]
-        lines.append(f"| {' | '.join([name, *('–' if rate is None else rounded(rate) for rate in rates), *memory])} |")
+        if stage == "index":  # so few vectors are filled in too soon to be timed
+            rates = [None] * len(rates)
+        shown = ["–" if rate is None else rounded(rate) for rate in rates]
+        lines.append(f"| {' | '.join([name, *shown, rounded(most['worker_MB'])])} |")
     idle, chunks = max(run.get("idle_MB", 0) for run in record["runs"]), record["settings"]["chunks"]
     started = [
         run["seconds"] - chunks / run["chunks_per_second"]
@@ -148,6 +150,7 @@ def cluster_table(record: Record | None) -> str:
         f"`{record['command']}`, {chunks:,} chunks of the speeches; a worker computes with one thread, on "
         f"{record['settings']['cores']} cores of an {record['device']}. To start a stage's workers takes "
         f"{np.median(started):.0f} s, which the rates leave out. An idle worker has {rounded(idle)} MB for itself. "
+        "Cutting is soon over: more workers than four have nothing to do. "
         f"Equal to what one process builds: {record['equal']}."
     )
     return "\n".join([*lines, "", note])
