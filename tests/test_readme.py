@@ -168,8 +168,8 @@ def test_a_table_of_the_cluster_has_a_row_for_each_stage_and_a_column_for_each_n
     rows[2]["chunks_per_second"] = None
     record = {"runs": rows, "settings": {"chunks": 5000, "cores": 2}, "device": "CPU", "equal": "all", "command": "c"}
     table = script["cluster_table"](record)
-    assert "| chunks a second | one process | 1 worker | 2 workers | a worker's memory, MB | stated, at most |" in table
-    assert "| embed | 50.0 | 50.0 | 100 | 402 | 550 |" in table and "| fill the index | – | 50.0 | 100 |" in table
+    assert "| chunks a second | one process | 1 worker | 2 workers | a worker's memory, MB |\n" in table
+    assert "| embed | 50.0 | 50.0 | 100 | 402 |\n" in table and "| fill the index | – | – | – | 402 |\n" in table
     assert "a stage's workers takes 9 s" in table and "5,000 chunks" in table
 
 
