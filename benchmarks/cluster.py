@@ -158,8 +158,8 @@ def stated(shard: int) -> dict[str, float]:
     """MB beside an idle worker's that `retro_nb.cluster` says one of each stage takes, with these sizes."""
     vector = 4 * embedding_dim()
     sizes = {
-        "chunk": 10 * cluster.HANDFUL,
-        "embed": 300e6,
+        "chunk": 200e6,
+        "embed": 400e6,
         "index": 2 * shard * (vector + 8) + min(shard, BLOCK) * vector,
         "search": BLOCK * vector,
     }

@@ -16,13 +16,13 @@ Every machine must see the work folder under the same path (a shared file system
 The corpus is divided if it can be (`split`), and read by the machines that the workers run on. What is the same to the
 last bit is what the same kind of processor computes.
 
-Memory of a worker, beside Python with its libraries (0.3 GB of its own) and what the operating system keeps of mapped
-files as long as nobody else wants it (`python benchmarks/cluster.py` measures it):
+Memory of a worker, beside Python with its libraries (0.3 to 0.5 GB of its own, by the build of PyTorch) and what the
+operating system keeps of mapped files as long as nobody else wants it; `python benchmarks/cluster.py` measures it:
 
-    chunk    the longest document with its tokens, and up to ten handfuls of results, of HANDFUL bytes each
-    embed    the BERT with what runs it, and a block of chunks with its vectors (0.3 GB for the default)
+    chunk    800,000 characters with their tokens and some handfuls of results (0.2 GB), and the longest document
+    embed    the BERT with what runs it, and a block of chunks with its vectors (0.4 GB for the default)
     index    the centroids, SHARD vectors with their ids, twice while they grow (0.8 GB for 384 dimensions), BLOCK more
-    search   the lists' centroids or, of an index that is not an inverted file, the index; BLOCK vectors (100 MB)
+    search   the lists' centroids or, of an index that is not an inverted file, the index; BLOCK vectors (0.1 GB)
 
 What workers have finished and the writer has not taken yet lies in Ray's object store. A cluster started here gives it
 STORE bytes for each worker, and two more; when it is full, workers wait.
