@@ -30,7 +30,7 @@ tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (12 minutes)
 
 test: $(STAMP) ## ruff, the unit tests, every notebook under nbval (8 minutes)
 	$(PY) -m ruff check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then set -x; OMP_NUM_THREADS=1 $(PY) -m pytest \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope notebooks; fi
 
