@@ -88,6 +88,15 @@ def _cast_declared(name: str, value: Any, parameter: dict[str, Any]) -> Any:
         raise ValueError(f"parameter {name}: cannot read {value!r} as declared: {declaration}") from None
 
 
+def _from_here(name: str, value: Any) -> Any:
+    """A corpus that is a file or folder where the command was given: the notebook runs in a folder of its own."""
+    if name != "corpus":
+        return value
+    from retro_nb.sources import is_path  # takes a while
+
+    return str(Path(value).resolve()) if is_path(value) and Path(value).exists() else value
+
+
 def _refuse(names: Iterable[str], known: set[str], where: str, knower: str) -> None:
     if "out_dir" in names:
         raise ValueError(f"{where} names out_dir, which the runner chooses: leave it out")
@@ -104,6 +113,8 @@ def choose_parameters(
         preset: a flat YAML file for the whole series. What only other notebooks know is left out.
         given: values that win over the preset's; each must be known to one of `notebooks`.
 
+    A `corpus` that is a path is meant from here.
+
     Raises:
         ValueError: an unknown name, with the known ones, or a value of another type.
     """
@@ -118,7 +129,11 @@ def choose_parameters(
         _refuse(values, every, str(preset), "the series")
     values |= given
     return [
-        {name: _cast_declared(name, value, known[name]) for name, value in values.items() if name in known}
+        {
+            name: _cast_declared(name, _from_here(name, value), known[name])
+            for name, value in values.items()
+            if name in known
+        }
         for known in selected.values()
     ]
 

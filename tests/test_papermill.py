@@ -135,6 +135,20 @@ def test_presets_hold_the_series_parameters(project):
     assert experiments.choose_parameters(notebooks[:1], values) == [{"seed": 1, "lr": 1e-4}]
 
 
+def test_a_corpus_is_a_path_from_where_the_command_is_given(project, monkeypatch):
+    (project / "speeches").mkdir()
+    (project / "my.jsonl").touch()
+    monkeypatch.chdir(project)
+    notebooks = experiments.find_notebooks(["00"])
+    kept = ["speeches", "hf:my.jsonl", "no_such_folder/", str(project / "my.jsonl")]
+    moved = {"./speeches": str(project / "speeches"), "my.jsonl": str(project / "my.jsonl")}
+    for given, meant in {**moved, **{name: name for name in kept}}.items():
+        assert experiments.choose_parameters(notebooks, given={"corpus": given}) == [{"corpus": meant}]
+    assert experiments.choose_parameters(notebooks, preset(project, "corpus: my.jsonl")) == [
+        {"corpus": moved["my.jsonl"]}
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "given", "message"),
     [
