@@ -140,18 +140,20 @@ def cluster_table(record: Record | None) -> str:
             rates = [None] * len(rates)
         shown = ["–" if rate is None else rounded(rate) for rate in rates]
         lines.append(f"| {' | '.join([name, *shown, rounded(most['worker_MB'])])} |")
-    idle, chunks = max(run.get("idle_MB", 0) for run in record["runs"]), record["settings"]["chunks"]
-    started = [
-        run["seconds"] - chunks / run["chunks_per_second"]
-        for run in record["runs"]
-        if run["workers"] and run["stage"] != "index" and run["chunks_per_second"]
-    ]
+    idle, chunks = [run["idle_MB"] for run in record["runs"] if run["workers"]], record["settings"]["chunks"]
+
+
+    def lost(stage: str) -> str:
+        """What the stage took beside its work, with so many workers each."""
+        these = [runs[stage, count] for count in counts[1:]]
+        seconds = [run["seconds"] - chunks / run["chunks_per_second"] for run in these]
+        return f"{min(seconds):.0f} to {max(seconds):.0f} s"
+
     note = (
         f"`{record['command']}`, {chunks:,} chunks of the speeches; a worker computes with one thread, on "
-        f"{record['settings']['cores']} cores of an {record['device']}. To start a stage's workers takes "
-        f"{np.median(started):.0f} s, which the rates leave out. An idle worker has {rounded(idle)} MB for itself. "
-        "Cutting is soon over: more workers than four have nothing to do. "
-        f"Equal to what one process builds: {record['equal']}."
+        f"{record['settings']['cores']} cores of an {record['device']}. The rates leave out what it takes to start a "
+        f"stage's workers: {lost('search')} to search, {lost('embed')} to embed. An idle worker has {rounded(min(idle))} to "
+        f"{rounded(max(idle))} MB for itself. Equal to what one process builds: {record['equal']}."
     )
     return "\n".join([*lines, "", note])
 

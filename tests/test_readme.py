@@ -170,7 +170,7 @@ def test_a_table_of_the_cluster_has_a_row_for_each_stage_and_a_column_for_each_n
     table = script["cluster_table"](record)
     assert "| chunks a second | one process | 1 worker | 2 workers | a worker's memory, MB |\n" in table
     assert "| embed | 50.0 | 50.0 | 100 | 402 |\n" in table and "| fill the index | – | – | – | 402 |\n" in table
-    assert "a stage's workers takes 9 s" in table and "5,000 chunks" in table
+    assert "a stage's workers: 9 to 9 s to search, 9 to 9 s to embed" in table and "5,000 chunks" in table
 
 
 def test_the_plot_of_speed_is_the_measured_one():
