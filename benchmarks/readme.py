@@ -142,7 +142,6 @@ def cluster_table(record: Record | None) -> str:
         lines.append(f"| {' | '.join([name, *shown, rounded(most['worker_MB'])])} |")
     idle, chunks = [run["idle_MB"] for run in record["runs"] if run["workers"]], record["settings"]["chunks"]
 
-
     def lost(stage: str) -> str:
         """What the stage took beside its work, with so many workers each."""
         these = [runs[stage, count] for count in counts[1:]]
@@ -152,8 +151,8 @@ def cluster_table(record: Record | None) -> str:
     note = (
         f"`{record['command']}`, {chunks:,} chunks of the speeches; a worker computes with one thread, on "
         f"{record['settings']['cores']} cores of an {record['device']}. The rates leave out what it takes to start a "
-        f"stage's workers: {lost('search')} to search, {lost('embed')} to embed. An idle worker has {rounded(min(idle))} to "
-        f"{rounded(max(idle))} MB for itself. Equal to what one process builds: {record['equal']}."
+        f"stage's workers: {lost('search')} to search, {lost('embed')} to embed. An idle worker has "
+        f"{rounded(min(idle))} to {rounded(max(idle))} MB for itself. Equal to what one process builds: {record['equal']}."
     )
     return "\n".join([*lines, "", note])
 
