@@ -152,7 +152,8 @@ def cluster_table(record: Record | None) -> str:
         f"`{record['command']}`, {chunks:,} chunks of the speeches; a worker computes with one thread, on "
         f"{record['settings']['cores']} cores of an {record['device']}. The rates leave out what it takes to start a "
         f"stage's workers: {lost('search')} to search, {lost('embed')} to embed. An idle worker has "
-        f"{rounded(min(idle))} to {rounded(max(idle))} MB for itself. Equal to what one process builds: {record['equal']}."
+        f"{rounded(min(idle))} to {rounded(max(idle))} MB for itself. "
+        f"Equal to what one process builds: {record['equal']}."
     )
     return "\n".join([*lines, "", note])
 
