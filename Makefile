@@ -23,7 +23,7 @@ endif
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-setup: $(STAMP) ## make .venv with everything installed in it (3 minutes, 2 GB)
+setup: $(STAMP) ## make .venv with everything installed in it (4 minutes, 2.5 GB)
 
 tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (12 minutes)
 	$(PY) -m retro_nb run tutorial
