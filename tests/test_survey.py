@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import signal
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -383,8 +381,7 @@ def test_bad_input_is_met(quick):
 def test_ctrl_c_stops_it(quick):
     def corpus():
         yield from named([ENGLISH])
-        os.kill(os.getpid(), signal.SIGINT)
-        yield from named([ENGLISH] * 1000)
+        raise KeyboardInterrupt  # as Python does at Ctrl-C, unless whoever started it had it ignore that
 
     with pytest.raises(KeyboardInterrupt):
         quick(corpus())
