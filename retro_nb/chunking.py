@@ -216,7 +216,10 @@ def companion(chunks_path: PathLike, kind: str) -> Path:
     return path.with_name(f"{path.stem}.{kind}")
 
 
-def _check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None, max_seqs: int | None) -> None:
+def check_sizes(
+    chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None
+) -> None:
+    """Refuse sizes that no store can have."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")
     if seq_len < chunk_size or seq_len % chunk_size:
@@ -396,7 +399,7 @@ def write_chunks(
         tokenizer: what the chunks are made of.
         chunk_size, seq_len, max_chunks, max_seqs, force_reprocess: as there.
     """
-    _check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
+    check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
     paths = [Path(path) for path in paths]
     settings = chunk_settings(documents, tokenizer, chunk_size, seq_len, max_chunks, max_seqs)
 

@@ -215,7 +215,8 @@ def build_on_cluster(settings: Settings, workers: int = 2, address: str | None =
         max_index_memory_usage=settings["max_index_memory_usage"],
         **{name: settings[name] for name in same},
     )
-    return build(settings)  # it finds everything built
+    os.environ.pop("REPROCESS", None)  # that has been done: what follows finds everything built
+    return build(settings)
 
 
 def train(settings: Settings) -> tuple[TrainingWrapper, History]:

@@ -24,7 +24,7 @@ import psutil
 import torch
 from jaxtyping import Int
 
-from retro_nb.embedding import ON_CPU, ON_GPU, bert_embed, best_device, frames_for_bert
+from retro_nb.embedding import bert_embed, best_device, frames_for_bert, sizes_on
 from retro_nb.index import (
     BLOCK,
     GROUP,
@@ -91,7 +91,8 @@ def lists_of(spec: str, dim: int) -> int:
     Raises:
         ValueError: it is no such string.
     """
-    inner = innermost(_empty(spec, dim))
+    index = _empty(spec, dim)  # it owns what is inside, and has to outlive it
+    inner = innermost(index)
     return inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
 
 
@@ -120,8 +121,8 @@ def index_seconds(spec: str, count: int, dim: int, rates: Rates) -> float:
     trained_on = min(count, max(TRAINING_POINTS_PER_LIST * lists, BLOCK))
     comparisons = lists * (KMEANS_ROUNDS * trained_on + count)
     comparisons += GROUP * count if lists else 0  # the truth, by which the number of lists to read is chosen
-    slow = 0
-    if isinstance(innermost(_empty(spec, dim)), faiss.IndexIVFPQ):
+    slow, index = 0, _empty(spec, dim)
+    if isinstance(innermost(index), faiss.IndexIVFPQ):
         slow = PQ_CENTROIDS * (PQ_ROUNDS * min(count, PQ_CENTROIDS**2) + count)
     return comparisons / rates.comparisons + slow / rates.listed + index_bytes(spec, count, dim) / rates.indexed
 
@@ -215,7 +216,7 @@ def _embedding_rate(rows: Int[np.ndarray, "c m"], tokenizer: TextTokenizer, bert
 
     Some batches stand for all by their tokens, padding included.
     """
-    size, pad = (ON_GPU if best_device().type == "cuda" else ON_CPU).batch, get_tokenizer(bert).ids.pad
+    size, pad = sizes_on(best_device()).batch, get_tokenizer(bert).ids.pad
     frames = frames_for_bert(torch.from_numpy(rows), tokenizer, bert=bert)
     frames = frames.repeat(-(-4 * size // len(frames)), 1)  # four batches at least
     lengths, order = (frames != pad).sum(dim=1).sort(stable=True)

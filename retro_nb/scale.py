@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from retro_nb.chunking import MOST_CHUNKS
 from retro_nb.costs import HEADER, index_bytes
 from retro_nb.index import choose_index
 from retro_nb.storage import ROOT, PathLike
 
 RESULTS = ROOT / "benchmarks" / "results"
-LARGEST_INT32 = 2**31 - 1
 
 
 class Figure(NamedTuple):
@@ -95,7 +95,7 @@ class Plan:
     @property
     def lists(self) -> int:
         """How many lists the index has; 0 for one that is no inverted file."""
-        found = re.search(r"\bIVF(\d+)", self.spec)
+        found = re.search(r"\bIVF(\d+)", self.spec)  # to make one of half a million lists, to count them, takes long
         return int(found[1]) if found else 0
 
     # bytes
@@ -103,7 +103,7 @@ class Plan:
     @property
     def fits_int32(self) -> bool:
         """Whether int32 can name every chunk. This project's files hold int32; beyond, they would need int64."""
-        return self.chunks - 1 <= LARGEST_INT32
+        return self.chunks <= MOST_CHUNKS
 
     @cached_property
     def bytes(self) -> dict[str, int]:
@@ -117,7 +117,7 @@ class Plan:
             "chunks.npy": (self.chunk_size + 1) * self.token_bytes,  # the next token, too
             "chunks.spans.npy": 2 * 8,
             "chunks.bytes.npy": 4,
-            "doc_ids.npy": 4 if self.documents - 1 <= LARGEST_INT32 else 8,
+            "doc_ids.npy": 4 if self.documents <= MOST_CHUNKS else 8,
             "chunks.embedded.npy": 4 * self.dim,
             "chunks.knn.npy": id_bytes * self.knn,
         }

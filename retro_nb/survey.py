@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import psutil
 
+from retro_nb.chunking import check_sizes
 from retro_nb.corpus import Document
 from retro_nb.costs import Rates, Size, Step, lists_of, measure, steps
 from retro_nb.counting import Reading, is_unsuited, repeated
@@ -133,8 +134,7 @@ def survey(
     Raises:
         ValueError: n is not a multiple of m, no document has a token, or `index` is no index.
     """
-    if chunk_size < 1 or seq_len < chunk_size or seq_len % chunk_size:
-        raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take 2048 and 64, say")
+    check_sizes(chunk_size, seq_len)
     length = length_hint(corpus, -1)  # −1 too for a streamed dataset, which has a `len` that raises TypeError
     length = None if length < 0 else length
     cutter, trained_on_all = _get_tokenizer(corpus, tokenizer, bert, progress)

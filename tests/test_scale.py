@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_nb.chunking import Tokens, documents_to_chunks_, tokens_to_chunks
+from retro_nb.chunking import MOST_CHUNKS, Tokens, documents_to_chunks_, tokens_to_chunks
 from retro_nb.corpus import Document, speeches
-from retro_nb.costs import index_bytes
+from retro_nb.costs import index_bytes, lists_of
 from retro_nb.index import FLAT_LIMIT, build_index, write_index
 from retro_nb.knn import chunks_to_precalculated_knn_
 from retro_nb.scale import (
@@ -81,12 +81,12 @@ def test_an_index_has_about_the_bytes_of_its_file(spec, tmp_path):
 
 
 def test_ids_are_wider_beyond_two_to_the_thirty_first():
-    largest, larger = (Plan(64 * chunks + 1, knn=2, index="Flat") for chunks in (2**31, 2**31 + 1))
-    assert largest.chunks == 2**31 and largest.fits_int32 and not larger.fits_int32
-    assert np.iinfo(np.int32).max == largest.chunks - 1
-    assert largest.bytes["chunks.knn.npy"] == 128 + 8 * 2**31
-    assert larger.bytes["chunks.knn.npy"] == 128 + 16 * (2**31 + 1)
-    assert larger.bytes["doc_ids.npy"] == 128 + 4 * (2**31 + 1), "there are fewer documents"
+    largest, larger = (Plan(64 * chunks + 1, knn=2, index="Flat") for chunks in (2**31 - 1, 2**31))
+    assert largest.chunks == MOST_CHUNKS and largest.fits_int32 and not larger.fits_int32
+    assert np.iinfo(np.int32).max == largest.chunks, "as many as a store takes"
+    assert largest.bytes["chunks.knn.npy"] == 128 + 8 * (2**31 - 1)
+    assert larger.bytes["chunks.knn.npy"] == 128 + 16 * 2**31
+    assert larger.bytes["doc_ids.npy"] == 128 + 4 * 2**31, "there are fewer documents"
 
 
 # the paper
@@ -121,6 +121,8 @@ def test_an_inverted_file_reads_its_centres_and_some_lists():
     assert plan.lists == 1000 and plan.comparisons(10) == 1000 + 10 * 100
     assert plan.comparisons(5000) == 1000 + 100_000, "there are no more lists than there are"
     assert Plan(641, index="HNSW32").lists == Plan(641, index="Flat").lists == 0
+    rotated = "OPQ48_192,IVF16,PQ48"  # an index within another
+    assert Plan(64_001, index=rotated).lists == lists_of(rotated, 384) == 16
 
 
 def test_comparisons_are_what_faiss_counts():
