@@ -62,6 +62,12 @@ from retro_nb.index import (
     write_index,
 )
 from retro_nb.knn import (
+    AT_A_TIME,
+    CHUNKS,
+    DOC_IDS,
+    INDEX,
+    SEQS,
+    VECTORS,
     choose_spec,
     document_ranges,
     index_settings,
@@ -79,7 +85,6 @@ PIECES = 32  # parts of the corpus for each worker: what is done before its turn
 HANDFUL = 4_000_000  # bytes of results that go back at a time
 STORE = 2**27  # bytes of Ray's object store for each worker, and as much for Ray's own use twice
 SHARD = 2**18  # vectors in a shard of the index
-AT_A_TIME = 1024  # chunks searched together
 TASKS = 4096  # that Ray has to keep account of; where there are more blocks, some share one
 TRAINED = "trained.index"
 ATTEMPTS = 5  # to start Ray
@@ -349,7 +354,7 @@ def build_store(
         _embed(folder, stats["chunks"], bert, use_cls_repr, workers)
         spec = choose_spec(stats["chunks"], embedding_dim(bert), **index_options)
         _index(folder, spec, workers)
-        exclude = document_ranges(open_array(folder / "doc_ids.npy"), keep_out(stats["docs"]))
+        exclude = document_ranges(open_array(folder / DOC_IDS), keep_out(stats["docs"]))
         _search(folder, knn, exclude, max_similarity, workers)
 
 
@@ -374,7 +379,7 @@ def _chunk(
     return write_chunks(
         cut,
         documents,
-        [folder / name for name in ("chunks.npy", "seqs.npy", "doc_ids.npy")],
+        [folder / name for name in (CHUNKS, SEQS, DOC_IDS)],
         tokenizer,
         chunk_size=chunk_size,
         seq_len=seq_len,
@@ -393,7 +398,7 @@ def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], argume
 def _embed(folder: Path, count: int, bert: PathLike | None, use_cls_repr: bool, workers: int) -> None:
     import ray
 
-    chunks_path, path, dim = folder / "chunks.npy", folder / "chunks.embedded.npy", embedding_dim(bert)
+    chunks_path, path, dim = folder / CHUNKS, folder / VECTORS, embedding_dim(bert)
     settings = embedding_settings(chunks_path, count, bert, use_cls_repr)
     device = torch.device("cuda") if ray.cluster_resources().get("GPU", 0) else torch.device("cpu")
 
@@ -409,7 +414,7 @@ def _embed(folder: Path, count: int, bert: PathLike | None, use_cls_repr: bool, 
 
 def _index(folder: Path, spec: str, workers: int) -> None:
     """Train on a sample, let workers fill shards, and merge these; what has no lists is filled here."""
-    path, vectors_path = folder / "knn.index", folder / "chunks.embedded.npy"
+    path, vectors_path = folder / INDEX, folder / VECTORS
     vectors, settings = open_array(vectors_path), index_settings(vectors_path, spec)
 
     def build() -> dict:
@@ -445,9 +450,7 @@ def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[
 
 
 def _search(folder: Path, k: int, exclude: Ranges, max_similarity: float | int | None, workers: int) -> None:
-    index_path, vectors_path, doc_ids_path = (
-        folder / name for name in ("knn.index", "chunks.embedded.npy", "doc_ids.npy")
-    )
+    index_path, vectors_path, doc_ids_path = (folder / name for name in (INDEX, VECTORS, DOC_IDS))
     options = {"exclude": exclude, "max_similarity": max_similarity}
     files = {"index_path": index_path, "vectors_path": vectors_path, "doc_ids_path": doc_ids_path}
 
@@ -456,4 +459,4 @@ def _search(folder: Path, k: int, exclude: Ranges, max_similarity: float | int |
 
     settings = knn_settings(index_path, doc_ids_path, k, max_similarity)
     index, vectors, doc_ids = read_index(index_path, mapped=True), open_array(vectors_path), open_array(doc_ids_path)
-    write_neighbours(knn_path(folder / "chunks.npy", exclude), fill, settings, index, vectors, doc_ids, **options)
+    write_neighbours(knn_path(folder / CHUNKS, exclude), fill, settings, index, vectors, doc_ids, **options)

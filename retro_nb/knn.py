@@ -42,6 +42,11 @@ from retro_nb.index import (
 from retro_nb.manifest import array_key, cached, file_record, read_manifest
 from retro_nb.storage import PathLike, ResumableRows, open_array
 
+# The files of a store in one folder, as TrainingWrapper lays them.
+CHUNKS, SEQS, DOC_IDS = "chunks.npy", "seqs.npy", "doc_ids.npy"
+VECTORS, INDEX, NEIGHBOURS = "chunks.embedded.npy", "knn.index", "chunks.knn.npy"
+
+AT_A_TIME = 1024  # chunks searched and saved together
 RECALL_QUERIES = 2000
 MOST_AT_ONCE = 2**23  # neighbours held in memory while near-duplicates are sorted out
 
@@ -173,10 +178,10 @@ def chunks_to_index_and_embed(
     chunk_size: int,
     chunk_memmap_path: PathLike,
     use_cls_repr: bool = False,
-    max_rows_per_file: int = 1024,
+    max_rows_per_file: int = AT_A_TIME,
     chunks_to_embeddings_batch_size: int | None = None,
     embed_dim: int | None = None,
-    index_file: str = "knn.index",
+    index_file: str = INDEX,
     index: str | None = None,
     max_index_memory_usage: str | int | None = None,
     current_memory_available: str | int | None = None,
@@ -264,12 +269,12 @@ def chunks_to_precalculated_knn_(
     chunk_size: int,
     chunk_memmap_path: PathLike,
     doc_ids_memmap_path: PathLike,
-    max_rows_per_file: int = 1024,
+    max_rows_per_file: int = AT_A_TIME,
     num_extra_neighbors: int = 0,
     keep_out: Sequence[int] = (),
     max_similarity: float | int | None = None,
     force_reprocess: bool = False,
-    index_file: str = "knn.index",
+    index_file: str = INDEX,
     progress: bool = True,
     **index_kwargs: object,
 ) -> tuple[Path, faiss.Index]:
@@ -375,7 +380,7 @@ def write_neighbours(
     return cached(path, settings, build, force_reprocess=force_reprocess)
 
 
-def knn_stats(chunk_memmap_path: PathLike, index_file: str = "knn.index", exclude: Ranges = ()) -> dict:
+def knn_stats(chunk_memmap_path: PathLike, index_file: str = INDEX, exclude: Ranges = ()) -> dict:
     """What was measured at the build: `index`, `bytes`, `recall` (at k), `missing` neighbours, seconds."""
     paths = Path(chunk_memmap_path).parent / index_file, knn_path(chunk_memmap_path, exclude)
     index, found = (read_manifest(path.parent)[path.name]["stats"] for path in paths)

@@ -52,7 +52,21 @@ from retro_nb.index import (
     read_index,
     write_index,
 )
-from retro_nb.knn import choose_spec, index_settings, index_stats, knn_settings, neighbours, write_neighbours
+from retro_nb.knn import (
+    AT_A_TIME,
+    CHUNKS,
+    DOC_IDS,
+    INDEX,
+    NEIGHBOURS,
+    SEQS,
+    VECTORS,
+    choose_spec,
+    index_settings,
+    index_stats,
+    knn_settings,
+    neighbours,
+    write_neighbours,
+)
 from retro_nb.manifest import (
     STAGING,
     array_key,
@@ -75,10 +89,6 @@ from retro_nb.storage import (
     writing,
 )
 from retro_nb.tokens import get_tokenizer
-
-CHUNKS, SEQS, DOC_IDS = "chunks.npy", "seqs.npy", "doc_ids.npy"
-VECTORS, INDEX, NEIGHBOURS = "chunks.embedded.npy", "knn.index", "chunks.knn.npy"
-AT_A_TIME = 1024  # chunks searched and saved together
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from retro_nb.chunked import ChunkedLM
 from retro_nb.chunking import chunk_settings, documents_to_chunks_
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
-from retro_nb.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
+from retro_nb.knn import CHUNKS, DOC_IDS, INDEX, SEQS, chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, left_pad, top_k
@@ -31,7 +31,7 @@ from retro_nb.sources import OPTIONS, is_path, open_corpus
 from retro_nb.storage import WORK, PathLike, open_array, plain, tell, write_json
 from retro_nb.tokens import PAD_ID, TextTokenizer, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents
-from retro_nb.updating import CHUNKS, INDEX, update_store, why_not
+from retro_nb.updating import update_store, why_not
 
 
 def _default_work_dir(documents: Any, described: Any) -> Path:
@@ -158,7 +158,7 @@ class TrainingWrapper(nn.Module):
         keep_out: float | int | Sequence[int] = (),
         knn_extra_neighbors: int = 0,
         processed_stats_json_path: PathLike | None = None,
-        faiss_index_filename: str = "knn.index",
+        faiss_index_filename: str = INDEX,
         work_dir: PathLike | None = None,
         bert: PathLike | None = None,
         tokenizer: int | PathLike | None = None,  # in this order, in which `settings.cast` tries them
@@ -179,9 +179,9 @@ class TrainingWrapper(nn.Module):
             self.tokenizer = get_tokenizer(tokenizer or retro.tokenizer or bert)
         self._check_tokenizer(retro, self.tokenizer.size, self.tokenizer.ids.pad, self.tokenizer.fingerprint)
         paths = {
-            "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / "chunks.npy"),
-            "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / "seqs.npy"),
-            "doc_ids_memmap_path": Path(doc_ids_memmap_path or self.work_dir / "doc_ids.npy"),
+            "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / CHUNKS),
+            "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / SEQS),
+            "doc_ids_memmap_path": Path(doc_ids_memmap_path or self.work_dir / DOC_IDS),
         }
         own_names = {chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path} == {None}
         if own_names and faiss_index_filename == INDEX:

@@ -100,6 +100,27 @@ LLAMA_3 = (
 )
 
 
+@pytest.fixture(scope="session")
+def assert_whole() -> Callable[[Callable], None]:
+    """Draw a figure in the house style; it must leave none open, and have nothing beyond its edges."""
+    from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from retro_nb.plotting import use_style
+
+    def check(draw: Callable) -> None:
+        with plt.rc_context():
+            use_style()
+            figure = draw()
+            assert not plt.get_fignums()
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+        drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
+        assert -0.02 <= drawn.x0 and -0.02 <= drawn.y0 and drawn.x1 <= width + 0.02 and drawn.y1 <= height + 0.02
+
+    return check
+
+
 @pytest.fixture
 def sample_corpus() -> list[Document]:
     """Five documents of 9 to 400 words, words of one and of several pieces; the same each time."""

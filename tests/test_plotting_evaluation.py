@@ -3,18 +3,14 @@
 import html.parser
 import re
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from retro_nb.evaluation import MODES
 from retro_nb.plotting import evaluation as plots
-from retro_nb.plotting import use_style
 
 SEEDS = [0.31, 0.28, 0.35]
 FACTS = {"baseline": [3.7, 3.69], "on": SEEDS, "off": [3.9], "shuffled": [4.0, 4.4], "N only": [1.0], "F only": [2.0]}
@@ -44,15 +40,8 @@ FIGURES = {  # each function once, on invented numbers
 
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
-def test_a_figure_is_closed_and_cuts_nothing_off(draw):
-    with rc_context():
-        use_style()
-        figure = draw()
-        assert not plt.get_fignums()
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
-    assert -0.02 <= drawn.x0 and -0.02 <= drawn.y0 and drawn.x1 <= width + 0.02 and drawn.y1 <= height + 0.02
+def test_a_figure_is_closed_and_cuts_nothing_off(draw, assert_whole):
+    assert_whole(draw)
 
 
 def test_every_condition_has_a_colour_of_its_own():

@@ -3,17 +3,13 @@
 from collections import Counter
 from itertools import pairwise
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from retro_nb.evidence import results
 from retro_nb.plotting import retrofit as figures
-from retro_nb.plotting import use_style
 from retro_nb.plotting.style import COLOURS
 
 FROZEN, ADDED = {"words": 200_000, "layers": 154_000, "last norm": 1_000}, {"encoder": 80_000, "CCA": 65_000}
@@ -41,15 +37,8 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
-def test_a_figure_is_closed_and_cuts_nothing_off(draw):
-    with rc_context():
-        use_style()
-        figure = draw()
-        assert not plt.get_fignums()
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
-    assert -0.02 <= drawn.x0 and -0.02 <= drawn.y0 and drawn.x1 <= width + 0.02 and drawn.y1 <= height + 0.02
+def test_a_figure_is_closed_and_cuts_nothing_off(draw, assert_whole):
+    assert_whole(draw)
 
 
 def title(axes) -> str:

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import matplotlib.pyplot as plt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,11 +57,8 @@ def drawn(draw):
 
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
-def test_a_figure_is_closed_and_cuts_nothing_off(draw):
-    figure, canvas = drawn(draw)
-    assert not plt.get_fignums()
-    box, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
-    assert -0.02 <= box.x0 and -0.02 <= box.y0 and box.x1 <= width + 0.02 and box.y1 <= height + 0.02
+def test_a_figure_is_closed_and_cuts_nothing_off(draw, assert_whole):
+    assert_whole(draw)
 
 
 @pytest.mark.parametrize("draw", [draw for name, draw in FIGURES.items() if name != "workers"])

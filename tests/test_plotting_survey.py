@@ -1,14 +1,10 @@
 """The figures of a survey: what is drawn is what they are given, nothing is cut off, and each is shown once."""
 
-import matplotlib.pyplot as plt
 import pytest
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from retro_nb.costs import Rates, Size, Step
 from retro_nb.plotting import survey as figures
-from retro_nb.plotting import use_style
 from retro_nb.plotting.style import COLOURS
 from retro_nb.survey import Survey
 
@@ -43,15 +39,8 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
-def test_a_figure_is_closed_and_cuts_nothing_off(draw):
-    with rc_context():
-        use_style()
-        figure = draw()
-        assert not plt.get_fignums()
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
-    assert -0.02 <= drawn.x0 and -0.02 <= drawn.y0 and drawn.x1 <= width + 0.02 and drawn.y1 <= height + 0.02
+def test_a_figure_is_closed_and_cuts_nothing_off(draw, assert_whole):
+    assert_whole(draw)
 
 
 def title(axes) -> str:
