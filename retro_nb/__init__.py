@@ -12,11 +12,11 @@ from retro_nb.index import build_index, exact_search, search
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_, neighbours
 from retro_nb.libraries import docstrings
 from retro_nb.model import RETRO
+from retro_nb.opening import open_corpus
 from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.retrofit import RETROfit, retrofit
 from retro_nb.sampling import generate, gumbel_sample, left_pad, top_k, top_p
 from retro_nb.scale import Plan
-from retro_nb.sources import open_corpus
 from retro_nb.survey import Survey, survey
 from retro_nb.tables import hf_dataset, parquet
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, get_tokenizer, tokenize, train_tokenizer

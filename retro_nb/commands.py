@@ -28,8 +28,8 @@ from retro_nb.evaluation import bytes_of_chunks, evaluate
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.lesson import Run
 from retro_nb.model import RETRO
+from retro_nb.opening import NAMED, OPTIONS, recognise
 from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
-from retro_nb.sources import NAMED, OPTIONS, recognise
 from retro_nb.storage import ROOT, plain, replacing
 from retro_nb.survey import Survey, survey
 from retro_nb.tokens import PAD_ID, get_tokenizer

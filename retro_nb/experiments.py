@@ -92,7 +92,7 @@ def _from_here(name: str, value: Any) -> Any:
     """A corpus that is a file or folder where the command was given: the notebook runs in a folder of its own."""
     if name != "corpus":
         return value
-    from retro_nb.sources import is_path  # takes a while
+    from retro_nb.opening import is_path  # takes a while
 
     return str(Path(value).resolve()) if is_path(value) and Path(value).exists() else value
 

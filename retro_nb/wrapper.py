@@ -25,9 +25,9 @@ from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import CHUNKS, DOC_IDS, INDEX, SEQS, chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.manifest import cached, finish_replacement, read_manifest, reprocess_requested
+from retro_nb.opening import OPTIONS, is_path, open_corpus
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
 from retro_nb.sampling import generate, left_pad, top_k
-from retro_nb.sources import OPTIONS, is_path, open_corpus
 from retro_nb.storage import WORK, PathLike, open_array, plain, tell, write_json
 from retro_nb.tokens import PAD_ID, TextTokenizer, decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import fit, get_optimizer, hold_out, of_documents, without_documents

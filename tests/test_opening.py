@@ -12,7 +12,7 @@ import pytest
 
 from retro_nb import Document, almanac, docstrings, hf_dataset, jsonl, parquet, speeches, text_folder
 from retro_nb.commands import choose_corpus, choose_settings
-from retro_nb.sources import NAMED, open_corpus, recognise
+from retro_nb.opening import NAMED, open_corpus, recognise
 from retro_nb.storage import WORK
 from retro_nb.wrapper import as_corpus
 
