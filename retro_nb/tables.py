@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from retro_nb.corpus import MEGABYTE, Document, check_count, decode_text, digest, part_of, record_document
 
@@ -74,10 +72,13 @@ class parquet:
 
     def _row_groups(self, path: Path) -> list[tuple[int, int]]:
         """Check one file by its footer -> rows and bytes of texts of each row group."""
+        import pyarrow.parquet as pq  # here and below: only those who read tables need it
+        from pyarrow import ArrowInvalid
+
         try:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-        except pa.ArrowInvalid as error:
+        except ArrowInvalid as error:
             raise ValueError(f"{path} is no parquet file ({error}): pass one, or a folder without others") from None
         _columns(path, schema.names, self.text_field, self.title_field)
         kind = schema.field(self.text_field).type
@@ -101,6 +102,8 @@ class parquet:
 
     def _rows(self, name: str, groups: list[tuple[int, int]], first: int, stop: int) -> Iterator[Document]:
         """The documents of rows first … stop - 1 of one file."""
+        import pyarrow.parquet as pq
+
         row = 0
         # With a buffer of its own a column comes page by page; without one, a whole row group at once.
         with pq.ParquetFile(self._folder / name, buffer_size=MEGABYTE, pre_buffer=False) as file:
@@ -116,8 +119,8 @@ class parquet:
                         at += len(batch)
                 row += rows
 
-    def _documents(self, name: str, row: int, batch: pa.RecordBatch) -> Iterator[Document]:
-        """The documents of some rows, the first of which has this number in its file."""
+    def _documents(self, name: str, row: int, batch: Any) -> Iterator[Document]:
+        """The documents of a record batch, whose first row has this number in its file."""
         texts = _values(batch.column(self.text_field))
         titled = self.title_field in batch.schema.names
         titles = _values(batch.column(self.title_field)) if titled else [(None, 0)] * len(texts)
@@ -149,8 +152,10 @@ class parquet:
         } | said
 
 
-def _holds_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds strings, or bytes that may be some."""
+def _holds_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds strings, or bytes that may be some."""
+    import pyarrow as pa
+
     try:
         pa.nulls(0, kind).cast(pa.large_binary())
         return True
@@ -158,8 +163,10 @@ def _holds_text(kind: pa.DataType) -> bool:
         return False
 
 
-def _values(column: pa.Array) -> list[tuple[Any, int]]:
-    """Its values, each with its number of U+FFFD: strings are decoded here, as writers need not check them."""
+def _values(column: Any) -> list[tuple[Any, int]]:
+    """An Arrow array's values, each with its number of U+FFFD: strings are decoded here, as writers need not check."""
+    import pyarrow as pa
+
     if not _holds_text(column.type):
         return [(value, 0) for value in column.to_pylist()]
     found = column.cast(pa.large_binary()).to_pylist()
