@@ -5,9 +5,11 @@
     shuffled   the neighbours of a chunk of another document: what a model gains by reading anything at all
     N only     the retrieved chunks without their continuations
     F only     the continuations alone
+    oracle     the very chunk that comes next, with its continuation: what a perfect retriever would find
 
-A model that ignores what it retrieves scores the same on and shuffled. [CLS] is given and [SEP] is no text:
-neither is counted, so that the bits are those of the text, and its bytes are those of the original.
+A model that ignores what it retrieves scores the same on and shuffled; one that gains nothing from the oracle cannot
+read, and says nothing about retrieval. [CLS] is given and [SEP] is no text: neither is counted, so that the bits are
+those of the text, and its bytes are those of the original.
 
 Shapes: c chunks of the corpus, m tokens in each; e documents that are evaluated.
 """
@@ -34,7 +36,7 @@ from retro_nb.storage import PathLike, open_array
 from retro_nb.tokens import TextTokenizer
 from retro_nb.training import check_store, of_documents
 
-MODES = ("on", "off", "shuffled", "N only", "F only")
+MODES = ("on", "off", "shuffled", "N only", "F only", "oracle")
 RESAMPLES = 10_000
 
 # token by token
@@ -62,12 +64,15 @@ def token_losses(
     Raises:
         ValueError: an unknown mode, a store of another chunk size or tokenizer, a document without a sequence, or a
             single document to shuffle.
+        FloatingPointError: a loss that is not finite, naming the document and the mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
     check_store(retro, dataset)
     if mode == "shuffled":
         dataset = dataset.with_neighbours(shuffled(dataset.knns, dataset.doc_ids, documents, seed))
+    elif mode == "oracle":
+        dataset = dataset.with_neighbours(next_chunks(dataset.doc_ids))
     sequences = of_documents(dataset, documents)
     if missing := set(documents) - set(dataset.sequence_documents.tolist()):
         raise ValueError(f"document {min(missing)} is not in this corpus: pass numbers of its documents")
@@ -79,7 +84,9 @@ def token_losses(
         for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
             nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
             for nats, row in zip(nats_of_batch, seq, strict=True):
-                _put(losses, nats, row, next(firsts), dataset.eos_id)
+                first, text = next(firsts), (row[1:] != dataset.eos_id) & (row[1:] != dataset.pad_id)
+                _check_finite(nats[text], dataset.doc_ids[first], mode)
+                _put(losses, nats, text, first)
     finally:
         retro.train(was_training)
     return losses
@@ -97,13 +104,25 @@ def _read(retrieved: Int[Tensor, "b l k r"], mode: str, pad_id: int) -> Int[Tens
     return retrieved
 
 
-def _put(
-    losses: np.ndarray, nats: Float32[Tensor, " n"], seq: Int[Tensor, " n_plus_1"], first: int, eos_id: int
-) -> None:
-    """Nats of the labels of a sequence that begins with chunk `first`: the label i belongs to token i + 1."""
-    text = (seq[1:] != eos_id) & ~nats.isnan()
+def _check_finite(nats: Float32[Tensor, " _"], document: int | np.integer, mode: str) -> None:
+    """Refuse losses of text that are not finite: in the array, NaN means that a token is not counted."""
+    if not nats.isfinite().all():
+        raise FloatingPointError(
+            f"document {document}, mode {mode!r}: a token's loss is {nats[~nats.isfinite()][0]}, so the model's logits "
+            f"are not finite; look at its weights, or evaluate it in float32"
+        )
+
+
+def _put(losses: np.ndarray, nats: Float32[Tensor, " n"], text: Bool[Tensor, " n"], first: int) -> None:
+    """Nats of the labels that are text, of a sequence that begins with chunk `first`: label i is token i + 1."""
     places = first * losses.shape[1] + 1 + text.nonzero()[:, 0]
     losses.reshape(-1)[places.numpy()] = nats[text].numpy()
+
+
+def next_chunks(doc_ids: Int[np.ndarray, " c"]) -> Int[np.ndarray, "c 1"]:
+    """What a perfect retriever would find for each chunk: the one that follows in its document; −1 at its end."""
+    follows = np.append(doc_ids[1:] == doc_ids[:-1], False)
+    return np.where(follows, np.arange(1, len(doc_ids) + 1), NO_NEIGHBOUR)[:, None].astype(np.int32)
 
 
 def shuffled(
@@ -134,13 +153,13 @@ def shuffled(
 def bits_per_byte(
     nats: Float64[np.ndarray, "*any"] | np.floating, size: Int[np.ndarray, "*any"] | np.integer
 ) -> Float64[np.ndarray, "*any"] | np.floating:
-    """What so many nats are on so many bytes."""
+    """Bits per byte for a loss in nats over a number of bytes."""
     return nats / math.log(2) / size
 
 
 @dataclass(frozen=True)
 class Score:
-    """What documents cost one model in one mode."""
+    """The loss of one model in one mode on e documents."""
 
     nats: Float64[np.ndarray, " e"]
     tokens: Int64[np.ndarray, " e"]

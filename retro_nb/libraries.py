@@ -27,7 +27,7 @@ PACKAGES = {
 
 # Folders and files of a library that are its tests, or its copies of other projects.
 TESTS = r"_?tests?|_?testing|test[-_].*|conftest"
-LEFT_OUT = re.compile(rf"{TESTS}|_?vendor.*|externals|third_party|array_api_(compat|extra)")
+LEFT_OUT = re.compile(rf"{TESTS}|_?vendor.*|externals|third_?party.*|array_api_(compat|extra)")
 
 PROPERTY = re.compile(r"property|\.(setter|deleter)$")  # decorators of what is used like an attribute
 
@@ -60,7 +60,7 @@ class docstrings:
             raise ValueError(f"min_chars {min_chars} is less than 1: pass a positive number")
         if isinstance(packages, str) or (packages is not None and not packages):
             raise ValueError(f"packages {packages!r} is no list of names: pass e.g. ['numpy'], or None for the usual")
-        found = {name: _source_files(name) for name in packages or PACKAGES}
+        found = {name: source_files(name) for name in packages or PACKAGES}
         missing = [name for name, files in found.items() if not files]
         if missing and (packages or len(missing) == len(PACKAGES)):
             wanted = " ".join(PACKAGES.get(name, name) for name in missing)
@@ -98,7 +98,7 @@ class docstrings:
         }
 
 
-def _source_files(package: str) -> list[tuple[str, Path]]:
+def source_files(package: str) -> list[tuple[str, Path]]:
     """The Python files of a package that are its own, with paths relative to site-packages; none if not installed."""
     if not package.isidentifier():
         raise ValueError(f"package {package!r} is not a name to import: pass the outermost one, e.g. 'sklearn'")
