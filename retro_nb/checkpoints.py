@@ -1,194 +1,291 @@
-"""What a training run leaves behind: its history, its log file and its checkpoints (used by `training.fit`).
+"""Checkpoints of a training run, and how it stops between two steps (used by `training.fit`).
 
-    out_dir/log.jsonl                  one record a step
-    out_dir/checkpoints/step-00000100  weights, optimizer, random states, settings
+    out_dir/checkpoints/step-00000100  weights, optimizer, random states; fit.json: settings, digests of the files
 
-A run may be killed at any point. What it finds when it starts again is a whole checkpoint, and a log that is
-cut back to it.
+A run may be killed at any point, and the machine may crash. What it finds when it starts again is a whole checkpoint,
+or the one before that.
 """
 
 import json
 import math
-import os
+import pickle
+import random
+import re
 import shutil
 import signal
 import threading
-import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
+from retro_nb.log import History, read_log, whole_records  # noqa: F401
+from retro_nb.manifest import file_record
 from retro_nb.pretrained import load_weights
-from retro_nb.storage import PathLike, replacing, write_json
+from retro_nb.runs import by_main, data_identity
+from retro_nb.storage import PathLike, move_settled, plain, settle, write_json
+
+MARK = "fit.json"  # is in every folder that `fit` has made: the first file to come and the last to go
+OPTIMIZER = "optimizer.bin"
+START_OVER = "resume=False to start over, or another out_dir"
 
 
-class History(list[dict[str, Any]]):
-    """One record a step: step, loss (nats per token), lr, grad_norm (before clipping), tokens (seen so far),
-    tokens_per_second, seconds (spent training so far), waiting_seconds (those of them in which there was no
-    batch yet), and valid_loss where it was measured."""
-
-    def curve(self, name: str) -> tuple[list[int], list]:
-        """Steps and values of a quantity where it was recorded: `plt.plot(*history.curve("valid_loss"))`."""
-        records = [record for record in self if name in record]
-        return [record["step"] for record in records], [record[name] for record in records]
-
-    @property
-    def steps(self) -> list[int]:
-        return self.curve("loss")[0]
-
-    @property
-    def losses(self) -> list[float]:
-        return self.curve("loss")[1]
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold a number that is not finite. It waits for the device, once."""
+    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+    if not named:
+        return []
+    finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in named]).tolist()
+    return [name for (name, _), sound in zip(named, finite, strict=True) if not sound]
 
 
-def read_log(path: PathLike) -> History:
-    """Read a run's log.jsonl. A last line that a killed process left unfinished is not counted."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return History(json.loads(line) for line in lines if line.endswith("\n"))
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's random numbers, as tensors and plain numbers."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _to_lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Go on with the random numbers where `random_states` was called."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
-class Log:
-    """The records of a run in memory, on the progress bar and, given a file, on disk.
-
-    Losses stay on the device until `collect` reads many at once: each reading makes a GPU wait.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, out_dir: PathLike | None, done: int, steps: int, progress: bool
-    ) -> None:
-        path = Path(out_dir) / "log.jsonl" if out_dir else None
-        self.accelerator, self.history, self.pending, self.waited = accelerator, History(), [], 0.0
-        if path and path.exists():  # records beyond the checkpoint are of steps that will be done again
-            self.history.extend(record for record in read_log(path) if record["step"] <= done)
-        accelerator.wait_for_everyone()
-        self.path = path if accelerator.is_main_process else None
-        if self.path:
-            with replacing(self.path) as temporary:
-                temporary.write_text(_to_lines(self.history), encoding="utf-8")
-        self.written = len(self.history)
-        hidden = not (progress and accelerator.is_main_process)
-        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=hidden)
-
-    def begin_step(self, stream: Iterator[Any]) -> Any:
-        """The next of the stream; the wait for it is measured."""
-        begun = time.perf_counter()
-        if not self.pending:
-            self.clock, self.waited = begun, 0.0
-        item = next(stream)
-        self.waited += time.perf_counter() - begun
-        return item
-
-    def end_step(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, tokens: Tensor) -> None:
-        self.pending.append((step, lr, loss, grad_norm, tokens))
-        self.bar.update()
-
-    def collect(self) -> dict[str, Any]:
-        """Turn the steps since the last call into records and return the newest."""
-        steps, rates, losses, norms, tokens = zip(*self.pending, strict=True)
-        losses = self.accelerator.reduce(torch.stack(losses)).tolist()
-        norms, tokens = torch.stack(norms).tolist(), torch.stack(tokens).tolist()
-        spent = time.perf_counter() - self.clock
-        last = self.history[-1] if self.history else {}
-        seen, seconds, waited = (last.get(name, 0) for name in ("tokens", "seconds", "waiting_seconds"))
-        speed = sum(tokens) / spent
-        pace = {"tokens_per_second": speed, "seconds": seconds + spent, "waiting_seconds": waited + self.waited}
-        self.pending.clear()
-        for step, lr, loss, norm, count in zip(steps, rates, losses, norms, tokens, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.write()
-                raise FloatingPointError(
-                    f"step {step}: the loss is {loss} and the gradient norm {norm}. Lower lr (now {lr:.2g}), "
-                    f"lengthen the warm-up, or look for a batch without tokens; earlier checkpoints are sound"
-                )
-            seen += count
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": seen}
-            self.history.append(record | pace)
-        self.bar.set_postfix({"loss": f"{losses[-1]:.3f}", "tokens/s": f"{speed:,.0f}"})
-        return self.history[-1]
-
-    def write(self) -> None:
-        if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_to_lines(self.history[self.written :]))
-        self.written = len(self.history)
-
-    def close(self) -> None:
-        self.bar.close()
+def _load_plain(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values: nothing in the file is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own words advise to execute it
+        raise ValueError(f"{path} holds more than tensors and plain values, so `fit` has not written it") from None
 
 
 class Checkpoints:
-    """The newest checkpoint of a run, in out_dir/checkpoints/step-N.
+    """The two newest checkpoints of a run, in out_dir/checkpoints/step-N.
 
-    It is written under another name and renamed when it is whole, and only then is the one before it removed:
-    whenever the process is killed, the newest `step-N` is good.
+    Each is written under another name, and renamed when it is whole and on the disk. Only then is the one before the
+    last removed. Files that were damaged since are found by their digests.
+
+    Args:
+        accelerator, retro, train: of the run.
+        out_dir: its folder; without one, nothing is saved.
+        run: the settings that its losses depend on.
+        resume: go on from the newest whole checkpoint; False deletes those that are there.
+
+    Raises:
+        ValueError: the newest checkpoint is of another model, of other settings or data; or none is whole.
+        FileExistsError: something that `fit` has not made lies where a checkpoint is to be saved.
     """
 
     def __init__(
-        self, accelerator: Accelerator, retro: nn.Module, out_dir: PathLike | None, run: dict, resume: bool
+        self,
+        accelerator: Accelerator,
+        retro: nn.Module,
+        train: Dataset,
+        out_dir: PathLike | None,
+        run: dict[str, Any],
+        resume: bool,
     ) -> None:
         self.accelerator, self.retro = accelerator, retro
-        self.folder = Path(out_dir) / "checkpoints" if out_dir else None
-        self.identity = json.loads(json.dumps({"model": retro.config, "run": run}))
-        if self.folder and not resume and accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        self.newest = max(self.folder.glob("step-*"), default=None) if self.folder else None
-        self.step = self._check(self.newest) if self.newest else 0
-        accelerator.register_save_state_pre_hook(self._save_model)
-        accelerator.register_load_state_pre_hook(self._load_model)
+        self.folder: Path | None = None
+        self.newest: Path | None = None  # the last one known to be whole
+        if out_dir is None:
+            return
+        self.folder, self.log_path = Path(out_dir) / "checkpoints", Path(out_dir) / "log.jsonl"
+        if accelerator.is_main_process:
+            settings = {name: "inf" if value == math.inf else value for name, value in run.items()}  # JSON has none
+            self.identity = plain({"model": retro.config, "run": settings, "data": data_identity(train)})
+        self.newest = by_main(accelerator, partial(self._begin, resume))
 
-    def _check(self, newest: Path) -> int:
-        saved = json.loads((newest / "fit.json").read_text(encoding="utf-8"))
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        return _step(self.newest) if self.newest else 0
+
+    # looking for one
+
+    def _begin(self, resume: bool) -> Path | None:
+        if not resume:
+            self._delete([*self._all(), self.folder / "saving"])
+        newest = self._find() if resume else None
+        done = _step(newest) if newest else 0
+        self._delete([folder for folder in self._all() if _step(folder) < done][1:])  # what a kill has left
+        for folder in (self.folder / "saving", *self._all()):
+            if folder.exists() and not _made_by_fit(folder) and not _step(folder) <= done:
+                raise FileExistsError(
+                    f"{folder} has no {MARK}, so `fit` has not made it and does not delete it, but a checkpoint may "
+                    f"have to be saved there: move it away"
+                )
+        return newest
+
+    def _all(self) -> list[Path]:
+        """All folders with the name of a checkpoint, the newest first."""
+        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+        return sorted(found, key=_step, reverse=True)
+
+    def _find(self) -> Path | None:
+        """The newest whole checkpoint, with a warning if there are damaged ones that are newer."""
+        damaged: list[str] = []
+        for folder in self._all():
+            damage = self._damage(folder)
+            if damage is None:
+                if damaged:
+                    warnings.warn(f"going on from {folder}, since {'; '.join(damaged)}", stacklevel=2)
+                return folder
+            damaged.append(f"{folder.name}: {damage}")
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}. Put the files back from a copy to go "
+                f"on, or pass {START_OVER}"
+            )
+        return None
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint; None if it is whole.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        try:
+            saved = json.loads((folder / MARK).read_text(encoding="utf-8"))
+            files, identity = saved["files"], {part: saved[part] for part in self.identity}
+            if saved["step"] != _step(folder) or not all(isinstance(part, dict) for part in identity.values()):
+                raise ValueError(f"of step {saved['step']}")
+        except FileNotFoundError:
+            return f"{MARK} is missing"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{MARK} is empty, damaged or of an earlier version ({error!r})"
+        self._refuse_other(folder, identity)
+        for name, record in files.items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if (now := file_record(folder / name)) != record:
+                return f"{name} is damaged ({now['bytes']} of {record['bytes']} bytes)"
+        records, damage = whole_records(self.log_path)
+        steps = [record["step"] for record in records]
+        if steps[: _step(folder)] != list(range(1, _step(folder) + 1)):
+            return damage or f"{self.log_path.name} does not have each of its steps once"
+        return None
+
+    def _refuse_other(self, folder: Path, saved: dict[str, dict]) -> None:
         for part, settings in self.identity.items():
             for name in sorted(settings.keys() | saved[part].keys()):
                 there, here = saved[part].get(name), settings.get(name)
                 if there != here:
+                    kind = "other training data" if part == "data" else f"another {part}"
                     raise ValueError(
-                        f"{newest} is of another {part}: {name} is {there!r} there and {here!r} here. Pass the "
-                        f"same setting to go on, resume=False to start over, or another out_dir"
+                        f"{folder} is of {kind}: {name} is {there!r} there and {here!r} here. Pass the same to go on, "
+                        f"{START_OVER}"
                     )
-        return saved["step"]
 
-    # Accelerate would save the model as several processes wrap it, with other names for its weights. Saved on
-    # its own, it can go on with another number of processes, and from_pretrained reads it.
-    def _save_model(self, models: list, weights: list, folder: str) -> None:
-        weights.clear()
-        if self.accelerator.is_main_process:
-            self.retro.save_pretrained(folder)
+    # loading and saving
 
-    def _load_model(self, models: list, folder: str) -> None:
-        models.clear()
-        load_weights(self.retro.own_weights, folder)
-
-    def load(self) -> None:
-        if self.newest:
-            self.accelerator.load_state(str(self.newest))
-
-    def save(self, step: int) -> None:
-        temporary, target = self.folder / "saving", self.folder / f"step-{step:08d}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+    def load(self, optimizer: Optimizer) -> None:
+        """Give model, optimizer and random numbers the states of the newest checkpoint, if there is one."""
+        if self.newest is None:
+            return
         try:
-            self.accelerator.save_state(str(temporary))
+            load_weights(self.retro.own_weights, self.newest)
+            optimizer.load_state_dict(_load_plain(self.newest / OPTIMIZER))
+            states = self.newest / _states_name(self.accelerator.process_index)
+            if states.exists():  # there may have been fewer processes
+                set_random_states(_load_plain(states), self.accelerator.device)
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(f"could not load {self.newest}: {error}. Pass {START_OVER}") from error
+
+    def save(self, step: int, optimizer: Optimizer) -> None:
+        """Save a whole checkpoint, then remove all but the one before it. Numbers that are not finite are refused.
+
+        Raises:
+            FloatingPointError: a weight or a moment of the optimizer is not finite.
+            OSError: it could not be written.
+        """
+        self._refuse_not_finite(step, optimizer)
+        if self.folder is None:
+            return
+        target, saving = self.folder / f"step-{step:08d}", self.folder / "saving"
+        try:
+            by_main(self.accelerator, partial(self._open, saving, step))
+            states = random_states(self.accelerator.device)
+            torch.save(states, saving / _states_name(self.accelerator.process_index))
+            self.accelerator.wait_for_everyone()
+            by_main(self.accelerator, partial(self._close, saving, target, step, optimizer))
         except Exception as error:
             raise OSError(f"could not save {target}: {error}. The one before it is untouched") from error
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            write_json(temporary / "fit.json", {"step": step, **self.identity})
-            os.replace(temporary, target)
-            for old in set(self.folder.glob("step-*")) - {target}:
-                shutil.rmtree(old)
+        self.newest = target
+
+    def _refuse_not_finite(self, step: int, optimizer: Optimizer) -> None:
+        weights = list(self.retro.own_weights.named_parameters())
+        moments = [(f"{k} of {name}", x) for name, p in weights for k, x in optimizer.state.get(p, {}).items()]
+        if names := not_finite([*weights, *moments]):
+            raise FloatingPointError(
+                f"after step {step}, {len(names)} tensors of model and optimizer hold numbers that are not finite, "
+                f"{names[0]} first. No checkpoint was saved; {self.last_good()}. Start over with a lower lr or a "
+                f"smaller grad_clip (resume=False)"
+            )
+
+    def last_good(self) -> str:
+        """What there is to go back to, in words."""
+        return f"the last good checkpoint is {self.newest}" if self.newest else "there is no good checkpoint"
+
+    def _open(self, saving: Path, step: int) -> None:
+        _remove(saving)
+        saving.mkdir(parents=True)
+        write_json(saving / MARK, {"unfinished": step})
+
+    def _close(self, saving: Path, target: Path, step: int, optimizer: Optimizer) -> None:
+        self.retro.save_pretrained(saving)
+        torch.save(optimizer.state_dict(), saving / OPTIMIZER)
+        files = {file.name: file_record(file) for file in sorted(saving.iterdir()) if file.name != MARK}
+        for name in files:
+            settle(saving / name)
+        write_json(saving / MARK, {"step": step, "files": files, **self.identity})
+        _remove(target)  # a damaged one
+        move_settled(saving, target)
+        self._delete(set(self._all()) - {target, self.newest})
+
+    def _delete(self, folders: Iterable[Path]) -> None:
+        """Delete those that `fit` has made."""
+        for folder in filter(_made_by_fit, folders):
+            _remove(folder)
+
+
+def _step(folder: Path) -> float | int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else float("inf")
+
+
+def _states_name(process: int) -> str:
+    return f"random_states_{process}.bin"
+
+
+def _made_by_fit(folder: Path) -> bool:
+    """Whether `fit` has made a folder: it holds the mark, be it half written, or nothing at all."""
+    return folder.is_dir() and (any(folder.glob(f"{MARK}*")) or not any(folder.iterdir()))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder that `fit` has made, if it is there. Its mark goes last, so that a kill leaves it marked."""
+    if not folder.exists():
+        return
+    if not _made_by_fit(folder):
+        raise FileExistsError(f"{folder} has no {MARK}, so `fit` has not made it and does not delete it: move it away")
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name.startswith(MARK)):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    folder.rmdir()
 
 
 @contextmanager

@@ -21,19 +21,20 @@ import torch
 import yaml
 from accelerate import PartialState
 
-from retro_nb.checkpoints import History
 from retro_nb.cluster import build_store
 from retro_nb.embedding import best_device
 from retro_nb.evaluation import bytes_of_chunks, evaluate
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.lesson import Run
+from retro_nb.log import History
 from retro_nb.model import RETRO
 from retro_nb.opening import NAMED, OPTIONS, recognise
+from retro_nb.runs import FREE_SETTINGS, check_settings
 from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
 from retro_nb.storage import ROOT, plain, replacing
 from retro_nb.survey import Survey, survey
 from retro_nb.tokens import PAD_ID, get_tokenizer
-from retro_nb.training import FREE_SETTINGS, fit
+from retro_nb.training import fit
 from retro_nb.wrapper import TrainingWrapper, as_corpus, document_numbers, trained_tokenizer
 
 Settings = dict[str, Any]
@@ -68,7 +69,7 @@ FIT = parameters(TrainingWrapper.fit, "valid_share")
 FIT |= parameters(fit, without=("retro", "train", "valid", "measure", "progress"))
 BUILD = CORPUS | DATABASE | parameters(RETRO, "max_seq_len")
 TRAIN = CORPUS | DATABASE | MODEL | FIT
-MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir", "resume", "compile", "num_workers"}  # when a run goes on
+MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir"}  # when a run goes on
 
 
 def choose_settings(command: str, file: Path | None = None, given: dict[str, Any] | None = None) -> Settings:
@@ -232,8 +233,9 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
         The corpus with the trained model, and the log.
 
     Raises:
-        ValueError: `out_dir` holds a run with other settings.
+        ValueError: a setting of `fit` is out of range, or `out_dir` holds a run with other settings.
     """
+    check_settings(_of(settings, FIT))
     _check_same_run(settings)
     with processes() as here:
         main, out_dir = here.is_main_process, Path(settings["out_dir"])
@@ -285,7 +287,7 @@ def evaluate_run(
 
 
 def _check_same_run(settings: Settings) -> None:
-    """Meet other settings than those of the run in `out_dir` before hours are spent on building."""
+    """Refuse other settings than those of the run in `out_dir`, before hours are spent on building."""
     file = Path(settings["out_dir"]) / "settings.yaml"
     if not (settings["resume"] and file.exists()):
         return

@@ -1,7 +1,7 @@
 """Arrays on disk: written atomically, opened read-only.
 
-Every file is written under a temporary name and moved into place when it is whole, so a reader never meets
-half a file and a failed write leaves the previous one alone.
+Every file is written under a temporary name and moved into place when it is whole and on the disk, so a reader
+never meets half a file, and a failed write or a machine's crash leaves the previous one alone.
 """
 
 import errno
@@ -47,11 +47,31 @@ def naming(path: Path) -> Iterator[None]:
         ) from error
 
 
+def settle(path: PathLike) -> None:
+    """Wait until a file, or which files a folder has, is on the disk: so that a machine's crash does not lose it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot do this for a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def move_settled(source: PathLike, target: PathLike) -> None:
+    """Move what is on the disk over `target`, so that after a machine's crash either is there as a whole."""
+    os.replace(source, target)
+    settle(Path(target).parent)
+
+
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it over `path` if the block succeeds, delete it if not.
 
-    It is named after the process, so that no two processes write into one file.
+    It is on the disk before it is moved. Its name has the process's number, so that no two processes write into
+    one file.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -60,7 +80,8 @@ def replacing(path: PathLike) -> Iterator[Path]:
     try:
         yield temporary
         with naming(path):
-            os.replace(temporary, path)
+            settle(temporary)
+            move_settled(temporary, path)
     finally:
         with suppress(OSError):  # nothing is left to delete, or the disk has become read-only
             temporary.unlink()
@@ -68,7 +89,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """Like `replacing`, with the temporary file open; it is on the disk before it is moved."""
+    """Like `replacing`, with the temporary file open."""
     path = Path(path)
     with replacing(path) as temporary:
         with naming(path):
@@ -77,7 +98,6 @@ def writing(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
             yield file
             with naming(path):
                 file.flush()
-                os.fsync(file.fileno())
         finally:
             with suppress(OSError):  # closing tries again to write what a full disk did not take
                 file.close()
@@ -257,7 +277,7 @@ class ResumableRows:
             time.sleep(0.02)  # and not in a barrier, which a launch may let wait for ten minutes only
         if self.rank == 0 and self.partial.exists():
             with naming(self.path):
-                os.replace(self.partial, self.path)
+                move_settled(self.partial, self.path)
 
 
 # reading

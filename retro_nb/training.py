@@ -10,29 +10,31 @@ processes, bfloat16, a log, checkpoints and an exact resume. It is built on two 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from itertools import islice
-from typing import Any
+from itertools import count, islice
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from retro_nb.checkpoints import Checkpoints, History, Log, interrupt_between_steps, read_log  # noqa: F401
+from retro_nb.checkpoints import Checkpoints, interrupt_between_steps, not_finite
 from retro_nb.chunked import ChunkedLM
-from retro_nb.dataset import RETRODataset
 from retro_nb.devices import can_compile, send
+from retro_nb.log import History, Log, Skipped, read_log  # noqa: F401
+from retro_nb.runs import FREE_SETTINGS, check_data, check_store, only_run, resolve_settings  # noqa: F401
 from retro_nb.storage import PathLike
 
-PAPER_WARMUP_STEPS = 750  # appendix C.1
-FREE_SETTINGS = ("epochs", "log_every", "eval_every", "checkpoint_every")  # may change when a run goes on
+MOST_SKIPPED = 10  # steps in a row whose numbers are not finite
 
 
 def get_optimizer(
@@ -49,8 +51,16 @@ def get_optimizer(
         {"params": [param for param in kept if param.ndim >= 2]},
         {"params": [param for param in kept if param.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = bool(kept) and all(param.is_cuda for param in kept)
-    return AdamW(groups, lr=lr, weight_decay=wd, fused=fused or None)
+    fused = bool(kept) and all(param.device.type in ("cpu", "cuda") for param in kept)
+    return AdamW(groups, lr=lr, weight_decay=wd, fused=fused or None)  # fused, it can skip a step (`skip_step`)
+
+
+def skip_step(optimizer: AdamW, skip: Bool[Tensor, ""]) -> None:
+    """Let the optimizer's next step change nothing, neither weights nor moments nor its count of steps, if `skip`.
+
+    The device decides, so the CPU does not wait for it: the fused AdamW reads what torch's GradScaler tells it.
+    """
+    optimizer.found_inf = skip.float()
 
 
 def learning_rate(step: int, *, steps: int, lr: float = 3e-4, warmup_steps: int = 0) -> float:
@@ -103,10 +113,13 @@ def hold_out(
     Raises:
         ValueError: the share is not between 0 and 1, or there are fewer than two documents.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"the share {share} of documents to hold out is not between 0 and 1: pass e.g. 0.1")
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < 1:
+        raise ValueError(f"the share {share!r} of documents to hold out is not between 0 and 1: pass e.g. 0.1")
     if len(documents) < 2:
-        raise ValueError(f"{len(documents)} document(s) cannot be split by document: pass a larger corpus")
+        raise ValueError(
+            f"{len(documents)} document(s) cannot be split by document: pass a larger corpus, or the share 0 to hold "
+            f"none out"
+        )
     count = min(max(1, round(share * len(documents))), len(documents) - 1)
     return np.sort(np.random.default_rng(seed).permutation(documents)[:count])
 
@@ -145,29 +158,43 @@ def _forward_loss(
         return model(seq, retrieved, return_loss=True)
 
 
+class _LossSum(NamedTuple):
+    loss: float  # nats
+    tokens: int  # over which it was summed
+    bad: list[int]  # sequences in batches whose loss is not finite
+
+
 @torch.no_grad()
 def _loss_sum(
-    retro: nn.Module, dataset: Dataset, batch_size: int, retrieval: bool, precision: str
-) -> tuple[float, int]:
-    """Summed cross-entropy in nats over `dataset`, and the number of tokens it was summed over."""
+    retro: nn.Module, data: Dataset, batch_size: int, retrieval: bool, precision: str, share: tuple[int, int] = (0, 1)
+) -> _LossSum:
+    """Summed cross-entropy over `data`; with `share` (p, q), over every q-th sequence from the p-th on."""
     device, was_training = next(retro.parameters()).device, retro.training
-    total, tokens = 0.0, 0
+    numbers = range(share[0], len(data), share[1])
+    total, tokens, bad = 0.0, 0, []
     retro.eval()
     try:
         with torch.compiler.set_stance("force_eager"):  # sooner done than another compilation
-            for batch in DataLoader(dataset, batch_size, generator=torch.Generator()):
-                if count := int(_count_targets(retro, batch[0])):
-                    total += _forward_loss(retro, batch, device, retrieval, precision).item() * count
-                    tokens += count
+            batches = DataLoader(Subset(data, numbers), batch_size, generator=torch.Generator())
+            for first, batch in zip(count(step=batch_size), batches, strict=False):
+                if targets := int(_count_targets(retro, batch[0])):
+                    loss = _forward_loss(retro, batch, device, retrieval, precision).item()
+                    total, tokens = total + loss * targets, tokens + targets
+                    bad += [] if math.isfinite(loss) else numbers[first : first + batch_size]
     finally:
         retro.train(was_training)
-    return total, tokens
+    return _LossSum(total, tokens, bad)
 
 
-def _mean_loss(sums: list[tuple[float, int]]) -> float:
-    if not (tokens := sum(count for _, count in sums)):
+def _mean_loss(sums: list[_LossSum]) -> float:
+    if bad := sorted(number for each in sums for number in each.bad):
+        raise FloatingPointError(
+            f"the loss is not finite on sequences {bad} of the dataset to evaluate on, or on some of them: look at "
+            f"them, and at the model's weights"
+        )
+    if not (tokens := sum(each.tokens for each in sums)):
         raise ValueError("the dataset to evaluate on holds no token to predict: pass one with text in it")
-    return sum(loss for loss, _ in sums) / tokens
+    return sum(each.loss for each in sums) / tokens
 
 
 def evaluate_loss(
@@ -177,7 +204,11 @@ def evaluate_loss(
 
     `dataset` gives (seq (n+1,), retrieved (l, k, r)); padding is not counted, and every token counts the same
     whatever its batch. `retrieval="off"` drops the neighbours (the paper's RETRO[OFF]). The model stays on
-    its device and in the mode it was in. A ValueError meets a dataset without a token to predict.
+    its device and in the mode it was in.
+
+    Raises:
+        ValueError: the dataset holds no token to predict, or `retrieval` is unknown.
+        FloatingPointError: a loss that is not finite, naming the sequences.
     """
     if retrieval not in ("on", "off"):
         raise ValueError(f'retrieval {retrieval!r} is unknown: pass "on" or "off"')
@@ -187,57 +218,102 @@ def evaluate_loss(
 class _Trainer:
     """Model, optimizer and stream of batches of one run, as this process sees them."""
 
-    def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any], compile: bool) -> None:
+    def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any], train: Dataset) -> None:
         set_seed(run["seed"], device_specific=True)
-        self.accelerator, self.retro, self.run, self.was_training = accelerator, retro, run, retro.training
+        self.accelerator, self.retro, self.run, self.train = accelerator, retro, run, train
+        self.was_training = retro.training
         retro.train().to(accelerator.device)
         optimizer = get_optimizer(retro.parameters(), run["lr"], run["wd"], filter_by_requires_grad=True)
+        compile = run["compile"]
+        if compile is None:
+            compile = accelerator.device.type == "cuda" and can_compile("cuda")
         self.compiled = retro.compilable if compile else ()
         for module in self.compiled:
             module.compile()
         self.model, self.optimizer = accelerator.prepare(retro, optimizer)
 
-    def stream(self, train: Dataset, done: int, num_workers: int) -> Iterator[list[Sequence[Tensor]]]:
-        """The micro-batches (seq, retrieved) of step `done` + 1, then of the one after it, and so on."""
+    def _sampler(self, done: int, share: tuple[int, int]) -> ShuffledBatches:
         run, start = self.run, done * self.run["accumulate"]
-        share = (self.accelerator.process_index, self.accelerator.num_processes)
-        sampler = ShuffledBatches(len(train), run["batch_size"], run["seed"], start=start, share=share)
+        return ShuffledBatches(len(self.train), run["batch_size"], run["seed"], start=start, share=share)
+
+    def sequences(self, step: int) -> list[int]:
+        """The numbers in `train` of the sequences that a step reads, of all processes."""
+        batches = islice(self._sampler(step - 1, share=(0, 1)), self.run["accumulate"])
+        return [number for batch in batches for number in batch]
+
+    def stream(self, done: int) -> Iterator[list[Sequence[Tensor]]]:
+        """The micro-batches (seq, retrieved) of step `done` + 1, then of the one after it, and so on."""
+        sampler = self._sampler(done, (self.accelerator.process_index, self.accelerator.num_processes))
         # A generator of its own keeps the loader from drawing on the global one, which dropout uses.
         options = {"generator": torch.Generator(), "pin_memory": self.accelerator.device.type == "cuda"}
-        batches = iter(DataLoader(train, batch_sampler=sampler, num_workers=num_workers, **options))
+        batches = iter(DataLoader(self.train, batch_sampler=sampler, num_workers=self.run["num_workers"], **options))
         while True:
-            yield list(islice(batches, run["accumulate"]))
+            yield list(islice(batches, self.run["accumulate"]))
 
-    def step(self, step: int, batches: list[Sequence[Tensor]]) -> tuple[float, Tensor, Tensor, Tensor]:
-        """One optimizer step: (learning rate, this process's share of the loss, gradient norm, all tokens).
+    def step(self, step: int, batches: list[Sequence[Tensor]]) -> tuple[float, Float[Tensor, "2"], Int[Tensor, ""]]:
+        """One optimizer step: (learning rate, loss and gradient norm, tokens), of all processes together.
 
         Each micro-batch's mean loss is weighted by its share of the step's tokens. The factor `num_processes`
-        undoes the mean that several processes take over their gradients.
+        undoes the mean that several processes take over their gradients. Where loss or norm is not finite, no weight
+        changes; all processes see the same numbers, so they decide alike.
         """
         accelerator, device, run = self.accelerator, self.accelerator.device, self.run
         counts = send(torch.stack([_count_targets(self.retro, batch[0]) for batch in batches]), device)
         tokens = accelerator.reduce(counts.sum())
         step_loss = torch.zeros((), device=device)
-        for left, batch, count in zip(reversed(range(len(batches))), batches, counts, strict=True):
+        for left, batch, targets in zip(reversed(range(len(batches))), batches, counts, strict=True):
             with accelerator.no_sync(self.model) if left else nullcontext():  # processes meet at the last
                 loss = _forward_loss(self.model, batch, device, run["retrieval"], run["precision"])
-                share = loss.float() * (count / tokens)
+                share = loss.float() * (targets / tokens)
                 accelerator.backward(share * accelerator.num_processes)
             step_loss += share.detach()
         lr = learning_rate(step, steps=run["steps"], lr=run["lr"], warmup_steps=run["warmup_steps"])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), run["grad_clip"])
+        loss_and_norm = accelerator.reduce(torch.stack([step_loss, grad_norm.float() / accelerator.num_processes]))
+        skip_step(self.optimizer.optimizer, ~loss_and_norm.isfinite().all())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return lr, step_loss, grad_norm, tokens
+        return lr, loss_and_norm, tokens
 
-    def valid_loss(self, valid: Dataset) -> float:
-        """As `evaluate_loss`, each process taking a share of the sequences."""
+    def check_weights(self) -> None:
+        """Refuse a model whose weights are not finite before it is trained."""
+        if names := not_finite(self.retro.named_parameters()):
+            raise FloatingPointError(
+                f"{len(names)} weights hold numbers that are not finite before the first step, {names[0]} first: make "
+                f"or load the model again"
+            )
+
+    def check_skipped(self, skipped: list[Skipped], last_good: str) -> None:
+        """Warn of steps that were skipped, and end the run when there were MOST_SKIPPED in a row."""
+        too_many = [each for each in skipped if each.in_a_row == MOST_SKIPPED]
+        if not skipped:
+            return
+        last = (too_many or skipped)[-1]
+        about = f"step {last.step}: loss {last.loss}, gradient norm {last.grad_norm}, sequences "
+        about += f"{self.sequences(last.step)} of train"
+        if too_many:
+            raise FloatingPointError(
+                f"{MOST_SKIPPED} steps in a row gave numbers that are not finite and changed no weight, up to {about}; "
+                f"{last_good}. Look at these sequences. If they are sound, start over with a lower lr, a longer "
+                f"warm-up or a smaller grad_clip (resume=False)"
+            )
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"{len(skipped)} step(s) gave numbers that are not finite and changed no weight, the last {about}",
+                stacklevel=4,
+            )
+
+    def evaluate(self, valid: Dataset, step: int, measure: Callable[[], dict[str, float]] | None) -> dict[str, float]:
+        """`valid_loss`, each process taking a share of the sequences, and what `measure` gives."""
         run, accelerator = self.run, self.accelerator
-        share = Subset(valid, range(accelerator.process_index, len(valid), accelerator.num_processes))
-        sums = _loss_sum(self.retro, share, run["batch_size"], run["retrieval"], run["precision"])
-        return _mean_loss(gather_object([sums]))
+        share = accelerator.process_index, accelerator.num_processes
+        sums = _loss_sum(self.retro, valid, run["batch_size"], run["retrieval"], run["precision"], share)
+        found = {"valid_loss": _mean_loss(gather_object([sums]))} | (measure() if measure is not None else {})
+        if bad := [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]:
+            raise FloatingPointError(f"after step {step}, measure gives {bad[0]} {found[bad[0]]}: it must be finite")
+        return found
 
     def close(self) -> None:
         """Hand the model back as it came, but trained."""
@@ -253,46 +329,6 @@ def _new_accelerator(retrieval: bool) -> Accelerator:
     # Without retrieval the encoder has no gradient, which several processes do not expect.
     handler = DistributedDataParallelKwargs(find_unused_parameters=not retrieval, gradient_as_bucket_view=True)
     return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[handler])
-
-
-def _resolve(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Check a run's settings, fill in what was left out, and keep what its losses depend on."""
-    for name in ("steps", "batch_size", "accumulate", "sequences", *FREE_SETTINGS):
-        if run[name] is not None and run[name] < 1:
-            raise ValueError(f"{name} is {run[name]}: it must be at least 1")
-    if (run["steps"] is None) == (run["epochs"] is None):
-        raise ValueError(f"steps is {run['steps']} and epochs {run['epochs']}: pass exactly one of them")
-    if run["steps"] is None:
-        run["steps"] = math.ceil(run["epochs"] * run["sequences"] / (run["batch_size"] * run["accumulate"]))
-    if run["warmup_steps"] is None:
-        run["warmup_steps"] = min(PAPER_WARMUP_STEPS, run["steps"] // 10)
-    if not 0 <= run["warmup_steps"] < run["steps"]:
-        raise ValueError(f"warmup_steps {run['warmup_steps']} must be from 0 to below steps, {run['steps']}")
-    if run["precision"] is None:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        run["precision"] = "bf16" if bf16 else "no"
-    if run["precision"] not in ("no", "bf16"):
-        raise ValueError(f'precision {run["precision"]!r} is unknown: pass "no" or "bf16"')
-    return {name: run[name] for name in run if name not in FREE_SETTINGS}
-
-
-def check_store(retro: ChunkedLM, data: Dataset | None) -> None:
-    """Meet chunks of another size, or of another tokenizer than the model's own, before any work.
-
-    Raises:
-        ValueError: naming both.
-    """
-    while isinstance(data, Subset):
-        data = data.dataset
-    if not isinstance(data, RETRODataset):
-        return
-    if data.chunk_size != retro.chunk_size:
-        sizes = f"{data.chunk_size} tokens, the model's {retro.chunk_size}"
-        raise ValueError(f"the store's chunks have {sizes}: build one for this model")
-    theirs, own = data.tokenizer, retro.tokenizer
-    if own is not None and theirs not in (None, own.fingerprint):
-        names = f"tokenizer {theirs}, the model has {own.fingerprint}"
-        raise ValueError(f"the store was cut by {names}: build one with the model's own")
 
 
 def fit(
@@ -346,46 +382,63 @@ def fit(
     several leave the newest regular checkpoint).
 
     Raises:
-        ValueError: a setting out of range, a frozen language model to train without retrieval, data of another chunk
-            size or tokenizer, or a checkpoint of another model or of other settings.
-        FloatingPointError: a loss or gradient that is not finite, naming the step.
+        TypeError: a setting of another type.
+        ValueError: a setting out of range, a frozen language model to train without retrieval, data without a sequence,
+            or of another chunk size or tokenizer, or a checkpoint of another model, of other settings or data.
+        BlockingIOError: another run is training in `out_dir`.
+        FileExistsError: what `fit` has not made lies where a checkpoint is to be saved.
+        FloatingPointError: the loss or the gradient of 10 steps in a row is not finite (a single such step is
+            skipped: it changes no weight), a weight, or what is measured. The step is named, and its sequences.
     """
-    if not retrieval and retro.frozen:
-        raise ValueError("retrieval is off and the model frozen: nothing would be trained. Pass retrieval=True")
-    for data in (train, valid):
-        check_store(retro, data)
     accelerator = _new_accelerator(retrieval)
     asked = dict(
         steps=steps, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, wd=wd,
         warmup_steps=warmup_steps, grad_clip=grad_clip, precision=precision, retrieval=retrieval, seed=seed,
-        log_every=log_every, eval_every=eval_every, checkpoint_every=checkpoint_every, sequences=len(train),
+        log_every=log_every, eval_every=eval_every, checkpoint_every=checkpoint_every, compile=compile,
+        num_workers=num_workers, resume=resume, progress=progress,
     )  # fmt: skip
-    run = _resolve(asked, accelerator.device)
-    if compile is None:
-        compile = accelerator.device.type == "cuda" and can_compile("cuda")
-    checkpoints = Checkpoints(accelerator, retro, out_dir, run, resume)
-    done, steps, alone = checkpoints.step, run["steps"], accelerator.num_processes == 1
-    with (
-        closing(_Trainer(accelerator, retro, run, compile)) as trainer,
-        closing(Log(accelerator, out_dir, done, steps, progress)) as log,
-        interrupt_between_steps(alone) as interrupted,
-    ):
-        checkpoints.load()
-        stream = trainer.stream(train, done, num_workers)
-        for step in range(done + 1, steps + 1):
+    check_data(retro, train, valid)
+    if not retrieval and retro.frozen:
+        raise ValueError("retrieval is off and the model frozen: nothing would be trained. Pass retrieval=True")
+    run = resolve_settings(asked, len(train), accelerator.device, accelerator.num_processes)
+    with only_run(accelerator, out_dir):
+        lasting = {name: value for name, value in run.items() if name not in FREE_SETTINGS}
+        checkpoints = Checkpoints(accelerator, retro, train, out_dir, lasting, resume)
+        with (
+            closing(_Trainer(accelerator, retro, run, train)) as trainer,
+            closing(Log(accelerator, out_dir, checkpoints.step, run["steps"], progress)) as log,
+        ):
+            _train(trainer, checkpoints, log, valid, measure)
+    return log.history
+
+
+def _train(
+    trainer: _Trainer,
+    checkpoints: Checkpoints,
+    log: Log,
+    valid: Dataset | None,
+    measure: Callable[[], dict[str, float]] | None,
+) -> None:
+    """The steps that are left to do."""
+    run, optimizer, alone = trainer.run, trainer.optimizer, trainer.accelerator.num_processes == 1
+    with interrupt_between_steps(alone) as interrupted:
+        checkpoints.load(optimizer)
+        trainer.check_weights()
+        stream = trainer.stream(checkpoints.step)
+        for step in range(checkpoints.step + 1, run["steps"] + 1):
             batches = log.begin_step(stream)
             log.end_step(step, *trainer.step(step, batches))
-            last, stop = step == steps, interrupted.is_set()
-            evaluate = valid is not None and (last or step % eval_every == 0)
-            save = out_dir is not None and (last or stop or step % checkpoint_every == 0)
-            if last or stop or evaluate or save or step % log_every == 0:
-                record = log.collect()
-                if evaluate:
-                    record["valid_loss"] = trainer.valid_loss(valid)
-                    record |= measure() if measure is not None else {}
-                log.write()
+            last, stop = step == run["steps"], interrupted.is_set()
+            evaluate = valid is not None and (last or step % run["eval_every"] == 0)
+            save = last or stop or step % run["checkpoint_every"] == 0
+            if not (evaluate or save or step % run["log_every"] == 0):
+                continue
+            record = log.collect()
+            trainer.check_skipped(log.newly_skipped, checkpoints.last_good())
+            if evaluate:
+                record |= trainer.evaluate(valid, step, measure)
+            log.write(on_disk=save)
             if save:
-                checkpoints.save(step)
+                checkpoints.save(step, optimizer)
             if stop:
                 break  # leaving the block raises KeyboardInterrupt
-    return log.history

@@ -18,12 +18,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from retro_nb.checkpoints import History
 from retro_nb.chunked import ChunkedLM
 from retro_nb.chunking import chunk_settings, documents_to_chunks_
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import Distances, Neighbours
 from retro_nb.knn import CHUNKS, DOC_IDS, INDEX, SEQS, chunks_to_precalculated_knn_, document_ranges, knn_stats
+from retro_nb.log import History
 from retro_nb.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.opening import OPTIONS, is_path, open_corpus
 from retro_nb.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 from retro_nb import RETRO, TrainingWrapper, docstrings, evaluate_loss, split_by_document
 from retro_nb.__main__ import main
-from retro_nb.checkpoints import read_log
 from retro_nb.commands import BUILD, TRAIN, choose_settings
 from retro_nb.evaluation import evaluate
+from retro_nb.log import read_log
 from retro_nb.settings import cast, read_yaml
 from retro_nb.tokens import get_tokenizer
 from retro_nb.training import hold_out

@@ -71,7 +71,12 @@ def weights(retro: nn.Module) -> torch.Tensor:
 def at_forward(retro: nn.Module, number: int, action) -> None:
     """Call `action` at the start of the model's forward pass `number`, counted from 1."""
     calls = iter(range(1, 10**6))
-    retro.register_forward_pre_hook(lambda *_: action() if next(calls) == number else None)
+
+    def hook(*_) -> None:
+        if next(calls) == number:
+            action()
+
+    retro.register_forward_pre_hook(hook)
 
 
 class Killed(BaseException):
@@ -97,7 +102,7 @@ def resume(out_dir: Path, uninterrupted: tuple[list[dict], torch.Tensor]) -> Non
     assert lasting(history) == uninterrupted[0]
     assert torch.equal(weights(retro), uninterrupted[1])
     assert read_log(out_dir / "log.jsonl") == history
-    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step-00000012"]
+    assert "step-00000012" in os.listdir(out_dir / "checkpoints") and len(os.listdir(out_dir / "checkpoints")) == 2
 
 
 # the optimizer and the schedule
@@ -346,8 +351,10 @@ def test_settings_out_of_range(changes, message):
 
 
 def test_an_empty_dataset():
-    with pytest.raises(ValueError, match="sequences is 0"):
+    with pytest.raises(ValueError, match="train holds 0 sequences"):
         fit(tiny_retro(), tiny_data(0), **RUN)
+    with pytest.raises(ValueError, match="valid holds 0 sequences"):
+        fit(tiny_retro(), tiny_data(), tiny_data(0), **RUN)
 
 
 def test_epochs_are_rounded_up_to_steps():
@@ -355,13 +362,133 @@ def test_epochs_are_rounded_up_to_steps():
     assert len(fit(tiny_retro(), tiny_data(3), **(RUN | {"steps": None, "epochs": 1}))) == 1
 
 
-def test_a_loss_that_is_not_finite(tmp_path):
-    retro, steps = tiny_retro(), iter(range(1, 100))
-    retro.register_forward_hook(lambda _, __, loss: loss * math.nan if next(steps) == 8 else loss)
-    with pytest.raises(FloatingPointError, match="step 8: the loss is nan"):
-        fit(retro, tiny_data(), out_dir=tmp_path, **RUN)
-    assert read_log(tmp_path / "log.jsonl").steps == list(range(1, 8))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+# numbers that are not finite
+
+
+class NoDerivative(torch.autograd.Function):
+    """Zero, with a derivative that is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+SPOILT = {
+    "nan": lambda loss: loss * math.nan,
+    "inf": lambda loss: loss * math.inf,
+    "gradient": lambda loss: loss + NoDerivative.apply(loss),
+}
+
+
+def spoil(retro: nn.Module, passes: set[int], kind: str = "nan") -> None:
+    """Spoil the loss, or only its gradient, of these forward passes, counted from 1."""
+    numbers = iter(range(1, 10**6))
+    retro.register_forward_hook(lambda _, __, loss: SPOILT[kind](loss) if next(numbers) in passes else None)
+
+
+def saved_weights(folder: Path) -> torch.Tensor:
+    return weights(RETRO.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, kind, accumulate):
+    """The same as the loop by hand that leaves the step out, moments and count of steps included."""
+    data, retro, bad = tiny_data(padding=False), tiny_retro(), {2, 3, 8}
+    optimizer = get_optimizer(retro.parameters(), lr=1e-2, wd=0.1)
+    loader = iter(DataLoader(data, batch_sampler=ShuffledBatches(len(data), 2, 0), generator=torch.Generator()))
+    for step in range(1, 13):
+        for seq, retrieved in islice(loader, accumulate):
+            (retro(seq, retrieved, return_loss=True) / accumulate).backward()
+        nn.utils.clip_grad_norm_(retro.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps=12, lr=1e-2, warmup_steps=1)
+        if step not in bad:
+            optimizer.step()
+        optimizer.zero_grad()
+
+    fitted = tiny_retro()
+    spoil(fitted, {step * accumulate for step in bad}, kind)
+    run = RUN | {"batch_size": 2, "accumulate": accumulate, "out_dir": tmp_path}
+    with pytest.warns(UserWarning, match=r"changed no weight, the last step 8: loss .*sequences \["):
+        history = fit(fitted, data, **run)
+    torch.testing.assert_close(weights(fitted), weights(retro), atol=1e-5, rtol=1e-5)
+    state = torch.load(tmp_path / "checkpoints" / "step-00000012" / "optimizer.bin")["state"]
+    assert {int(moments["step"]) for moments in state.values()} == {12 - len(bad)}
+    assert history.curve("skipped")[1] == [0, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert set(range(1, 13)) - set(history.curve("grad_norm")[0]) == bad
+    assert history.curve("tokens")[1] == [step * 2 * accumulate * 12 for step in range(1, 13)]
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+
+
+def test_skipped_steps_do_not_disturb_an_exact_resume(tmp_path):
+    def run(out_dir: Path, stop: int = 0) -> tuple[list[dict], torch.Tensor]:
+        retro = tiny_retro(**DROPOUT)
+        spoil(retro, {7}) if stop or out_dir.name == "whole" else spoil(retro, {2})  # step 7: it goes on from 5
+        if stop:
+            at_forward(retro, stop, killed)
+        return lasting(fit(retro, tiny_data(), out_dir=out_dir, **RUN)), weights(retro)
+
+    with pytest.warns(UserWarning, match="step 7"):
+        whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", stop=9)
+    with pytest.warns(UserWarning, match="step 7"):
+        parts = run(tmp_path / "parts")
+    assert parts[0] == whole[0] and torch.equal(parts[1], whole[1])
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 100])
+def test_several_steps_in_a_row_end_the_run(tmp_path, log_every):
+    data, retro, run = tiny_data(), tiny_retro(), RUN | {"steps": 40, "log_every": log_every, "checkpoint_every": 4}
+    spoil(retro, set(range(14, 24)))
+    batch = list(islice(ShuffledBatches(len(data), 4), 23))[-1]
+    with pytest.raises(FloatingPointError) as error:
+        fit(retro, data, out_dir=tmp_path, **run)
+    assert f"step 23: loss nan, gradient norm nan, sequences {batch}" in str(error.value)
+    newest = max((tmp_path / "checkpoints").glob("step-*"))
+    assert str(newest) in str(error.value) and newest.name in ("step-00000020", "step-00000024")
+    assert "lower lr" in str(error.value) and saved_weights(newest).isfinite().all()
+    assert read_log(tmp_path / "log.jsonl")[22]["skipped"] == 10
+
+    fewer = tiny_retro()
+    spoil(fewer, {*range(3, 12), *range(13, 22)})
+    with pytest.warns(UserWarning, match="changed no weight"):
+        history = fit(fewer, data, **run)
+    assert history[-1]["skipped"] == 18 and history[-1]["step"] == 40
+
+
+def test_a_checkpoint_never_holds_a_number_that_is_not_finite(tmp_path):
+    retro = tiny_retro()
+    at_forward(retro, 6, lambda: nn.init.constant_(retro.token_emb.weight, math.inf))
+    message = r"after step 6, .*token_emb.weight.*the last good checkpoint is .*step-00000004"
+    with pytest.raises(FloatingPointError, match=message), pytest.warns(UserWarning, match="changed no weight"):
+        fit(retro, tiny_data(), out_dir=tmp_path, **(RUN | {"checkpoint_every": 2}))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000002", "step-00000004"]
+    assert saved_weights(tmp_path / "checkpoints" / "step-00000004").isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_refused_before_the_first_step():
+    retro = tiny_retro()
+    retro.token_emb.weight.data[3, 1] = math.nan
+    at_forward(retro, 1, killed)
+    with pytest.raises(FloatingPointError, match=r"before the first step, .*token_emb\.weight"):
+        fit(retro, tiny_data(), **RUN)
+
+
+def test_a_validation_loss_that_is_not_finite_names_the_sequences():
+    retro = tiny_retro()
+    spoil(retro, {2})
+    with pytest.raises(FloatingPointError, match=r"sequences \[4, 5, 6, 7\]"):
+        evaluate_loss(retro, tiny_data(10), batch_size=4)
+    measure = iter([0.5, math.nan])
+    with pytest.raises(FloatingPointError, match="after step 4, measure gives score nan"):
+        fit(tiny_retro(), tiny_data(), tiny_data(5), measure=lambda: {"score": next(measure)}, eval_every=2, **RUN)
 
 
 # stopping and going on
@@ -391,33 +518,33 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path, uninterrupted):
     at_forward(retro, 9, lambda: os.kill(os.getpid(), signal.SIGINT))  # step 7: passes 5 and 6 evaluate
     with pytest.raises(KeyboardInterrupt):
         fit(retro, tiny_data(), tiny_data(5, seed=1), eval_every=4, out_dir=tmp_path, **RUN)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000005", "step-00000007"]
     assert read_log(tmp_path / "log.jsonl").steps == [1, 2, 3, 4, 5, 6, 7]
     assert signal.getsignal(signal.SIGINT) is handler
     resume(tmp_path, uninterrupted)
 
 
-def half_saved(self, folder: str, save=Accelerator.save_state) -> None:
-    save(self, folder)
-    with open(Path(folder) / "optimizer.bin", "r+b") as file:
-        file.truncate(100)
-    killed()
+def half_saved(value, path: Path, save=torch.save) -> None:
+    save(value, path)
+    if Path(path).name == "optimizer.bin":
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        killed()
 
 
 def at_rename(source, target, replace=os.replace) -> None:
     killed() if Path(target).name == "step-00000010" else replace(source, target)
 
 
-def at_removal(folder, ignore_errors=False, rmtree=shutil.rmtree) -> None:
-    if Path(folder).name == "step-00000005":
-        (Path(folder) / "fit.json").unlink()
+def at_removal(path, missing_ok=False, unlink=Path.unlink) -> None:
+    unlink(path, missing_ok)
+    if path.parent.name == "step-00000005":
         killed()
-    rmtree(folder, ignore_errors)
 
 
 @pytest.mark.parametrize(
     "name, patch",
-    [("accelerate.Accelerator.save_state", half_saved), ("os.replace", at_rename), ("shutil.rmtree", at_removal)],
+    [("torch.save", half_saved), ("os.replace", at_rename), ("pathlib.Path.unlink", at_removal)],
 )
 def test_killed_while_saving(tmp_path, monkeypatch, name, patch, uninterrupted):
     data, valid = tiny_data(), tiny_data(5, seed=1)
@@ -550,7 +677,7 @@ def test_two_processes_share_the_batch(tmp_path):
     _, errors = start("share", tmp_path, processes=2).communicate()
     assert "Killed" in errors, errors
     shared = read_log(tmp_path / "log.jsonl")
-    assert len(shared) == 8 and (tmp_path / "checkpoints/step-00000005/random_states_1.pkl").exists()
+    assert len(shared) == 8 and (tmp_path / "checkpoints/step-00000005/random_states_1.bin").exists()
     alone = fit(tiny_retro(), tiny_data(), tiny_data(5, seed=1), out_dir=tmp_path, **run)  # goes on from step 5
     for history in (shared, alone):
         for name in ("loss", "grad_norm", "valid_loss", "tokens"):
@@ -559,7 +686,31 @@ def test_two_processes_share_the_batch(tmp_path):
     assert alone[:5] == shared[:5] and len(alone) == 12
 
 
-CHILDREN = {"alone": child_alone, "share": child_share}
+def child_skip(out_dir: Path) -> None:
+    """Only the second process meets a number that is not finite."""
+    retro = tiny_retro()
+    if os.environ["RANK"] == "1":
+        spoil(retro, {4})
+    fit(retro, tiny_data(), out_dir=out_dir, **RUN)
+
+
+def test_two_processes_skip_alike(tmp_path):
+    retro = tiny_retro()
+    spoil(retro, {4})
+    with pytest.warns(UserWarning, match="changed no weight"):
+        expected = fit(retro, tiny_data(), **RUN)
+    child = start("skip", tmp_path, processes=2)
+    _, errors = child.communicate()
+    assert child.returncode == 0 and errors.count("changed no weight") == 1, errors
+    shared = read_log(tmp_path / "log.jsonl")
+    assert shared.steps == expected.steps and shared.curve("skipped") == expected.curve("skipped")
+    assert shared.losses == pytest.approx(expected.losses, rel=1e-4)
+    torch.testing.assert_close(
+        saved_weights(tmp_path / "checkpoints" / "step-00000012"), weights(retro), atol=1e-4, rtol=1e-3
+    )
+
+
+CHILDREN = {"alone": child_alone, "share": child_share, "skip": child_skip}
 
 if __name__ == "__main__":
     CHILDREN[sys.argv[1]](Path(sys.argv[2]))
