@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retro_nb.chunked import ChunkedLM
@@ -19,6 +19,11 @@ from retro_nb.tokens import EOS_ID
 
 FetchNeighbours = Callable[[Tensor, int], Tensor]  # (b, m) tokens of a chunk, its number -> (b, k, r)
 OnToken = Callable[[int, Tensor], object]  # position, (b,) tokens
+HOTTEST = 1e30  # highest temperature: times Gumbel noise, which is below 17, it is still a float32
+MEND = (
+    "nothing can be drawn where a logit is NaN or ∞, or where all are −∞. Load a checkpoint whose weights are finite, "
+    "compute in float32 if a smaller type overflows, or let the filter keep a token"
+)
 
 
 def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tensor, "*b v"]:
@@ -62,13 +67,41 @@ def gumbel_sample(
     """Draw from softmax(t / temperature) along `dim`: the argmax after adding Gumbel noise.
 
     Temperature 0 is the plain argmax. `generator` (on t's device) makes the draw reproducible.
+
+    Raises:
+        ValueError: a temperature outside 0 … 1e30.
+        FloatingPointError: on a CPU, a score is NaN or ∞, or all scores to choose from are −∞. A GPU is not
+            made to wait for this check; `generate` has its own.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 samples the model as it is")
-    if temperature == 0:
-        return t.argmax(dim=dim)
-    uniform = torch.rand(t.shape, generator=generator, device=t.device).clamp_(min=1e-30)  # log 0 is never drawn
-    return (t.float() / temperature).sub_(uniform.log_().neg_().log_()).argmax(dim=dim)
+    tokens, possible = _draw(t, temperature, dim, generator)
+    if t.is_cpu and not possible.all():
+        row = (~possible).nonzero()[0].tolist()
+        raise FloatingPointError(f"the scores of row {row} of {list(possible.shape)} are not finite: {MEND}")
+    return tokens
+
+
+def _draw(
+    t: Float[Tensor, "..."], temperature: float | int, dim: int, generator: torch.Generator | None
+) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
+    """The tokens that are drawn, and whether they could be.
+
+    Where scores are NaN or ∞, argmax chooses one of these; where all are −∞, it has no other. So the score of the
+    token that is drawn tells of every fault, and no further look at all v scores is needed.
+    """
+    _check_temperature(temperature)
+    noisy = t
+    if temperature > 0:
+        uniform = torch.rand(t.shape, generator=generator, device=t.device).clamp_(min=1e-30)  # log 0 is never drawn
+        noisy = t.float().sub(uniform.log_().neg_().log_(), alpha=temperature)  # a division by 1e-40 would overflow
+    tokens = noisy.argmax(dim=dim, keepdim=True)
+    return tokens.squeeze(dim), t.gather(dim, tokens).isfinite().squeeze(dim)
+
+
+def _check_temperature(temperature: float | int) -> None:
+    if not 0 <= temperature <= HOTTEST:
+        raise ValueError(
+            f"temperature {temperature} is not in 0 … {HOTTEST:g}: pass 0 for greedy, 1 to sample the model as it is"
+        )
 
 
 def generate(
@@ -101,7 +134,7 @@ def generate(
             being read while shorter rows are already being written.
         max_new_tokens: for each row, counted from its own prompt's end.
         filter_fn, filter_thres: top_k or top_p and the share that it filters out.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, 1 samples the model as it is.
         generator: noise for all rows is drawn at every step, so a row's text does not depend on when the
             others end. On a GPU up to 15 steps more are drawn than were needed.
         eos_id: what ends a text: of the model's own tokenizer if it has one, else BERT's [SEP].
@@ -112,8 +145,13 @@ def generate(
 
     Raises:
         ValueError: an empty prompt or one longer than max_seq_len, lengths outside the prompt, `retrieved`
-            for chunks that the shortest prompt does not complete.
+            for chunks that the shortest prompt does not complete, a temperature outside 0 … 1e30.
+        FloatingPointError: the logits of a row that is being written hold NaN or ∞, or nothing but −∞. On a GPU
+            this is seen up to 15 tokens later, as it is looked for together with the rows' ends.
     """
+    _check_temperature(temperature)
+    if filter_fn in (top_k, top_p):
+        _check_share(filter_thres)
     if eos_id is None:
         eos_id = EOS_ID if retro.tokenizer is None else retro.tokenizer.ids.eos
     prompt = prompt.to(retro.to_logits.weight.device)
@@ -122,6 +160,7 @@ def generate(
     neighbours = _neighbours(retro, seq, fetch_neighbours, retrieved, shortest=int(lengths.min()))
     state = retro.start_decoding(len(seq), capacity=seq.shape[1], retrieval=neighbours is not None)
     position, stop = int(lengths.min()), seq.shape[1]
+    failed = torch.full_like(ends, stop)  # where each row's logits were first not finite
     patience = 1 if on_token is not None else _patience(retro, seq)
 
     with _evaluating(retro):
@@ -131,17 +170,31 @@ def generate(
                 found = neighbours(begin // retro.chunk_size) if neighbours and chunk_ends else None
                 logits = retro.decode(seq[:, begin:end], state, found)[:, -1]
 
-            token = gumbel_sample(filter_fn(logits, thres=filter_thres), temperature, generator=generator)
-            in_prompt = position < lengths
-            token = token.masked_fill(ends <= position, retro.pad_id)
+            token, possible = _draw(filter_fn(logits, thres=filter_thres), temperature, -1, generator)
+            in_prompt, ended = position < lengths, ends <= position
+            failed = failed.where(possible | in_prompt | ended, failed.clamp(max=position))
+            token = token.masked_fill(ended, retro.pad_id)
             seq[:, position] = seq[:, position].where(in_prompt, token)
             ends = ends.where(in_prompt | (token != eos_id), ends.clamp(max=position + 1))
+            if position % patience == patience - 1:
+                stop = _look(ends, failed)
             if on_token is not None:
                 on_token(position, seq[:, position])
             position += 1
-            if position % patience == 0:
-                stop = int(ends.max())
-    return seq[:, : int(ends.max())]
+    return seq[:, : _look(ends, failed)]
+
+
+def _look(ends: Int[Tensor, " b"], failed: Int[Tensor, " b"]) -> int:
+    """Where the last row ends, as far as is known; a GPU waits once for this and for what has failed.
+
+    Raises:
+        FloatingPointError: a row could not be written on.
+    """
+    stop, where = torch.stack((ends.max(), failed.min())).tolist()
+    if where < stop:
+        row = int(failed.argmin())
+        raise FloatingPointError(f"the logits of row {row} at position {where} are not finite: {MEND}")
+    return stop
 
 
 def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Tensor, "b _"]:

@@ -1,5 +1,6 @@
 """Filters, noise and generation; generation against a plain loop that runs the whole model for every token."""
 
+import math
 import os
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_thres_is_the_share_filtered_out_for_both():
     before = logits.clone()
     top_p(logits, 0.5), top_k(logits, 0.5)
     assert torch.equal(logits, before)
-    for bad in (-0.1, 1.1):
+    for bad in (-0.1, 1.1, math.nan):
         for filter_fn in (top_k, top_p):
             with pytest.raises(ValueError, match="share to filter out"):
                 filter_fn(logits, bad)
@@ -140,8 +141,35 @@ def test_gumbel_sample_edges():
     assert gumbel_sample(logits, dim=1).shape == (6, 9)
     assert torch.equal(gumbel_sample(logits, generator=noise(1)), gumbel_sample(logits, generator=noise(1)))
     assert not torch.equal(gumbel_sample(logits, generator=noise(1)), gumbel_sample(logits, generator=noise(2)))
-    with pytest.raises(ValueError, match="negative"):
-        gumbel_sample(logits, -1.0)
+    for refused in (-1.0, math.inf, -math.inf, math.nan, 1e31):
+        with pytest.raises(ValueError, match=r"temperature .* is not in 0 … 1e\+30: pass 0 for greedy"):
+            gumbel_sample(logits, refused)
+
+
+@given(temperature=st.sampled_from([1e-300, 1e-45, 1e-40, 1e-6, 1e6, 1e30]), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_gumbel_sample_at_any_temperature_draws_what_can_be_drawn(temperature, seed):
+    """Cold is greedy, hot is uniform over the tokens that the filter has left."""
+    logits = 9 * torch.randn(7, 12, generator=noise(seed))
+    kept = top_k(logits, 0.5)
+    draws = torch.stack([gumbel_sample(kept, temperature, generator=noise(i)) for i in range(100)])
+    assert kept.expand(100, -1, -1).gather(-1, draws[..., None]).isfinite().all()
+    seen = torch.tensor([len(row.unique()) for row in draws.T])
+    assert (draws == logits.argmax(-1)).all() if temperature < 1 else (seen == 6).all()
+
+
+BAD_ROWS = {"NaN": [0.0, math.nan, 1.0], "∞": [0.0, math.inf, 1.0], "all −∞": [-math.inf] * 3}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS)
+@pytest.mark.parametrize("filter_fn", [top_k, top_p])
+def test_scores_that_cannot_be_drawn_from_are_refused(bad, filter_fn, temperature):
+    scores = torch.tensor([[0.0, 1.0, -math.inf], bad, bad])
+    for thres in (0, 0.5, 1):
+        with pytest.raises(FloatingPointError, match=r"row \[1\] of \[3\] are not finite.*Load a checkpoint"):
+            gumbel_sample(filter_fn(scores, thres), temperature)
+        assert filter_fn(scores[:1], thres).isfinite().any()
 
 
 # generation equals the plain loop
@@ -436,6 +464,68 @@ def test_looking_rarely_for_the_end_changes_nothing(retro, ends, spare, patience
     assert texts[0] == texts[1] and len(texts[0][0][0]) == max(ends) + 1
 
 
+# logits that are not finite
+
+
+def spoilt(at: dict[int, int], p: int, value: float = math.nan):
+    """A filter that puts `value` into the logits of row i at position at[i], prompts of p tokens being given."""
+    positions = iter(range(p, N))
+
+    def filter_fn(logits, thres):
+        position, logits = next(positions), no_end(logits, thres)
+        for i, where in at.items():
+            if where == position:
+                logits[i, 5] = value
+        return logits
+
+    return filter_fn
+
+
+@given(
+    at=st.dictionaries(st.integers(0, 2), st.integers(3, N - 1), min_size=1), patience=st.sampled_from([1, 2, 4]),
+    value=st.sampled_from([math.nan, math.inf]), temperature=st.sampled_from([0, 1.0]),
+)  # fmt: skip
+@few
+def test_logits_that_are_not_finite_end_the_writing(retro, at, patience, value, temperature):
+    """The first of them is named, however rarely a GPU looks; nothing that comes after it is given away."""
+    first = min(at.values())
+    row = min(i for i, where in at.items() if where == first)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_patience", lambda *_: patience)
+        for on_token in (None, lambda position, tokens: seen.append(position)):
+            with pytest.raises(FloatingPointError, match=f"row {row} at position {first} are not finite"):
+                generate(
+                    retro, prompt_of(3, b=3), fetch, filter_fn=spoilt(at, p=3, value=value), on_token=on_token,
+                    temperature=temperature,
+                )  # fmt: skip
+    assert seen == list(range(3, first))
+
+
+def test_only_logits_that_are_drawn_from_must_be_finite(retro):
+    """Not those of a row that is still read, or has ended."""
+    prompt, lengths = prompt_of(9, b=2), torch.tensor([3, 9])
+    options = dict(prompt_lengths=lengths, max_new_tokens=2, temperature=0)
+    good = generate(retro, prompt, fetch, filter_fn=no_end, **options)
+    assert torch.equal(good, generate(retro, prompt, fetch, filter_fn=spoilt({1: 8}, p=3), **options))
+    assert torch.equal(good, generate(retro, prompt, fetch, filter_fn=spoilt({0: 5}, p=3), **options))
+    for at in ({0: 4}, {1: 9}):
+        with pytest.raises(FloatingPointError, match=f"position {min(at.values())} "):
+            generate(retro, prompt, fetch, filter_fn=spoilt(at, p=3), **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_a_broken_model_writes_nothing(retro, value, device):
+    model = RETRO(**retro.config).to(device).eval()
+    model.load_state_dict(retro.state_dict())
+    with torch.no_grad():
+        model.decoder.layers[1].ff.fn.net[0].weight[0, 0] = value
+    for options in ({}, dict(temperature=0), dict(filter_fn=top_p), dict(max_new_tokens=1)):
+        with pytest.raises(FloatingPointError, match="row 0 at position 3 are not finite"):
+            generate(model, prompt_of(3, b=2), fetch, **options)
+
+
 # neighbours
 
 
@@ -534,7 +624,11 @@ def test_dropout_is_off_while_sampling(retro):
         (prompt_of(3), dict(prompt_lengths=torch.tensor([0])), r"must lie in 1 … 3"),
         (prompt_of(9), dict(retrieved=torch.ones(1, 3, 2, 8).long()), r"completes 2 of 4 tokens: pass retrieved"),
         (prompt_of(5), dict(fetch_neighbours=lambda chunk, u: fetch(chunk, u)[0]), "must return"),
-        (prompt_of(3), dict(temperature=-1), "negative"),
+        (prompt_of(3), dict(temperature=-1), "temperature -1 is not in"),
+        (prompt_of(3), dict(temperature=math.inf), "temperature inf is not in"),
+        (prompt_of(3), dict(temperature=math.nan), "temperature nan is not in"),
+        (prompt_of(3), dict(filter_thres=math.nan), "thres nan is the share to filter out"),
+        (prompt_of(3), dict(filter_fn=top_p, filter_thres=1.5), "thres 1.5 is the share to filter out"),
         (prompt_of(3) + V, {}, "vocabulary"),
     ],
 )
