@@ -7,6 +7,7 @@ Data flows one way, from each module only to those below it in this list.
 from retro_nb.chunking import documents_to_chunks_, text_folder_to_chunks_
 from retro_nb.corpus import Document, jsonl, parts, speeches, text_folder
 from retro_nb.dataset import RETRODataset, knn_to_retrieved_chunks
+from retro_nb.duplicates import near_duplicates
 from retro_nb.embedding import bert_embed, chunks_to_embeddings_, embed_chunks
 from retro_nb.index import build_index, exact_search, search
 from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_, neighbours
@@ -17,6 +18,7 @@ from retro_nb.retrieval import Retriever, knn_chunks_from_seq_chunks
 from retro_nb.retrofit import RETROfit, retrofit
 from retro_nb.sampling import generate, gumbel_sample, left_pad, top_k, top_p
 from retro_nb.scale import Plan
+from retro_nb.sources import code
 from retro_nb.survey import Survey, survey
 from retro_nb.tables import hf_dataset, parquet
 from retro_nb.tokens import EOS_ID, PAD_ID, SOS_ID, decode, get_tokenizer, tokenize, train_tokenizer
@@ -44,6 +46,7 @@ __all__ = [
     "chunks_to_embeddings_",
     "chunks_to_index_and_embed",
     "chunks_to_precalculated_knn_",
+    "code",
     "decode",
     "docstrings",
     "documents_to_chunks_",
@@ -60,6 +63,7 @@ __all__ = [
     "knn_chunks_from_seq_chunks",
     "knn_to_retrieved_chunks",
     "left_pad",
+    "near_duplicates",
     "neighbours",
     "open_corpus",
     "parquet",

@@ -50,6 +50,7 @@ LIMITS: dict[str, Parameters] = {  # of the corpora that have a name
     "speeches": parameters(NAMED["speeches"], "max_documents", "max_chars"),
     "almanac": parameters(NAMED["almanac"], "towns"),
     "docstrings": parameters(NAMED["docstrings"], "packages", "min_chars"),
+    "code": parameters(NAMED["code"], "packages", "min_bytes", "max_bytes"),
 }
 READING: Parameters = {}  # of those in files
 for option, default in OPTIONS.items():
@@ -109,7 +110,7 @@ def _check_corpus(settings: Settings) -> None:
     name = settings["corpus"]
     for owner, limits in LIMITS.items():
         for limit, parameter in limits.items():
-            if name != owner and settings[limit] != parameter.default:
+            if limit not in LIMITS.get(name, {}) and settings[limit] != parameter.default:
                 raise ValueError(f"{limit} is {settings[limit]}, but corpus {name} has none: only {owner} has")
     recognise(name, glob=settings["glob"], **_of(settings, READING))
 

@@ -8,9 +8,10 @@ its `fingerprint` what its documents depend on, so that later steps notice when 
     jsonl("….jsonl")    one JSON object a line
     parts(corpus, …)    another corpus, its longer documents cut into several
 
-More have modules of their own: `parquet("….parquet")` and `hf_dataset("…")` in `retro_nb.tables`; `almanac()`, invented
-towns for a controlled experiment, in `retro_nb.towns`; `docstrings()`, of the libraries installed here, in
-`retro_nb.libraries`. `retro_nb.opening.open_corpus("…")` finds out which of them a name or a path means.
+Others have modules of their own: `parquet("….parquet")` and `hf_dataset("…")` in `retro_nb.tables`; `almanac()`,
+invented towns for a controlled experiment, in `retro_nb.towns`; `docstrings()` and `code()`, of the libraries installed
+here, in `retro_nb.libraries` and `retro_nb.sources`. `retro_nb.opening.open_corpus("…")` finds out which of them a name
+or a path means.
 
 The corpora are classes named in lower case, like `range` and `open`: `for document in speeches(): …`.
 """

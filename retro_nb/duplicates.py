@@ -20,7 +20,7 @@ GRAM = 13  # tokens
 JACCARD = 0.8
 FACTORS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # odd: nothing is lost
 
-Grams = UInt64[np.ndarray, " g"]  # distinct hashes in ascending order
+Grams = UInt64[np.ndarray, " _"]  # distinct hashes in ascending order
 
 
 class Pair(NamedTuple):

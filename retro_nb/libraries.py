@@ -105,7 +105,7 @@ def source_files(package: str) -> list[tuple[str, Path]]:
     spec = importlib.util.find_spec(package)  # of an outermost name, so that nothing is imported
     if spec is None:
         return []
-    if spec.submodule_search_locations is None:  # a module without a package: a file, or nothing but machine code
+    if not spec.submodule_search_locations:  # a module without a package: a file, or nothing but machine code
         return [(f"{package}.py", Path(spec.origin))] if (spec.origin or "").endswith(".py") else []
     found = {}
     for folder in map(Path, spec.submodule_search_locations):

@@ -1,6 +1,6 @@
 """What people name, as a corpus: "speeches", "my_texts/", "my.jsonl", "my.parquet", "hf:user/name".
 
-    open_corpus("my_texts/")    any of the corpora of `corpus`, `tables`, `towns` and `libraries`
+    open_corpus("my_texts/")    any of the corpora of `corpus`, `tables`, `towns`, `libraries` and `sources`
     recognise("my_texts/")      the same, not opened yet: bad names are met before any work
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 
 from retro_nb.corpus import jsonl, speeches, text_folder
 from retro_nb.libraries import docstrings
+from retro_nb.sources import code
 from retro_nb.tables import hf_dataset, parquet, saved_to_disk
 from retro_nb.towns import almanac
 
-NAMED = {"speeches": speeches, "almanac": almanac, "docstrings": docstrings}
+NAMED = {"speeches": speeches, "almanac": almanac, "docstrings": docstrings, "code": code}
 HUB = "hf:"
 TEXTS = ("**/*.txt", "**/*.md")
 OPTIONS = {"encoding": "utf-8", "text_field": "text", "title_field": "title"}  # and what they are without a word
@@ -25,7 +26,7 @@ OPTIONS = {"encoding": "utf-8", "text_field": "text", "title_field": "title"}  #
 def open_corpus(where: Any, *, glob: str | Sequence[str] | None = None, **options: str | None) -> Any:
     """The corpus that a name or a path means.
 
-        "speeches", "almanac", "docstrings"   the corpora that need no file, as they are without a word
+        "speeches", "almanac", "docstrings", "code"   the corpora that need no file, with their default arguments
         "hf:NAME", "hf:NAME:CONFIG"           a dataset of the Hugging Face hub, streamed: `hf_dataset`
         a .jsonl or a .parquet file           `jsonl`, `parquet`
         a folder                              saved by `datasets`: `hf_dataset`; with .parquet files: `parquet`;

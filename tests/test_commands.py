@@ -127,7 +127,7 @@ def test_the_recipes_are_known_and_make_a_model(path):
         ("train", {"dec_cross_attn_layers": 3}, "parameter dec_cross_attn_layers: cannot read '3' as declared"),
         ("train", {"epochs": 1}, "Pass either steps or epochs"),
         ("train", {"steps": "null"}, "Pass either steps or epochs"),
-        ("train", {"corpus": "speech"}, "nor hf:NAME or speeches or almanac or docstrings (did you mean speeches?)"),
+        ("train", {"corpus": "speech"}, "nor hf:NAME or speeches or almanac or docstrings or code (did"),
         ("build", {"corpus": "almanac", "max_chars": 9}, "max_chars is 9, but corpus almanac has none: only speeches"),
         ("train", {"corpus": "almanac", "min_chars": 9}, "min_chars is 9, but corpus almanac has none: only docst"),
         ("build", {"corpus": "docstrings", "packages": "numpy"}, "parameter packages: cannot read 'numpy' as declared"),

@@ -22,6 +22,7 @@ from retro_nb.evaluation import (
     fact_tokens,
     found_twins,
     interval,
+    next_chunks,
     score,
     shuffled,
     token_losses,
@@ -84,11 +85,16 @@ def plain_nats(retro, dataset, text, number, tokenizer, mode) -> tuple[float, in
     """Nats and tokens of one document: its own tokens, cut into sequences, neighbours fetched one by one."""
     tokens, first = tokenize(text, tokenizer=tokenizer)[0], int(np.searchsorted(dataset.doc_ids, number))
     chunks, total, count = open_array(dataset._paths["chunks"][0]), 0.0, 0
+    stop = int(np.searchsorted(dataset.doc_ids, number, "right"))
     for start in range(0, len(tokens) - 1, N):
         seq = tokens[start : start + N]
-        near = torch.full((1, len(seq) // M, K, 2 * M), tokenizer.ids.pad)
+        near = torch.full((1, len(seq) // M, 1 if mode == "oracle" else K, 2 * M), tokenizer.ids.pad)
         for u in range(len(seq) // M):
-            for j, i in enumerate(dataset.knns[first + start // M + u].tolist()):
+            own = first + start // M + u
+            found = dataset.knns[own].tolist()
+            if mode == "oracle":
+                found = [own + 1] if own + 1 < stop else []
+            for j, i in enumerate(found):
                 follows = i + 1 < len(chunks) and dataset.doc_ids[i + 1] == dataset.doc_ids[i]
                 if mode != "F only":
                     near[0, u, j, :M] = torch.from_numpy(chunks[i, :M].astype(np.int64))
@@ -126,6 +132,32 @@ def test_a_loss_lies_at_its_token(corpus, retro, tokenizer):
     losses = token_losses(retro, dataset, [1, 2], "off", progress=False)
     asked = np.isin(dataset.doc_ids, [1, 2])[:, None] & ~np.isin(tokens, tokenizer.ids)
     assert (np.isnan(losses) == ~asked).all()
+
+
+def test_the_oracle_shows_what_comes_next(corpus, retro, tokenizer):
+    """The neighbour of a chunk is its successor, with that one's continuation; at the end there is none."""
+    dataset, _ = corpus
+    chunks, doc_ids = open_array(dataset._paths["chunks"][0])[:, :M].astype(np.int64), dataset.doc_ids
+    found = dataset.with_neighbours(next_chunks(doc_ids))
+    for number in range(len(found)):
+        (_, retrieved), first = found[number], int(found.first_chunks([number])[0])
+        for u in range(N // M):
+            for half, other in enumerate((first + u + 1, first + u + 2)):
+                there = other < len(doc_ids) and doc_ids[other] == doc_ids[first]
+                wanted = chunks[other] if there else np.full(M, tokenizer.ids.pad)
+                assert retrieved[u, 0, half * M :][:M].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_refused(corpus, retro, tokenizer, value):
+    """NaN in the array means "not counted": a model that gives it must not pass for one that was not asked."""
+    dataset, _ = corpus
+    word = int(open_array(dataset._paths["chunks"][0])[np.searchsorted(dataset.doc_ids, 3), 2])
+    with torch.no_grad():
+        retro.to_logits.bias[word] = value if math.isnan(value) else -value
+    with pytest.raises(FloatingPointError, match=f"document 3, mode 'off': a token's loss is {value}"):
+        token_losses(retro, dataset, [3], "off", progress=False)
+    assert retro.training
 
 
 def test_other_neighbours(corpus, retro):

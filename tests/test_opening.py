@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retro_nb import Document, almanac, docstrings, hf_dataset, jsonl, parquet, speeches, text_folder
+from retro_nb import Document, almanac, code, docstrings, hf_dataset, jsonl, parquet, speeches, text_folder
 from retro_nb.commands import choose_corpus, choose_settings
 from retro_nb.opening import NAMED, open_corpus, recognise
 from retro_nb.storage import WORK
@@ -42,7 +42,7 @@ def texts(corpus) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_names_mean_the_corpora_without_a_path(name, place):
-    made = {"speeches": speeches(), "almanac": almanac(), "docstrings": docstrings()}[name]
+    made = {"speeches": speeches(), "almanac": almanac(), "docstrings": docstrings(), "code": code()}[name]
     (place / name).mkdir()  # a folder called so is ./name
     (place / name / "own.txt").write_text("own")
     assert type(open_corpus(name)) is type(made) and open_corpus(name).fingerprint() == made.fingerprint()
@@ -106,7 +106,7 @@ def test_a_hub_name_is_streamed_and_not_asked_for_before_it_is_opened(monkeypatc
     ("where", "options", "error", "message"),
     [
         ("speach", {}, FileNotFoundError, "corpus 'speach' is no folder, no .jsonl or .parquet file, nor hf:NAME or"),
-        ("speach", {}, FileNotFoundError, "or speeches or almanac or docstrings (did you mean speeches?)"),
+        ("speach", {}, FileNotFoundError, "or speeches or almanac or docstrings or code (did you mean speeches?)"),
         ("nowhere/at/all", {}, FileNotFoundError, "corpus 'nowhere/at/all' is no folder"),
         ("nowhere.jsonl", {}, FileNotFoundError, "nowhere.jsonl is not a file"),
         ("nowhere.parquet", {}, FileNotFoundError, "nowhere.parquet is no .parquet file"),
