@@ -13,6 +13,8 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro_nb.linear import Linear
+
 ROTARY_DIM = 32  # at most so many features of a head are rotated, the others carry content only
 
 
@@ -161,10 +163,10 @@ class Attention(nn.Module):
         super().__init__()
         context_dim, inner = context_dim or dim, heads * dim_head
         self.heads, self.dim_head, self.causal, self.dropout = heads, dim_head, causal, dropout
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim, inner, bias=False)
-        self.to_out = nn.Linear(inner, dim)
+        self.to_q = Linear(dim, inner, bias=False)
+        self.to_k = Linear(context_dim, inner, bias=False)
+        self.to_v = Linear(context_dim, inner, bias=False)
+        self.to_out = Linear(inner, dim)
         self.null_k = nn.Parameter(torch.randn(inner)) if null_kv else None
         self.null_v = nn.Parameter(torch.randn(inner)) if null_kv else None
 
@@ -260,7 +262,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
         super().__init__()
         inner = mult * dim
-        self.net = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim))
+        self.net = nn.Sequential(Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), Linear(inner, dim))
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return self.net(x)
