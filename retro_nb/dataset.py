@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Int, Int64, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -53,15 +52,18 @@ def knn_to_retrieved_chunks(
         raise IndexError(f"neighbour ids {knns.min()} … {knns.max()} for {count} chunks: of another corpus?")
     if not add_continuations:
         return _tokens(chunks_memmap, np.maximum(knns, 0), knns < 0, pad_id)
-    both = np.minimum(np.maximum(knns, 0)[..., None] + np.arange(2), count - 1)  # N and F
-    absent = np.repeat((knns < 0)[..., None], 2, axis=-1)
+    both, absent = np.empty((*knns.shape, 2), np.int64), np.empty((*knns.shape, 2), bool)  # N and F
+    found, following = both[..., 0], both[..., 1]
+    np.maximum(knns, 0, out=found)
+    np.minimum(found + 1, count - 1, out=following)
     if doc_ids is None:
-        last = (chunks_memmap[both[..., 0]] == eos_id).any(axis=-1)
+        last = (chunks_memmap[found] == eos_id).any(axis=-1)
     else:
-        documents = doc_ids[both]
-        last = documents[..., 0] != documents[..., 1]
-    absent[..., 1] |= last | (both[..., 0] == both[..., 1])  # the very last chunk has no successor
-    return rearrange(_tokens(chunks_memmap, both, absent, pad_id), "... two m -> ... (two m)")
+        last = doc_ids.take(found) != doc_ids.take(following)
+    absent[..., 0] = knns < 0
+    absent[..., 1] = absent[..., 0] | last | (found == following)  # the very last chunk has no successor
+    tokens = _tokens(chunks_memmap, both, absent, pad_id)
+    return tokens.reshape(*knns.shape, 2 * tokens.shape[-1])
 
 
 def _tokens(
@@ -71,7 +73,8 @@ def _tokens(
     pad_id: int | float,
 ) -> Int64[np.ndarray, "*any m"]:
     """The tokens of chunks, without the next one's first; padding for those that are absent."""
-    tokens = chunks[ids][..., :-1].astype(np.int64)
+    rows = np.asarray(chunks).take(ids, axis=0)  # `take` copies row by row, an index number by number
+    tokens = rows[..., :-1].astype(np.int64)
     if absent.any():
         tokens[absent] = pad_id
     return tokens
@@ -221,16 +224,18 @@ class RETRODataset(Dataset):
         arrays, firsts = self._open(), self.first_chunks(inds)
         rows = firsts[:, None] + np.arange(self.seq_num_chunks)
         inside = np.minimum(rows, self.num_chunks - 1)
-        document = arrays["doc_ids"][inside]
+        document = arrays["doc_ids"].take(inside)
         other = (document != document[:, :1]) | (rows > inside)  # after the sequence's own document
-        chunks, knns = arrays["chunks"][inside], arrays["knns"][inside]
+        chunks, knns = arrays["chunks"].take(inside, axis=0), arrays["knns"][inside]
         if other.any():
             chunks[other], knns[other] = self.pad_id, NO_NEIGHBOUR
         if self.draw is not None:
             order = self.rng.random(knns.shape).argsort(axis=-1)[..., : self.draw]
             knns = np.take_along_axis(knns, order, axis=-1)
         # A row's last token is the next row's first: after the sequence's first token come all rows without theirs.
-        tokens = np.concatenate([chunks[:, 0, :1], rearrange(chunks[..., 1:], "b l m -> b (l m)")], axis=1)
+        b, n = len(chunks), self.seq_num_chunks * self.chunk_size
+        tokens = np.empty((b, 1 + n), np.int64)
+        tokens[:, 0], tokens[:, 1:] = chunks[:, 0, 0], chunks[..., 1:].reshape(b, n)
         retrieved = knn_to_retrieved_chunks(
             knns,
             arrays["chunks"],
@@ -238,7 +243,7 @@ class RETRODataset(Dataset):
             pad_id=self.pad_id,
             doc_ids=arrays["doc_ids"],
         )
-        return list(zip(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(retrieved), strict=True))
+        return list(zip(map(torch.from_numpy, tokens), map(torch.from_numpy, retrieved), strict=True))
 
     def first_chunks(self, inds: Sequence[int | np.integer]) -> Int64[np.ndarray, " b"]:
         """Where sequences begin."""
