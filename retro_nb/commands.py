@@ -29,7 +29,7 @@ from retro_nb.lesson import Run
 from retro_nb.log import History
 from retro_nb.model import RETRO
 from retro_nb.opening import NAMED, OPTIONS, recognise
-from retro_nb.runs import FREE_SETTINGS, check_settings
+from retro_nb.runs import FREE_SETTINGS, check_settings, only_run
 from retro_nb.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
 from retro_nb.storage import ROOT, plain, replacing
 from retro_nb.survey import Survey, survey
@@ -235,10 +235,11 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
 
     Raises:
         ValueError: a setting of `fit` is out of range, or `out_dir` holds a run with other settings.
+        BlockingIOError: another run is training in `out_dir`.
     """
     check_settings(_of(settings, FIT))
     _check_same_run(settings)
-    with processes() as here:
+    with processes() as here, only_run(here, settings["out_dir"]):
         main, out_dir = here.is_main_process, Path(settings["out_dir"])
         run = Run(settings["seed"], here.device, out_dir, settings)
         torch.manual_seed(settings["seed"])
@@ -290,7 +291,8 @@ def evaluate_run(
 def _check_same_run(settings: Settings) -> None:
     """Refuse other settings than those of the run in `out_dir`, before hours are spent on building."""
     file = Path(settings["out_dir"]) / "settings.yaml"
-    if not (settings["resume"] and file.exists()):
+    begun = any(file.parent.glob("checkpoints/step-*"))  # else there is nothing to go on with
+    if not (settings["resume"] and begun and file.exists()):
         return
     for name, before in read_yaml(file).items():
         if name not in MAY_CHANGE and settings.get(name, before) != before:

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retro_nb.chunking import special_ids, store_tokenizer
+from retro_nb.chunking import read_documents, special_ids, store_tokenizer
 from retro_nb.devices import send
 from retro_nb.manifest import array_key, cached
 from retro_nb.storage import PathLike, ResumableRows, launched, open_array
@@ -137,6 +138,7 @@ def bert_embed(
 
     Raises:
         ValueError: the rows are longer than the BERT's positions, or an id is outside its vocabulary.
+        FloatingPointError: a vector is not finite.
     """
     model = get_bert(bert, device)
     if not token_ids.numel():
@@ -144,7 +146,38 @@ def bert_embed(
     _check_ids(model.config, token_ids.shape[1], int(token_ids.min()), int(token_ids.max()))
     mask = token_ids != pad_id
     mask = None if mask.all() else mask.to(model.device)
-    return _vectors(model, token_ids.to(model.device), mask, return_cls_repr, eps).cpu()
+    vectors = _vectors(model, token_ids.to(model.device), mask, return_cls_repr, eps).cpu()
+    check_vectors(vectors.numpy())
+    return vectors
+
+
+def check_vectors(
+    vectors: Float[np.ndarray, "b d"], first: int = 0, chunks_memmap_path: PathLike | None = None
+) -> None:
+    """Refuse vectors that are not finite: no distance to them means anything.
+
+    Args:
+        vectors: of some rows.
+        first: the number of the first row.
+        chunks_memmap_path: the chunk array whose rows they are, which knows the documents.
+
+    Raises:
+        FloatingPointError: naming the rows, and the document of the first of them.
+    """
+    bad = first + np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if not len(bad):
+        return
+    where = f"of {len(bad)} row(s), the first of them row {bad[0]}"
+    if chunks_memmap_path is not None:
+        where = f"of {len(bad)} chunk(s), the first of them chunk {bad[0]} of {chunks_memmap_path}"
+        with suppress(FileNotFoundError):  # an array of the reference knows no documents
+            for number, document in enumerate(read_documents(chunks_memmap_path)):
+                if document["chunks"][0] <= bad[0] < document["chunks"][1]:
+                    where += f", in document {number}, {document['title']!r}"
+    raise FloatingPointError(
+        f"the BERT gives vectors that are not finite: {where}. Nothing of them was stored. Load or download the BERT "
+        f'again, try device="cpu", or leave the document out'
+    )
 
 
 def _check_ids(config: Any, length: int, lowest: int, highest: int) -> None:
@@ -394,6 +427,7 @@ def chunks_to_embeddings_(
     Raises:
         ValueError: `embed_dim` is not this BERT's width, the chunk array has another shape, or its rows are
             longer than the BERT's positions.
+        FloatingPointError: a vector is not finite; the chunk and its document are named, and it is not stored.
     """
     dim = embedding_dim(bert)
     if embed_dim not in (None, dim):
@@ -408,6 +442,10 @@ def chunks_to_embeddings_(
     settings = embedding_settings(chunks_memmap_path, num_chunks, bert, use_cls_repr)
     sizes = sizes_on(device)
 
+    def store(rows: ResumableRows, block: slice, vectors: np.ndarray) -> None:
+        check_vectors(vectors, block.start, chunks_memmap_path)
+        rows.write(block, vectors)
+
     def build() -> dict:
         rows = ResumableRows(embeddings_memmap_path, (num_chunks, dim), np.float32, settings, shared=True)
         blocks, writes = list(rows.blocks(sizes.block)), deque()
@@ -417,7 +455,7 @@ def chunks_to_embeddings_(
             for block in blocks:
                 options = {"use_cls_repr": use_cls_repr, "bert": bert, "device": device}
                 vectors = begin_block(chunks[block, :-1], tokenizer, batch_size, bar.update, **options)
-                writes.append(writer.submit(lambda block, vectors: rows.write(block, vectors()), block, vectors))
+                writes.append(writer.submit(lambda block, vectors: store(rows, block, vectors()), block, vectors))
                 if len(writes) > sizes.ahead:
                     writes.popleft().result()
             for write in writes:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from torch.utils.data import Dataset, Subset
@@ -78,7 +78,7 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"grad_clip is {value}: it must be above 0, e.g. 1.0, or math.inf for no clipping")
 
 
-def _check_warmup(warmup_steps: int, steps: float | int) -> None:
+def _check_warmup(warmup_steps: Real, steps: Real) -> None:
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps {warmup_steps} must be from 0 to below steps, {steps}")
 
@@ -193,10 +193,10 @@ def _recorded(path: Path) -> str:
 Result = TypeVar("Result")
 
 
-def by_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+def by_main(state: Accelerator | PartialState, work: Callable[[], Result]) -> Result:
     """Let the main process do the work. Every process gets what it returns, or the error that it raises."""
     outcome: list[Any] = [None]
-    if accelerator.is_main_process:
+    if state.is_main_process:
         try:
             outcome = [(work(), None)]
         except Exception as error:
@@ -208,18 +208,18 @@ def by_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def only_run(accelerator: Accelerator, out_dir: PathLike | None) -> Iterator[None]:
-    """Within the block, no other run can write into `out_dir`.
+def only_run(state: Accelerator | PartialState, out_dir: PathLike | None) -> Iterator[None]:
+    """Within the block, no other process can train in `out_dir`. Blocks of one thread may be nested.
 
     The operating system holds the lock, so it ends with the process, however that ends.
 
     Raises:
-        BlockingIOError: another run writes into it.
+        BlockingIOError: another run is training there.
     """
     if out_dir is None:
         yield
         return
-    lock = FileLock(Path(out_dir) / ".fit.lock")
+    lock = FileLock(Path(out_dir) / ".fit.lock", is_singleton=True)
 
     def take() -> None:
         with naming(Path(out_dir)):
@@ -231,7 +231,7 @@ def only_run(accelerator: Accelerator, out_dir: PathLike | None) -> Iterator[Non
                 f"another run is training in {out_dir}: wait until it has ended, or pass another out_dir"
             ) from None
 
-    by_main(accelerator, take)
+    by_main(state, take)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from transformers import AutoTokenizer
 
 from retro_nb import RETRO, TrainingWrapper, docstrings, evaluate_loss, split_by_document
@@ -290,6 +291,51 @@ def test_the_settings_it_leaves_are_a_recipe_that_goes_on_where_it_is(finished):
     before = lasting(out)
     assert main(["train", "-f", str(out / "settings.yaml"), "-p", "checkpoint_every", "4"]) == 0
     assert lasting(out) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", "0"), ("grad_clip", "0"), ("wd", "nan"), ("warmup_steps", "12"), ("log_every", "0")]
+)
+def test_settings_of_fit_are_checked_before_anything_is_built(recipe, tmp_path, name, value, capsys):
+    value = ".nan" if value == "nan" else value
+    assert main(arguments("train", recipe, **{name: value})) == 2
+    assert f"error: {name} " in capsys.readouterr().err
+    assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_one_document_has_none_to_validate_on(recipe, tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "only.txt").write_text("the people of every state " * 90, encoding="utf-8")
+    assert main(arguments("train", recipe, corpus=tmp_path / "one", steps=2)) == 2
+    assert "1 document(s) cannot be split by document: pass a larger corpus, or the share 0" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+    assert main(arguments("train", recipe, corpus=tmp_path / "one", steps=2, valid_share=0)) == 0
+
+
+def test_a_second_run_is_refused_before_it_builds_or_writes_anything(recipe, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".fit.lock"):
+        assert main(arguments("train", recipe)) == 2
+    assert f"another run is training in {tmp_path}/out" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == [".fit.lock"] and not (tmp_path / "work").exists()
+    assert main(arguments("train", recipe, steps=2)) == 0
+
+
+def test_a_corpus_that_has_changed_is_not_gone_on_with(recipe, tmp_path, capsys):
+    texts = {f"{name}.txt": f"the people of {name} " * 60 for name in ("one", "two", "three", "four")}
+    (tmp_path / "texts").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "texts" / name).write_text(text, encoding="utf-8")
+    command = arguments("train", recipe, corpus=tmp_path / "texts", steps=4, checkpoint_every=2)
+    assert main(command) == 0
+    before = lasting(tmp_path / "out")
+    (tmp_path / "texts" / "two.txt").write_text("commerce with foreign nations " * 60, encoding="utf-8")
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="the corpus has changed"):
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "is of other training data: " in said and "resume=False to start over" in said
+    assert lasting(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(("name", "value"), [("knn", "3"), ("lr", "1e-3"), ("dec_depth", "3"), ("use_cls_repr", "on")])

@@ -133,6 +133,42 @@ def test_the_dtype_is_one_that_the_processor_has():
     assert best_dtype(torch.device("mps")) == torch.float32
 
 
+@pytest.fixture(scope="module")
+def spoilt_bert(tmp_path_factory, tiny_bert) -> Path:
+    """The tiny BERT, but what it has learnt of the word "commerce" is not a number."""
+    from transformers import BertModel
+
+    folder = shutil.copytree(tiny_bert, tmp_path_factory.mktemp("spoilt") / "bert")
+    model = BertModel.from_pretrained(tiny_bert, add_pooling_layer=False)
+    model.embeddings.word_embeddings.weight.data[tokenize("commerce", add_special_tokens=False).item()] = np.nan
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_vectors_that_are_not_finite_are_refused_before_they_are_stored(tmp_path, spoilt_bert, tiny_bert):
+    words = ["the people of every state " * 30, "the people of every state " * 9 + "commerce", "commerce"]
+    documents = [Document(text, f"document {number}", "s") for number, text in enumerate(words)]
+    chunk(tmp_path, documents)
+    chunks, doc_ids = np.load(tmp_path / "chunks.npy"), np.load(tmp_path / "docs.npy")
+    word = tokenize("commerce", add_special_tokens=False).item()
+    bad = int(np.flatnonzero((chunks[:, :-1] == word).any(axis=1))[0])
+    assert bad > BLOCK and doc_ids[bad] == 1
+    with pytest.raises(FloatingPointError, match=f"chunk {bad} of .*chunks.npy, in document 1, 'document 1'"):
+        embed(tmp_path, spoilt_bert)
+    assert not (tmp_path / "vectors.npy").exists()
+    with open(tmp_path / "vectors.npy.partial", "rb") as file:
+        file.seek(128)
+        assert np.isfinite(np.frombuffer(file.read(), np.float32)).all()
+    embed(tmp_path, tiny_bert)
+    assert np.isfinite(np.load(tmp_path / "vectors.npy")).all()
+
+
+def test_a_query_whose_vector_is_not_finite_is_refused(spoilt_bert):
+    assert bert_embed(tokenize(["the people"]), bert=spoilt_bert).isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"of 2 row\(s\), the first of them row 1"):
+        bert_embed(tokenize(["the people", "commerce", "of commerce"]), bert=spoilt_bert)
+
+
 # framing
 
 

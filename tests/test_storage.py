@@ -33,6 +33,9 @@ from retro_nb.storage import (
 per_example = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+FSYNC = os.fsync
+
+
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # it matters to a power cut, not to a kill
@@ -537,3 +540,35 @@ def test_a_temporary_name_is_gone_whatever_happens(tmp_path):
     assert files_in(tmp_path) == {"deep"} and files_in(tmp_path / "deep") == {"a"}
     with pytest.raises(FileNotFoundError, match=r"could not write .*/b:"), replacing(tmp_path / "b"):
         pass  # nothing was written
+
+
+def test_what_is_moved_is_on_the_disk_before_and_its_place_after(tmp_path, monkeypatch):
+    """Of a file: its last content, then its move, then the folder that names it."""
+    events, replace = [], os.replace
+
+    def note_fsync(file: int) -> None:
+        status = os.fstat(file)
+        events.append(("on disk", status.st_ino, status.st_size))
+        FSYNC(file)
+
+    def note_replace(source: Path, target: Path) -> None:
+        status = os.stat(source)
+        events.append(("moved", status.st_ino, status.st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with replacing(tmp_path / "text") as temporary:
+        temporary.write_text("whole")
+    with ArrayWriter(tmp_path / "rows.npy", np.int32) as writer:
+        writer.append(np.arange(9))
+    write_json(tmp_path / "note.json", {"a": 1})
+    rows = ResumableRows(tmp_path / "blocks.npy", (4,), np.int32, {})
+    rows.write(slice(0, 4), np.arange(4))
+    rows.finish()
+    moves = [number for number, (kind, *_) in enumerate(events) if kind == "moved"]
+    assert len(moves) == 5  # the note of the blocks, too
+    for number in moves:
+        _, file, size = events[number]
+        assert ("on disk", file, size) in events[:number]
+        assert events[number + 1][:2] == ("on disk", tmp_path.stat().st_ino)

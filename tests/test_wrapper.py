@@ -12,8 +12,8 @@ from tiny_language_models import language_model, move
 from torch.testing import assert_close
 
 from retro_nb import RETRO, almanac, embedding, left_pad, retrofit, top_k, top_p, wrapper
-from retro_nb.log import History
 from retro_nb.corpus import Document
+from retro_nb.log import History
 from retro_nb.storage import open_array
 from retro_nb.tokens import decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import split_by_document
