@@ -146,18 +146,20 @@ class ChunkedLM(nn.Module):
     def _with_neighbours(
         self, retrieved: Int[Tensor, "b l k r"] | None
     ) -> tuple[Int[Tensor, "_ _ k r"] | None, Int[Tensor, " c"] | None]:
-        """Leave out the chunks that have no neighbours, such as padding: there is nothing to encode.
+        """Leave out chunks that have no neighbours, such as padding: there is nothing to encode.
 
-        Returns the neighbours of the others, (c, 1, k, r), and which of the b·l chunks these are; or all
-        neighbours and None, if no chunk is without.
+        Returns the neighbours of the c chunks that are kept, (c, 1, k, r), and which of the b·l chunks these are; or
+        all neighbours and None, if every chunk has some. Two chunks are kept at least, with or without neighbours:
+        torch.compile makes other code for a size of 0 or 1 than for all the others.
         """
         if retrieved is None:
             return None, None
         chunks = rearrange(retrieved, "b l k r -> (b l) 1 k r")
-        kept = (chunks != self.pad_id).any(dim=(1, 2, 3)).nonzero()[:, 0]
-        if len(kept) == len(chunks):
+        missing = (chunks == self.pad_id).all(dim=(1, 2, 3))
+        count = len(chunks) - int(missing.sum())
+        if count == len(chunks):
             return retrieved, None
-        kept = kept if len(kept) else kept.new_zeros(1)  # layers need not be made for empty batches
+        kept = missing.byte().argsort(stable=True)[: max(2, count)]
         return chunks[kept], kept
 
     def _here(self, ids: Shaped[Tensor, "..."] | None) -> Shaped[Tensor, "..."] | None:

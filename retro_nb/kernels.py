@@ -23,7 +23,7 @@ try:
 except ImportError:
     triton = None
 
-MOST_ROWS = 16  # b: tokens that share one reading of the weights
+MOST_ROWS = 64  # b: tokens that share one reading of the weights
 
 
 def fits(layers: nn.ModuleList, x: Float[Tensor, "b n d"]) -> bool:
@@ -108,14 +108,25 @@ def linear(
     b, width, outputs = len(x), maps[0].in_features, maps[0].out_features
     weights = [(maps[i] if i < len(maps) else maps[0]).weight for i in range(3)]
     out = x.new_empty(b, len(maps), outputs)
-    one = b == 1
-    block, step = (4, min(2048, _power(width))) if one else (16, min(128, _power(width)))
-    _linear[(triton.cdiv(outputs, block), len(maps))](
+    sizes = _one_row(width) if b == 1 else _many_rows(b, width)
+    _linear[(triton.cdiv(outputs, sizes["BLOCK"]), len(maps))](
         x, *weights, maps[0].bias, None if norm is None else norm.gamma, residual, out, b, width, outputs,
-        0.0 if norm is None else norm.eps, GELU=gelu, ROWS=1 if one else MOST_ROWS, BLOCK=block, STEP=step,
-        num_warps=8 if step > 1024 else 4,
+        0.0 if norm is None else norm.eps, GELU=gelu, **sizes,
     )  # fmt: skip
     return out
+
+
+def _one_row(width: int) -> dict[str, int | str]:
+    """How a program goes through the weights for one token: 4 outputs, a product and a sum at a time."""
+    step = min(2048, _power(width))
+    return dict(ROWS=1, BLOCK=4, STEP=step, PRECISION="ieee", num_warps=8 if step > 1024 else 4)
+
+
+def _many_rows(b: int, width: int) -> dict[str, int | str]:
+    """The same for several tokens, by the matrix units; as exact as PyTorch's products of float32 are to be."""
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    rows, step = _power(b), min(128, _power(width))
+    return dict(ROWS=rows, BLOCK=16, STEP=step, PRECISION=precision, num_warps=4, num_stages=4)
 
 
 def _sizes(attn: Attention) -> dict[str, float | int]:
@@ -135,7 +146,7 @@ if triton is not None:
     @triton.jit
     def _linear(
         x, w0, w1, w2, bias, gamma, residual, out, rows, width, outputs, eps,
-        GELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+        GELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """BLOCK outputs of one map for all rows; STEP features of x at a time."""
         part = tl.program_id(1)
@@ -145,7 +156,7 @@ if triton is not None:
         if part == 2:
             w = w2
         o, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS)
-        total = tl.zeros((BLOCK, STEP) if ROWS == 1 else (ROWS, BLOCK), tl.float32)
+        total = tl.zeros((BLOCK, STEP) if ROWS == 1 else (BLOCK, ROWS), tl.float32)
         squares = tl.zeros((ROWS, STEP), tl.float32)
         for start in range(0, width, STEP):
             i = start + tl.arange(0, STEP)
@@ -159,9 +170,11 @@ if triton is not None:
             if ROWS == 1:
                 total += weights * values
             else:
-                total += tl.dot(values, tl.trans(weights), input_precision="tf32x3")
+                total = tl.dot(weights, tl.trans(values), total, input_precision=PRECISION)
         if ROWS == 1:
             total = tl.sum(total, axis=1)[None, :]
+        else:
+            total = tl.trans(total)
         if gamma is not None:
             total *= tl.rsqrt(tl.sum(squares, axis=1) / width + eps)[:, None]
         if bias is not None:

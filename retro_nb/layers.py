@@ -13,6 +13,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retro_nb.devices import attention_kernels
 from retro_nb.linear import Linear
 
 ROTARY_DIM = 32  # at most so many features of a head are rotated, the others carry content only
@@ -218,9 +219,10 @@ class Attention(nn.Module):
         if self.causal and not whole and n > 1:
             past = torch.ones(n, r, dtype=torch.bool, device=q.device).tril(r - n)
             mask = past if mask is None else mask & past
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=whole, dropout_p=self.dropout if self.training else 0.0
-        )
+        with attention_kernels(causal=whole, keys=r):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=whole, dropout_p=self.dropout if self.training else 0.0
+            )
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def with_null(
@@ -345,10 +347,22 @@ class ChunkedCrossAttention(nn.Module):
         q = self.attn.queries(attending, rotary(positions, self.attn.dim_head))
         out = self.attn.attend(q, memory.keys, memory.values, memory.mask)
         if kept is not None:
-            nothing = repeat(self.attn.to_out(self.attn.null_v), "d -> c m d", c=len(x) * l, m=width)
-            out = nothing.type_as(out).index_copy(0, kept, out)
+            out = self._with_null_elsewhere(out, kept, len(x) * l)
         out = rearrange(out, "(b l) m d -> b (l m) d", l=l)[:, :n]
         return F.pad(out, (0, 0, before, 0))
+
+    def _with_null_elsewhere(
+        self, out: Float[Tensor, "c m d"], kept: Int[Tensor, " c"], chunks: int
+    ) -> Float[Tensor, "{chunks} m d"]:
+        """`out` in the places `kept` of all chunks, the null value in the others.
+
+        The rows are copied into a tensor of their own. Inductor computes `index_copy` into an expanded view in
+        place, so that all rows of the view change (pytorch/pytorch#183986; torch 2.11 to 2.13 at least).
+        """
+        null = self.attn.to_out(self.attn.null_v).type_as(out)
+        read = out.new_zeros(chunks, *out.shape[1:]).index_copy(0, kept, out)
+        has_read = torch.zeros(chunks, dtype=torch.bool, device=out.device).index_fill(0, kept, True)
+        return torch.where(rearrange(has_read, "c -> c 1 1"), read, null)
 
     # decoding
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retro_nb.chunked import ChunkedLM, Retrieved
+from retro_nb.devices import vary
 from retro_nb.layers import Past, PostNorm, PreNorm, rotary
 from retro_nb.presets import AS_IN_THE_PAPER, PRESETS
 from retro_nb.pretrained import load, plain_config, renamed
@@ -155,7 +156,10 @@ class RETRO(ChunkedLM):
         self._check_length(seq.shape[1])
         retrieved = self._check_retrieved(retrieved, chunks=seq.shape[1] // self.chunk_size)
         retrieved, kept = self._with_neighbours(retrieved)
-        return self.decoder(self._embed(seq), self.encoder, *self._embed_retrieved(retrieved), self._here(kept))
+        neighbours = (*self._embed_retrieved(retrieved), self._here(kept))
+        if kept is not None:
+            vary(self.decoder, neighbours)
+        return self.decoder(self._embed(seq), self.encoder, *neighbours)
 
     # piece by piece
 
@@ -213,7 +217,7 @@ class RETRO(ChunkedLM):
         x = self.token_emb(self._here(seq))
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[start : start + seq.shape[1]]
-        return self.to_dec_dim(x)
+        return _residual_stream(self.to_dec_dim(x))
 
     def _embed_retrieved(
         self, retrieved: Int[Tensor, "b l k r"] | None
@@ -222,10 +226,7 @@ class RETRO(ChunkedLM):
             return None, None
         self._check_tokens(retrieved, "retrieved")
         embed, retrieved = self.enc_token_emb or self.token_emb, self._here(retrieved)
-        x = embed(retrieved)
-        if torch.is_autocast_enabled(x.device.type):  # the encoder is shallow: its residual sums may be rounded
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x, retrieved != self.pad_id
+        return _residual_stream(embed(retrieved)), retrieved != self.pad_id
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:
@@ -281,6 +282,15 @@ class RETRO(ChunkedLM):
                 together.
         """
         return load(lambda config: cls(**config), RETRO.__name__, folder, device)
+
+
+def _residual_stream(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """Embeddings in the type in which the layers add to them: autocast's, where it is on.
+
+    In bfloat16 the sums are rounded, and a GPU moves half the bytes between two matrix products.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _layers(name: str, layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:

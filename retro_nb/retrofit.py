@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from retro_nb.backbone import blocks, check_same, identity, load_backbone, reading, restore
 from retro_nb.chunked import ChunkedLM, Retrieved
+from retro_nb.devices import attention_kernels, vary
 from retro_nb.layers import ChunkedCrossAttention, OpenMemory, PreNorm, RMSNorm, rotary
 from retro_nb.pretrained import find_included, load, plain_config
 from retro_nb.storage import PathLike
@@ -98,7 +99,9 @@ class Reader(nn.Module):
     ) -> Float[Tensor, "b l k r _"]:
         """E of neighbours with token embeddings `x`, in the light of H; masks are False on padding."""
         dtype = self.norm_chunk.gamma.dtype
-        return self.encoder(self.embed(x.to(dtype)), mask, self.norm_chunk(chunks.to(dtype)), chunk_mask)
+        inputs = self.embed(x.to(dtype)), mask, self.norm_chunk(chunks.to(dtype)), chunk_mask
+        vary(self.encoder, inputs)
+        return self.encoder(*inputs)
 
 
 @dataclass
@@ -297,7 +300,8 @@ class RETROfit(ChunkedLM):
         if real is not None:
             positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options |= {"attention_mask": real.long(), "position_ids": positions}
-        return self.backbone.base_model(input_ids=ids, **options)
+        with attention_kernels():
+            return self.backbone.base_model(input_ids=ids, **options)
 
     def _ids(self, ids: Int[Tensor, "*b"], name: str) -> Int[Tensor, "*b"]:
         """Ids that the language model knows: padding of our own has none there, and is seen by no text."""
