@@ -11,25 +11,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SAFE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-CUDNN_TILE = 128  # keys that cuDNN's backward pass takes at a time
+CUDNN_TILE = 128  # queries, and keys, that cuDNN's backward pass takes at a time
 
 
-def attention_kernels(*, causal: bool = False, keys: int = 0) -> AbstractContextManager:
+def attention_kernels(queries: int = 0, keys: int = 0) -> AbstractContextManager:
     """The kernels that `F.scaled_dot_product_attention` may choose from, inside a `with` block.
 
-    All attention of this package, and of language models that RETROfit runs, takes its kernels from here. They are
-    all but cuDNN's, whose gradients of the queries are NaN where three things meet: the number of keys is an odd
-    multiple of 64, attention is not causal or has a mask, and all scores of a query are below −88. Its backward
-    pass fills the last tile of 128 keys with keys of score 0, and exp(0 − logsumexp) overflows
-    (pytorch/pytorch#196678; seen with torch 2.11 and cuDNN 9.19 on an H200, reported up to torch 2.13; the
-    encoder's cross-attention, over the 64 tokens of a chunk, meets all three). Causal self-attention over whole
-    tiles has no such keys: there cuDNN, the fastest on Hopper GPUs, may be chosen, too.
+    All attention of this package takes its kernels from here, and so does that of the language models that RETROfit
+    runs. cuDNN's, the fastest on Hopper GPUs, is allowed only where it gets whole tiles of queries and of keys.
+    Elsewhere its backward pass fills the last tile with keys of score 0, and exp(0 − logsumexp) overflows if all
+    scores of a query are below −88: the gradients of the queries are NaN. The encoder's cross-attention, over the 64
+    tokens of a chunk, is such a case. Seen with torch 2.11 and cuDNN 9.19 on an H200 (docs/cudnn-attention.md);
+    reported up to torch 2.13 and cuDNN 9.20 as pytorch/pytorch#196678.
 
     Args:
-        causal: each of `keys` queries sees the keys up to its own, and there is no other mask.
-        keys: number of keys.
+        queries, keys: their numbers; left out, cuDNN is not allowed.
     """
-    whole_tiles = causal and keys % CUDNN_TILE == 0
+    whole_tiles = queries and keys and queries % CUDNN_TILE == 0 and keys % CUDNN_TILE == 0
     return sdpa_kernel([*SAFE_KERNELS, SDPBackend.CUDNN_ATTENTION] if whole_tiles else SAFE_KERNELS)
 
 

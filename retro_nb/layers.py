@@ -219,7 +219,7 @@ class Attention(nn.Module):
         if self.causal and not whole and n > 1:
             past = torch.ones(n, r, dtype=torch.bool, device=q.device).tril(r - n)
             mask = past if mask is None else mask & past
-        with attention_kernels(causal=whole, keys=r):
+        with attention_kernels(queries=n, keys=r):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=whole, dropout_p=self.dropout if self.training else 0.0
             )
