@@ -22,6 +22,7 @@ CONDITIONS = {
     "shuffled": COLOURS["control"],
     "N only": COLOURS["neighbour"],
     "F only": COLOURS["continuation"],
+    "oracle": COLOURS["chunk"],
 }
 FULL = 3.0  # nats at which a token has its full colour
 TELLING = 0.5  # nats from which a token is bold or slanted, for those who see no colour
