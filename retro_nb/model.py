@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retro_nb.chunked import ChunkedLM, Retrieved
 from retro_nb.devices import vary
 from retro_nb.layers import Past, PostNorm, PreNorm, rotary
+from retro_nb.linear import Linear
 from retro_nb.presets import AS_IN_THE_PAPER, PRESETS
 from retro_nb.pretrained import load, plain_config, renamed
 from retro_nb.transformer import Decoder, DecodingState, Encoder, deepnet_init, norm_of
@@ -106,7 +106,7 @@ class RETRO(ChunkedLM):
         self.token_emb = nn.Embedding(num_tokens, embed_dim)
         self.enc_token_emb = nn.Embedding(num_tokens, enc_dim) if separate_embeddings else None
         self.pos_emb = nn.Embedding(max_seq_len, embed_dim) if absolute_positions else None
-        self.to_dec_dim = nn.Linear(embed_dim, dec_dim) if embed_dim != dec_dim else nn.Identity()
+        self.to_dec_dim = Linear(embed_dim, dec_dim) if embed_dim != dec_dim else nn.Identity()
 
         # encoder and decoder
 
@@ -139,7 +139,7 @@ class RETRO(ChunkedLM):
 
         # output
 
-        self.to_logits = nn.Linear(dec_dim, num_tokens)
+        self.to_logits = Linear(dec_dim, num_tokens)
         if tied_output:
             if embed_dim != dec_dim:
                 raise ValueError(
@@ -179,8 +179,6 @@ class RETRO(ChunkedLM):
             pasts=[Past(capacity) for _ in self.decoder.layers],
             chunk=weight.new_zeros(batch, m, weight.shape[1]),
             angles=rotary(positions, self.decoder.dim_head),
-            # On a CPU, feature by feature: then one token meets all v words three times sooner.
-            words=weight.T.contiguous().T if weight.is_cpu else weight,
         )  # fmt: skip
 
     def decode(
@@ -208,7 +206,7 @@ class RETRO(ChunkedLM):
         retrieved = self._check_piece(seq, state, retrieved)
         x = self._embed(seq, state.length)
         x = self.decoder.decode(x, state, self.encoder, *self._embed_retrieved(retrieved))
-        return F.linear(x, state.words) + self.to_logits.bias
+        return self.to_logits(x)
 
     # what both share
 

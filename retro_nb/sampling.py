@@ -7,6 +7,8 @@ v vocabulary.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retro_nb.chunked import ChunkedLM
+from retro_nb.graphs import Recording, can_record
 from retro_nb.tokens import EOS_ID
 
 FetchNeighbours = Callable[[Tensor, int], Tensor]  # (b, m) tokens of a chunk, its number -> (b, k, r)
@@ -73,26 +76,32 @@ def gumbel_sample(
         FloatingPointError: on a CPU, a score is NaN or ∞, or all scores to choose from are −∞. A GPU is not
             made to wait for this check; `generate` has its own.
     """
-    tokens, possible = _draw(t, temperature, dim, generator)
+    _check_temperature(temperature)
+    tokens, possible = _draw(t, temperature, dim, _uniform(t, temperature, generator))
     if t.is_cpu and not possible.all():
         row = (~possible).nonzero()[0].tolist()
         raise FloatingPointError(f"the scores of row {row} of {list(possible.shape)} are not finite: {MEND}")
     return tokens
 
 
+def _uniform(
+    t: Float[Tensor, "*b v"], temperature: float | int, generator: torch.Generator | None
+) -> Float[Tensor, "..."]:
+    """Random numbers from 0 to 1 of t's shape, a single one where greedy choice needs none."""
+    return torch.rand(t.shape if temperature > 0 else (), generator=generator, device=t.device)
+
+
 def _draw(
-    t: Float[Tensor, "..."], temperature: float | int, dim: int, generator: torch.Generator | None
+    t: Float[Tensor, "..."], temperature: float | int, dim: int, uniform: Float[Tensor, "..."]
 ) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
     """The tokens that are drawn, and whether they could be.
 
     Where scores are NaN or ∞, argmax chooses one of these; where all are −∞, it has no other. So the score of the
     token that is drawn tells of every fault, and no further look at all v scores is needed.
     """
-    _check_temperature(temperature)
     noisy = t
-    if temperature > 0:
-        uniform = torch.rand(t.shape, generator=generator, device=t.device).clamp_(min=1e-30)  # log 0 is never drawn
-        noisy = t.float().sub(uniform.log_().neg_().log_(), alpha=temperature)  # a division by 1e-40 would overflow
+    if temperature > 0:  # log 0 is never drawn; a division by a temperature of 1e-40 would overflow
+        noisy = t.float().sub(uniform.clamp(min=1e-30).log_().neg_().log_(), alpha=temperature)
     tokens = noisy.argmax(dim=dim, keepdim=True)
     return tokens.squeeze(dim), t.gather(dim, tokens).isfinite().squeeze(dim)
 
@@ -159,8 +168,10 @@ def generate(
     seq = _room(prompt, lengths, int(ends.max()), retro.pad_id)
     neighbours = _neighbours(retro, seq, fetch_neighbours, retrieved, shortest=int(lengths.min()))
     state = retro.start_decoding(len(seq), capacity=seq.shape[1], retrieval=neighbours is not None)
-    position, stop = int(lengths.min()), seq.shape[1]
-    failed = torch.full_like(ends, stop)  # where each row's logits were first not finite
+    rows = _Rows(seq, lengths, ends, torch.full_like(ends, seq.shape[1]), retro.pad_id, eos_id)
+    choose = partial(rows.write, partial(filter_fn, thres=filter_thres), temperature)
+    recording = Recording() if filter_fn in (top_k, top_p) else None
+    positions, position, stop = torch.arange(seq.shape[1], device=seq.device), int(lengths.min()), seq.shape[1]
     patience = 1 if on_token is not None else _patience(retro, seq)
 
     with _evaluating(retro):
@@ -170,31 +181,56 @@ def generate(
                 found = neighbours(begin // retro.chunk_size) if neighbours and chunk_ends else None
                 logits = retro.decode(seq[:, begin:end], state, found)[:, -1]
 
-            token, possible = _draw(filter_fn(logits, thres=filter_thres), temperature, -1, generator)
-            in_prompt, ended = position < lengths, ends <= position
-            failed = failed.where(possible | in_prompt | ended, failed.clamp(max=position))
-            token = token.masked_fill(ended, retro.pad_id)
-            seq[:, position] = seq[:, position].where(in_prompt, token)
-            ends = ends.where(in_prompt | (token != eos_id), ends.clamp(max=position + 1))
+            inputs = logits, _uniform(logits, temperature, generator), positions[position : position + 1]
+            recording.play(choose, *inputs) if recording and can_record(logits) else choose(*inputs)
             if position % patience == patience - 1:
-                stop = _look(ends, failed)
+                stop = rows.look()
             if on_token is not None:
                 on_token(position, seq[:, position])
             position += 1
-    return seq[:, : _look(ends, failed)]
+    return seq[:, : rows.look()]
 
 
-def _look(ends: Int[Tensor, " b"], failed: Int[Tensor, " b"]) -> int:
-    """Where the last row ends, as far as is known; a GPU waits once for this and for what has failed.
+@dataclass
+class _Rows:
+    """The texts that are being written. All of it changes in place, so that a GPU can replay `write`."""
 
-    Raises:
-        FloatingPointError: a row could not be written on.
-    """
-    stop, where = torch.stack((ends.max(), failed.min())).tolist()
-    if where < stop:
-        row = int(failed.argmin())
-        raise FloatingPointError(f"the logits of row {row} at position {where} are not finite: {MEND}")
-    return stop
+    seq: Int[Tensor, "b n"]
+    lengths: Int[Tensor, " b"]  # of the prompts
+    ends: Int[Tensor, " b"]  # where each row ends, as far as is known
+    failed: Int[Tensor, " b"]  # where each row's logits were first not finite
+    pad_id: int
+    eos_id: int
+
+    def write(
+        self,
+        filtered: Callable[[Tensor], Tensor],
+        temperature: float | int,
+        logits: Float[Tensor, "b v"],
+        uniform: Float[Tensor, "*_"],
+        position: Int[Tensor, " 1"],
+    ) -> Int[Tensor, "b 1"]:
+        """Draw tokens from the filtered logits and put them at `position`; return what then stands there."""
+        token, possible = _draw(filtered(logits), temperature, -1, uniform)
+        in_prompt, ended = position < self.lengths, self.ends <= position
+        self.failed.copy_(self.failed.where(possible | in_prompt | ended, self.failed.minimum(position)))
+        token = token.masked_fill(ended, self.pad_id)
+        there = self.seq.index_select(1, position).where(rearrange(in_prompt, "b -> b 1"), rearrange(token, "b -> b 1"))
+        self.seq.index_copy_(1, position, there)
+        self.ends.copy_(self.ends.where(in_prompt | (token != self.eos_id), self.ends.minimum(position + 1)))
+        return there
+
+    def look(self) -> int:
+        """Where the last row ends, as far as is known; a GPU waits once for this and for what has failed.
+
+        Raises:
+            FloatingPointError: a row could not be written on.
+        """
+        stop, where = torch.stack((self.ends.max(), self.failed.min())).tolist()
+        if where < stop:
+            row = int(self.failed.argmin())
+            raise FloatingPointError(f"the logits of row {row} at position {where} are not finite: {MEND}")
+        return stop
 
 
 def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Tensor, "b _"]:

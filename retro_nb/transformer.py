@@ -112,7 +112,6 @@ class DecodingState:
     pasts: list[Past]  # self-attention keys and values, one past a layer
     chunk: Tensor  # b m d: the current chunk after self-attention at layer min(P), to condition the encoder
     angles: Tensor  # 2 _ _: rotary of all positions that can occur
-    words: Tensor  # v d: the output weights
     memories: dict[int, OpenMemory | None] = field(default_factory=dict)  # what each layer reads of E_u
     recording: Recording = field(default_factory=Recording)  # of the step of one token, on a GPU
     length: int = 0  # tokens fed so far

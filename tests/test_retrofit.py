@@ -180,7 +180,7 @@ def test_chunks_without_neighbours_are_left_out_and_nothing_changes(family, havi
     monkeypatch.setattr(RETROfit, "_with_neighbours", lambda self, retrieved: (retrieved, None))
     for few, all_ in zip(compact, outcome(), strict=True):
         assert_close(few, all_, atol=2e-6, rtol=1e-4)
-    assert set(encoded) == {max(1, len(having)), 6}
+    assert set(encoded) == {max(2, len(having)), 6}
 
 
 # piece by piece
