@@ -81,12 +81,13 @@ def token_losses(
     firsts = iter(dataset.first_chunks(sequences.indices).tolist())
     retro.eval()
     try:
-        for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
-            nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
-            for nats, row in zip(nats_of_batch, seq, strict=True):
-                first, text = next(firsts), (row[1:] != dataset.eos_id) & (row[1:] != dataset.pad_id)
-                _check_finite(nats[text], dataset.doc_ids[first], mode)
-                _put(losses, nats, text, first)
+        with torch.compiler.set_stance("force_eager"):  # `fit` may be under way: sooner done than another compilation
+            for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
+                nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
+                for nats, row in zip(nats_of_batch, seq, strict=True):
+                    first, text = next(firsts), (row[1:] != dataset.eos_id) & (row[1:] != dataset.pad_id)
+                    _check_finite(nats[text], dataset.doc_ids[first], mode)
+                    _put(losses, nats, text, first)
     finally:
         retro.train(was_training)
     return losses
