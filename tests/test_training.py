@@ -357,6 +357,18 @@ def test_an_empty_dataset():
         fit(tiny_retro(), tiny_data(), tiny_data(0), **RUN)
 
 
+def test_a_validation_set_without_a_token_is_refused_before_any_step():
+    tokens, retrieved = tiny_data(5).tensors
+    tokens[:, 1:] = 0
+    retro = tiny_retro()
+    at_forward(retro, 1, killed)
+    with pytest.raises(ValueError, match="none of the 5 sequences of valid holds a token to predict"):
+        fit(retro, tiny_data(), TensorDataset(tokens, retrieved), **RUN)
+    tokens[4, 12] = 7
+    with pytest.raises(Killed):
+        fit(retro, tiny_data(), TensorDataset(tokens, retrieved), **RUN)
+
+
 def test_epochs_are_rounded_up_to_steps():
     assert len(fit(tiny_retro(), tiny_data(18), **(RUN | {"steps": None, "epochs": 2}))) == 9
     assert len(fit(tiny_retro(), tiny_data(3), **(RUN | {"steps": None, "epochs": 1}))) == 1
