@@ -1,7 +1,8 @@
 """The documents of a corpus are read, counted and forgotten: for a survey of it.
 
 They are cut into tokens and chunks as a build would cut them. What is kept grows by 8 bytes for each document and each
-chunk, a hash of it, so that duplicates can be counted: 16 MB for a million of each.
+chunk, a hash of it, so that duplicates can be counted: 16 MB for a million of each. The tokens of the first documents
+are kept, up to `COMPARED` of them, so that near-duplicates can be looked for: 40 MB.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from retro_nb.tokens import TextTokenizer, get_tokenizer
 
 SAMPLE = 512  # chunks that are kept to measure with, up to twice as many
 SLICE = 2**20  # characters encoded at a time
+COMPARED = 10_000_000  # tokens of documents that are kept to be compared with one another
 
 
 class Reading:
@@ -37,6 +39,8 @@ class Reading:
         self.lengths: Counter[int] = Counter()
         self.texts, self.hashes = array("Q"), array("Q")  # 8 bytes of a document, of a chunk
         self.rows: list[np.ndarray] = []  # every step-th chunk
+        self.kept: list[np.ndarray] = []  # the tokens of the first documents
+        self.room = COMPARED  # for so many tokens more
         self.step, self.complete = 1, True
         self.longest_title = self.first_replaced = ""
         self.longest_bytes = self.titles = self.same_document = 0
@@ -81,7 +85,11 @@ class Reading:
 
     def _tokens(self, text: str) -> Iterator[Tokens]:
         """A document's tokens; if they take too long, only the first."""
+        own = [np.empty(0, np.int32)]
         for tokens in document_tokens(text, tokenizer=self.tokenizer):
+            self.room -= len(tokens.ids)
+            if self.room >= 0:
+                own.append(tokens.ids.astype(np.int32, copy=False))
             self.counts["tokens"] += len(tokens.ids)
             self.counts["unknown_tokens"] += int(np.count_nonzero(tokens.ids == self.unknown))
             yield tokens
@@ -92,6 +100,8 @@ class Reading:
                 self.counts["tokenised"] += reached
                 return
         self.counts["tokenised"] += len(text)
+        if self.room >= 0:
+            self.kept.append(np.concatenate(own))
 
     def _add_chunks(self, rows: Int32[np.ndarray, "c m"]) -> None:
         words = np.count_nonzero(rows != self.tokenizer.ids.pad, axis=1)

@@ -10,6 +10,7 @@ documents have them, the rarest first, few documents share such a member, and on
 """
 
 import math
+import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -95,6 +96,23 @@ def near_duplicate_sets(
             if similarity >= at_least:
                 found.append(Pair(other, number, similarity))
     return sorted(found)
+
+
+def repeating(documents: Sequence[Integer[np.ndarray, " _"]], seconds: float | int = math.inf) -> tuple[list[int], int]:
+    """The documents that are near-duplicates of one before them, and how many were looked at before the time was over.
+
+    Faster than `near_duplicates` where many documents are alike: of each, one such pair is enough. The first document
+    is always looked at.
+    """
+    end, found = time.monotonic() + seconds, []
+    grams = [grams_of(tokens) for tokens in documents]
+    sizes = np.array([len(each) for each in grams], np.int64)
+    for number, others in _candidates(grams, sizes, JACCARD):
+        if time.monotonic() > end:
+            return found, max(1, number)
+        if any(jaccard(grams[number], grams[other]) >= JACCARD for other in others.tolist()):
+            found.append(number)
+    return found, len(documents)
 
 
 def _candidates(

@@ -20,7 +20,8 @@ import psutil
 from retro_nb.chunking import check_sizes
 from retro_nb.corpus import Document
 from retro_nb.costs import Rates, Size, Step, lists_of, measure, steps
-from retro_nb.counting import Reading, is_unsuited, repeated
+from retro_nb.counting import COMPARED, Reading, is_unsuited, repeated
+from retro_nb.duplicates import GRAM, JACCARD, repeating
 from retro_nb.embedding import embedding_dim
 from retro_nb.index import choose_index, parse_bytes
 from retro_nb.storage import WORK, PathLike
@@ -37,7 +38,9 @@ class Survey:
 
     `longest`, in characters, and `longest_title` are of the longest document. `lengths[i]` is the number of documents
     of 2^(i−1) to 2^i − 1 characters, `lengths[0]` of those of none. A duplicate has the same text, or the same m
-    tokens, as one before it; texts of no character are none. A padded chunk is one of which less than half is text.
+    tokens, as one before it; texts of no character are none. A near-duplicate shares 13-grams of tokens with one before
+    it, at a Jaccard similarity of .8 or more (`near_duplicates`); only the first `compared_documents` are looked at:
+    10 million tokens, or as many as the time allows. A padded chunk is one of which less than half is text.
     """
 
     chunk_size: int
@@ -60,6 +63,8 @@ class Survey:
     documents: int = 0
     empty_documents: int = 0
     duplicate_documents: int = 0
+    compared_documents: int = 0
+    near_duplicate_documents: int = 0
     characters: int = 0
     bytes: int = 0
     spaces: int = 0
@@ -128,7 +133,8 @@ def survey(
         bert, index, max_index_memory_usage: as the build takes them.
         work_dir: where it will be built, to look how much is free; data/work if left out.
         seconds: read no longer than so, but one document at least, or 800,000 characters of one that is longer;
-            `math.inf` for all. Of what was not read the survey has estimates, if the corpus has a `len`.
+            `math.inf` for all. Of what was not read the survey has estimates, if the corpus has a `len`. As long again
+            at most, near-duplicates are looked for.
         progress: show a progress bar.
 
     Raises:
@@ -142,6 +148,7 @@ def survey(
     took = reading.read(corpus, seconds, progress)
     if not reading.counts["chunks"]:
         raise ValueError(f"no text to survey: {reading.counts['documents']} documents, none with a token")
+    repeats, compared = repeating(reading.kept, seconds)
     whole, dim = reading.whole(length), embedding_dim(bert)
     spec = index or choose_index(whole.chunks, dim, parse_bytes(max_index_memory_usage))
     rates = measure(
@@ -173,6 +180,8 @@ def survey(
         bert_unsuited=reading.unsuited_to(bert),
         trained_on_all=trained_on_all,
         duplicate_documents=repeated(reading.texts),
+        compared_documents=compared,
+        near_duplicate_documents=len(repeats),
         duplicate_chunks=repeated(reading.hashes),
         **reading.counts,
     )
@@ -226,6 +235,13 @@ def _about_texts(s: Survey) -> Iterator[str]:
             f"{documents:.0%} of the documents and {chunks:.0%} of the chunks are duplicates: a model learns to copy "
             f"them, and what was seen in training leaks into the validation (notebook 08). Leave them out, or pass "
             f"max_similarity=0.95 so that none is retrieved"
+        )
+    near = s.near_duplicate_documents / max(1, s.compared_documents)
+    if near > max(0.01, documents):
+        yield (
+            f"{near:.0%} of the documents share most of their text with one before them (a Jaccard similarity of "
+            f"{JACCARD} or more between their {GRAM}-grams): near_duplicates(…) finds the pairs. Leave the second out, "
+            f"or hold both out of training together"
         )
 
 
@@ -299,8 +315,16 @@ def _found(s: Survey) -> list[str]:
         "chunks": f"{s.chunks:,} of {s.chunk_size} tokens, in {s.seqs:,} sequences of up to {s.seq_len:,}",
         "padding": f"{s.padding / places:.1%} of the chunks' places; {padded:.1%} of the chunks are mostly padding",
         "duplicates": f"{s.duplicate_documents:,} documents; {s.duplicate_chunks:,} chunks, {twice:.1%}",
+        "near copies": _near_duplicates(s),
     }
     return [_extent(s), "", *(f"{name:<14}{value}" for name, value in lines.items())]
+
+
+def _near_duplicates(s: Survey) -> str:
+    if not s.compared_documents:
+        return f"not looked for: the first document has more than {COMPARED:,} tokens, or was cut"
+    among = "all" if s.compared_documents == s.documents else f"the first {s.compared_documents:,}"
+    return f"{s.near_duplicate_documents:,} of {among} documents, the duplicates among them"
 
 
 def _extent(s: Survey) -> str:

@@ -1,11 +1,13 @@
 """Near-duplicates against sets of tuples compared pair by pair."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_nb.duplicates import GRAM, Pair, grams_of, jaccard, near_duplicates
+from retro_nb.duplicates import GRAM, JACCARD, Pair, grams_of, jaccard, near_duplicates, repeating
 
 
 def by_brute_force(documents: list[np.ndarray], gram: int, at_least: float) -> list[Pair]:
@@ -77,3 +79,20 @@ def test_runs_are_told_apart_whatever_their_type():
 def test_senseless_limits_are_refused(gram, at_least):
     with pytest.raises(ValueError, match=f"runs of {gram} tokens, similarity {at_least}: pass 1 or more"):
         near_duplicates([], gram=gram, at_least=at_least)
+
+
+@given(edited())
+@settings(max_examples=100, deadline=None)
+def test_documents_that_repeat_one_before_them_are_the_seconds_of_all_pairs(documents):
+    longer = [np.repeat(text, 3) for text in documents]  # so that most have runs of 13
+    found, compared = repeating(longer)
+    assert compared == len(documents)
+    assert found == sorted({pair.second for pair in by_brute_force(longer, GRAM, JACCARD)})
+
+
+def test_documents_are_compared_in_order_until_the_time_is_over(monkeypatch):
+    text = np.arange(100)
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))  # a second between two looks at it
+    assert repeating([text] * 9, seconds=3) == ([1, 2], 3)
+    assert repeating([text] * 9, seconds=0) == ([], 1) and repeating([], seconds=0) == ([], 0)

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro_nb import counting
+from retro_nb import chunking, counting
 from retro_nb.chunking import documents_to_chunks_
 from retro_nb.corpus import Document
 from retro_nb.costs import Rates, index_bytes, index_seconds, lists_of, search_seconds, steps
+from retro_nb.duplicates import repeating
 from retro_nb.index import build_index, choose_index
 from retro_nb.knn import chunks_to_precalculated_knn_
 from retro_nb.survey import survey
@@ -105,6 +106,58 @@ def test_a_survey_says_what_was_found(quick):
     assert (found.replaced_characters, found.replaced_documents, found.first_replaced) == (7, 2, "2.txt")
     assert sum(found.lengths) == 6 and found.lengths[0] == 1
     assert all(found.lengths[len(text).bit_length()] for text in texts)
+
+
+def grams(text, size=13):
+    """The set of a text's runs of tokens."""
+    (ids,) = get_tokenizer().encode([text])
+    ids = [get_tokenizer().ids.sos, *ids, get_tokenizer().ids.eos]
+    return {tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)}
+
+
+def like_one_before(texts):
+    """How many share 13-grams with one before them, at a Jaccard similarity of .8 or more: all pairs, by sets."""
+    sets = [grams(text) for text in texts]
+    return sum(any(a and len(a & b) / len(a | b) >= 0.8 for b in sets[:i]) for i, a in enumerate(sets))
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), room=st.integers(0, 900))
+def test_near_duplicates_are_those_of_all_pairs_of_the_first_documents(monkeypatch, seed, room):
+    rng, words = np.random.default_rng(seed), [*ENGLISH.split(), *"every ship that sails from here".split()]
+    texts = [" ".join(rng.choice(words, rng.integers(5, 120)))]
+    for _ in range(7):  # some words of an earlier text are replaced
+        text = np.array(texts[rng.integers(len(texts))].split())
+        text[rng.integers(0, len(text), rng.integers(0, 4))] = rng.choice(words)
+        texts.append(" ".join(text))
+    monkeypatch.setattr(counting, "COMPARED", room)
+    reading = counting.Reading(get_tokenizer(), 8, 4)
+    reading.read(named(texts), math.inf)
+    sizes = np.cumsum([lists([text], 8, 32)["tokens"] for text in texts])
+    assert len(reading.kept) == (sizes <= room).sum()
+    found, compared = repeating(reading.kept)
+    assert compared == len(reading.kept) and len(found) == like_one_before(texts[:compared])
+
+
+def test_a_survey_counts_near_duplicates_and_says_among_how_many(quick, monkeypatch):
+    words = np.random.default_rng(0).permuted([ENGLISH.split() * 12] * 6, axis=1)
+    texts = [" ".join(text) for text in words]
+    texts += [texts[0] + " more", "less " + texts[1], texts[2]]
+    found = quick(named(texts))
+    assert found.near_duplicate_documents == like_one_before(texts) == 3 and found.compared_documents == 9
+    assert found.duplicate_documents == 1 and "3 of all documents" in str(found)
+    assert any("near_duplicates(" in each for each in found.remarks)
+    monkeypatch.setattr(counting, "COMPARED", found.tokens - 1)
+    assert "2 of the first 8 documents" in str(quick(named(texts)))
+    monkeypatch.setattr(counting, "COMPARED", 10)
+    assert "not looked for" in str(quick(named(texts)))
+
+
+def test_a_document_that_was_cut_off_is_not_compared(quick, monkeypatch):
+    for module in (chunking, counting):
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
+        monkeypatch.setattr(module, "PIECES_AT_ONCE", 1)
+    assert quick(named([ENGLISH * 1000]), seconds=0).compared_documents == 0
 
 
 def test_slices_of_a_text_do_not_show(monkeypatch):
