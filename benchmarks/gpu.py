@@ -3,7 +3,8 @@
     python benchmarks/gpu.py                        all, on an H100 or H200; less than half an hour
     python benchmarks/gpu.py embedding sampling     these two
 
-One that fails or takes too long is reported and the others go on. The results lie in benchmarks/results/*-gpu.json.
+First gpu_check.py looks whether the GPU computes what it should; if not, nothing is measured. A measurement that
+fails or takes too long is reported and the others go on. The results lie in benchmarks/results/*-gpu.json.
 """
 
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"embedding": 300, "dataset": 240, "training": 480, "sampling": 300, "scaling": 420}  # seconds
+CHECK = "gpu_check"
+LIMITS = {CHECK: 600, "embedding": 300, "dataset": 240, "training": 480, "sampling": 300, "scaling": 420}  # seconds
 
 
 def run(name: str) -> str:
@@ -39,12 +41,15 @@ def run(name: str) -> str:
 
 
 def main() -> int:
-    names = sys.argv[1:] or [name for name in LIMITS if name != "scaling" or torch.cuda.device_count() > 1]
+    every = [name for name in LIMITS if name != "scaling" or torch.cuda.device_count() > 1]
+    names = [name for name in sys.argv[1:] or every if name != CHECK]
     if unknown := set(names) - set(LIMITS):
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join(LIMITS)}")
     if not torch.cuda.is_available():
         sys.exit("no GPU here: `make bench` measures the CPU")
-    outcomes = {name: run(name) for name in names}
+    outcomes = {CHECK: run(CHECK)}
+    if outcomes[CHECK].startswith("done"):
+        outcomes |= {name: run(name) for name in names}
     print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     return int(any(not outcome.startswith("done") for outcome in outcomes.values()))
 

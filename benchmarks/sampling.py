@@ -157,7 +157,7 @@ def on_gpu(tokens: int = 512) -> None:
 
     torch.set_float32_matmul_precision("high")  # tf32, which serves the reference best
     rows, host = [], Host(reference, fetch)
-    for b, target in ((1, 20), (16, 50)):
+    for b, target in ((1, 20), (16, 30), (64, 30)):
         text = write(ours, fetch, tokens, b)
         rows.append(compare(
             f"sampling, GPU, batch {b}, {tokens} tokens", "tokens/s",

@@ -49,7 +49,14 @@ from tokenizers import Tokenizer
 
 from retro_nb.chunking import ChunkedDocument, chunk_document, store_tokenizer, write_chunks
 from retro_nb.corpus import Corpus
-from retro_nb.embedding import begin_block, embedding_dim, embedding_settings, embedding_stats, sizes_on
+from retro_nb.embedding import (
+    begin_block,
+    check_vectors,
+    embedding_dim,
+    embedding_settings,
+    embedding_stats,
+    sizes_on,
+)
 from retro_nb.index import (
     BLOCK,
     Ranges,
@@ -266,12 +273,14 @@ class _Embed(_Worker):
     """Embeds blocks of a chunk array."""
 
     def open(self, chunks_path: Path, bert: PathLike | None, use_cls_repr: bool) -> None:
-        self.chunks = open_array(chunks_path)
+        self.chunks, self.path = open_array(chunks_path), chunks_path
         options = {"use_cls_repr": use_cls_repr, "bert": bert}
         self.embed = partial(begin_block, tokenizer=store_tokenizer(chunks_path, bert), **options)
 
     def work(self, start: int, stop: int) -> Iterator[Block]:
-        yield start, stop, self.embed(self.chunks[start:stop, :-1])()
+        vectors = self.embed(self.chunks[start:stop, :-1])()
+        check_vectors(vectors, start, self.path)
+        yield start, stop, vectors
 
 
 class _Fill(_Worker):

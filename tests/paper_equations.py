@@ -15,6 +15,12 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     return x / math.sqrt(sum(float(value) ** 2 for value in x) / len(x)) * gamma
 
 
+def normalised(norm, x: Tensor) -> Tensor:
+    """RMSNorm of one vector, with its gate if it has one."""
+    out = rms_norm(x, norm.gamma)
+    return out if norm.gate is None else out * torch.sigmoid(norm.gate * x)
+
+
 @torch.no_grad()
 def turned(vector: Tensor, position: int) -> Tensor:
     """Rotary position: feature i and feature i + half are the two coordinates of a plane."""
@@ -55,7 +61,7 @@ def feed_forward(weights, x: Tensor) -> Tensor:
 
 
 def attn(block, H: list[Tensor], causal: bool, visible: list[bool] | None = None) -> list[Tensor]:
-    normed = [rms_norm(h, block.norm.gamma) for h in H]
+    normed = [normalised(block.norm, h) for h in H]
     out = []
     for i, h in enumerate(H):
         context = [
@@ -68,7 +74,7 @@ def attn(block, H: list[Tensor], causal: bool, visible: list[bool] | None = None
 
 
 def ffw(block, H: list[Tensor]) -> list[Tensor]:
-    return [h + feed_forward(block.fn, rms_norm(h, block.norm.gamma)) for h in H]
+    return [h + feed_forward(block.fn, normalised(block.norm, h)) for h in H]
 
 
 def cca(block, H: list[Tensor], E: dict, visible: dict, m: int) -> list[Tensor]:
@@ -90,7 +96,7 @@ def cca(block, H: list[Tensor], E: dict, visible: dict, m: int) -> list[Tensor]:
                 for place, (y, real) in enumerate(zip(neighbour, seen, strict=True), start=1)
                 if real
             ]
-            normed = rms_norm(H[token - 1], block.norm.gamma)
+            normed = normalised(block.norm, H[token - 1])
             out[token - 1] = H[token - 1] + attention(block.fn.attn, normed, first + i - 1, context)
     return out
 
@@ -102,10 +108,10 @@ def encode(encoder, neighbour: list[Tensor], visible: list[bool], H_u: list[Tens
         E = attn(layer.attn, E, causal=False, visible=visible)
         if layer.cross_attn is not None:
             context = [(h, place) for place, h in enumerate(H_u)]
-            gamma = layer.cross_attn.norm.gamma
-            E = [e + attention(layer.cross_attn.fn, rms_norm(e, gamma), i, context) for i, e in enumerate(E)]
+            cross = layer.cross_attn
+            E = [e + attention(cross.fn, normalised(cross.norm, e), i, context) for i, e in enumerate(E)]
         E = ffw(layer.ff, E)
-    E = [rms_norm(e, encoder.norm_out.gamma) for e in E]
+    E = [normalised(encoder.norm_out, e) for e in E]
     if isinstance(encoder.project_out, torch.nn.Linear):
         E = [encoder.project_out.weight @ e + encoder.project_out.bias for e in E]
     return E
@@ -143,7 +149,7 @@ def retro_logits(model, seq: Tensor, retrieved: Tensor | None = None) -> Tensor:
         if retrieved is not None and p in P:
             H = cca(layer.cross_attn, H, E, visible, m)
         H = ffw(layer.ff, H)
-    H = [rms_norm(h, model.decoder.norm_out.gamma) for h in H]
+    H = [normalised(model.decoder.norm_out, h) for h in H]
     return torch.stack([model.to_logits.weight @ h + model.to_logits.bias for h in H])
 
 
@@ -176,7 +182,7 @@ def retrofit_logits(model, seq: Tensor, retrieved: Tensor | None = None) -> Tens
     def read_token(token: Tensor) -> Tensor:
         norm, linear = reader.embed
         word = table[token % len(table)]  # padding may be no word; nothing reads it
-        return linear.weight @ rms_norm(word, norm.gamma) + linear.bias
+        return linear.weight @ normalised(norm, word) + linear.bias
 
     E, visible = {}, {}
     for p, layer in enumerate(layers, start=1):
@@ -184,7 +190,7 @@ def retrofit_logits(model, seq: Tensor, retrieved: Tensor | None = None) -> Tens
         H = H + attend(norm(H)[None], attention_mask=later, **about)[0][0]
         if retrieved is not None and p in P:
             for u in range(1, n // m + 1) if p == min(P) else ():
-                chunk = [rms_norm(h, reader.norm_chunk.gamma) for h in H[(u - 1) * m : u * m]]
+                chunk = [normalised(reader.norm_chunk, h) for h in H[(u - 1) * m : u * m]]
                 visible[u] = [[bool(token != model.pad_id) for token in neighbour] for neighbour in retrieved[u - 1]]
                 E[u] = [
                     encode(reader.encoder, [read_token(token) for token in neighbour], seen, chunk)

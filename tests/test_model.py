@@ -55,7 +55,7 @@ def batch(n: int, k: int = 2, r: int = 8, b: int = 2, m: int = 4, seed: int = 0)
 
 
 @given(
-    option=st.sampled_from(["reference", "paper"]), n=st.integers(1, 13), k=st.integers(1, 2),
+    option=st.sampled_from(["reference", "paper", "gated"]), n=st.integers(1, 13), k=st.integers(1, 2),
     r=st.sampled_from([4, 5, 8]), read=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=8, deadline=None)

@@ -645,7 +645,7 @@ def test_training_goes_on_where_it_stopped(wrapped, tmp_path):
     with pytest.raises(InterruptedError):
         train(parts, out_dir=tmp_path)
     handle.remove()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == "step-00000004"
     nn.init.zeros_(parts.reader.embed[1].weight)
     assert train(parts, out_dir=tmp_path) == expected and "valid_loss" in expected[-1]
     assert torch.equal(weights(parts), weights(whole))
