@@ -92,7 +92,8 @@ def float32_vectors(bert: Path, chunks: np.ndarray, device: str) -> Tensor:
     """The mean of BERT's last hidden states after [CLS], the plain way."""
     from transformers import BertModel
 
-    model, vectors = BertModel.from_pretrained(bert, add_pooling_layer=False).eval().to(device), []
+    model = BertModel.from_pretrained(bert, add_pooling_layer=False).float().eval().to(device)
+    vectors = []
     for start in range(0, len(chunks), 64):
         words = [[word for word in row if word > 102] for row in chunks[start : start + 64, :64].tolist()]
         rows = [torch.tensor([101, *row, 102]) for row in words]
