@@ -8,10 +8,11 @@
     about.json          the corpus's fingerprint and licences, the settings, what was dropped; written last
 
 `build_store` needs that folder, a GPU and the weights of the BERT. It leaves `neighbours.npz` in the packed folder:
-with that, the store can be built on another machine without BERT and without a search. The store has
+with that, the store can be built on another machine without BERT and without a search. With the retriever "bm25" it
+leaves `neighbours-bm25.npz`. The store has
 
     chunks.npy, seqs.npy, doc_ids.npy, chunks.bytes.npy, …     as `documents_to_chunks_` writes them
-    knns.npy            the nearest chunks of each in the database, which is all training documents
+    knns.npy, knns-bm25.npy     the nearest chunks of each in the database, which is all training documents
 
 A document's part is train, valid, test or unseen: of a library that is not trained on.
 """
@@ -19,14 +20,15 @@ A document's part is train, valid, test or unseen: of a library that is not trai
 import hashlib
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float32, Int, Int32, Integer
+from jaxtyping import Int, Int32, Integer
+from sources_search import best_matches, is_special, nearest
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,7 +43,7 @@ from retro_nb.chunking import (
     write_chunks,
 )
 from retro_nb.corpus import Document, digest
-from retro_nb.duplicates import Pair, near_duplicates
+from retro_nb.duplicates import Pair, grams_of, near_duplicates
 from retro_nb.embedding import best_device, chunks_to_embeddings_
 from retro_nb.index import NO_NEIGHBOUR
 from retro_nb.sources import code
@@ -53,10 +55,9 @@ FOUND = 16  # neighbours that are looked up
 KEPT = 4  # of them where no more are read: so neighbours.npz stays small
 SHARED = 10  # neighbours with which a chunk is compared word for word (paper, section 2.6)
 SHARES = {"1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # of the database's documents
+RETRIEVERS = {"minilm": ("neighbours", "knns"), "bm25": ("neighbours-bm25", "knns-bm25")}  # files: packed, in the store
 MEMORY = {"1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0}  # of the other files of the libraries that were not trained on
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 1, "pb": 1}]  # of 16-bit numbers
-GROUP = 64  # scores of which only the lowest is looked at first
-TILES = {"cuda": (2048, 2**17), "cpu": (256, 2**14)}  # queries and database chunks compared at a time
 
 
 # from texts to a folder that can be copied
@@ -174,14 +175,22 @@ class Packed:
         self.documents = read_documents(folder)
 
     def __iter__(self) -> Iterator[ChunkedDocument]:
+        sizes, pad_id = bytes_of_tokens(self.tokenizer), self.tokenizer.ids.pad
+        documents = tqdm(self.documents, desc="unpacking", unit=" documents", mininterval=5)
+        for tokens, about in zip(self.tokens(), documents, strict=True):
+            yield chunked(tokens.astype(np.int32), about, sizes, pad_id)
+
+    def tokens(self) -> Iterator[Integer[np.ndarray, " _"]]:
+        """Those of each document.
+
+        Raises:
+            ValueError: the file is damaged, or another one.
+        """
         data = lzma.decompress((self.folder / "tokens.xz").read_bytes())
         if hashlib.sha256(data).hexdigest() != self.about["sha256"]:
             raise ValueError(f"{self.folder / 'tokens.xz'} is not what about.json tells of: pack the corpus again")
-        tokens, start = np.frombuffer(data, "<u2").astype(np.int32), 0
-        sizes = bytes_of_tokens(self.tokenizer)
-        for about in tqdm(self.documents, desc="unpacking", unit=" documents", mininterval=5):
-            yield chunked(tokens[start : start + about["tokens"]], about, sizes, self.tokenizer.ids.pad)
-            start += about["tokens"]
+        edges = np.cumsum([about["tokens"] for about in self.documents])[:-1]
+        yield from np.split(np.frombuffer(data, "<u2"), edges)
 
     def fingerprint(self) -> dict[str, Any]:
         """The tokens' digest."""
@@ -201,28 +210,62 @@ def chunked(
     return ChunkedDocument(about, 0, rows, spans, np.diff(edges).astype(np.int32))
 
 
-def build_store(packed: Path, folder: Path, seq_len: int, bert: str | None) -> None:
+def build_store(packed: Path, folder: Path, seq_len: int, bert: str | None, retriever: str = "minilm") -> None:
     """Chunks and neighbours; see above."""
     corpus = Packed(packed)
     paths = [folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")]
-    stats = write_chunks(lambda: corpus, corpus, paths, corpus.tokenizer, chunk_size=M, seq_len=seq_len)
-    doc_ids = np.array(open_array(paths[2]))
-    if not (packed / "neighbours.npz").exists():
-        vectors = folder / "chunks.embedded.npy"
-        places = {"chunks_memmap_path": paths[0], "embeddings_memmap_path": vectors}
-        chunks_to_embeddings_(num_chunks=stats["chunks"], **places, bert=bert, progress=False)
-        found = find_neighbours(corpus, open_array(vectors), doc_ids, best_device())
-        found |= {"overlap": overlap_of(paths[0], found, doc_ids, best_device())}
-        with writing(packed / "neighbours.npz") as file:
-            np.savez_compressed(file, sha256=corpus.about["sha256"], **found)
-    with np.load(packed / "neighbours.npz") as found:
+    write_chunks(lambda: corpus, corpus, paths, corpus.tokenizer, chunk_size=M, seq_len=seq_len)
+    doc_ids, file = np.array(open_array(paths[2])), packed / f"{RETRIEVERS[retriever][0]}.npz"
+    if not file.exists():
+        if retriever == "bm25":
+            search = _by_bm25(paths[0], doc_ids, corpus.tokenizer)
+        else:
+            search = _by_minilm(paths[0], doc_ids, bert)
+        found = find_neighbours(corpus, doc_ids, search)
+        if retriever == "minilm":
+            found |= {"overlap": overlap_of(paths[0], found, doc_ids, best_device())}
+        with writing(file) as opened:
+            np.savez_compressed(opened, sha256=corpus.about["sha256"], **found)
+    with np.load(file) as found:
         if str(found["sha256"]) != corpus.about["sha256"]:
-            raise ValueError(f"{packed / 'neighbours.npz'} is of another corpus: remove it, and build again")
+            raise ValueError(f"{file} is of another corpus: remove it, and build again")
         knns = np.full((len(doc_ids), FOUND), NO_NEIGHBOUR, np.int32)
         trained = rows_of(corpus, doc_ids, "train")
         knns[trained, : found["trained"].shape[1]], knns[found["rows"]] = found["trained"], found["knns"]
-    with writing(folder / "knns.npy") as file:
-        np.save(file, knns)
+    with writing(folder / f"{RETRIEVERS[retriever][1]}.npy") as opened:
+        np.save(opened, knns)
+
+
+Search = Callable[[Int[np.ndarray, " e"], Int[np.ndarray, " _"], int], Int[np.ndarray, "e k"]]
+
+
+def _by_minilm(chunks_path: Path, doc_ids: Int[np.ndarray, " c"], bert: str | None) -> Search:
+    """Search by squared distance of the vectors that a BERT gives the chunks."""
+    places = {"chunks_memmap_path": chunks_path, "embeddings_memmap_path": chunks_path.with_suffix(".embedded.npy")}
+    chunks_to_embeddings_(num_chunks=len(doc_ids), **places, bert=bert, progress=False)
+    vectors = open_array(places["embeddings_memmap_path"])
+    return lambda queries, among, k: nearest(vectors, queries, among, doc_ids, k, best_device())[1]
+
+
+def _by_bm25(chunks_path: Path, doc_ids: Int[np.ndarray, " c"], tokenizer: TextTokenizer) -> Search:
+    words = open_array(chunks_path)[:, :-1], tokenizer.size, tokenizer.ids
+    return lambda queries, among, k: best_matches(*words, queries, among, doc_ids, k, best_device())[1]
+
+
+def copied(packed: Path) -> list[float]:
+    """Of each test document the share of its 13-grams that stand in a document of the database, anywhere."""
+    corpus = Packed(packed)
+    parts, tokens = [about["part"] for about in corpus.documents], list(corpus.tokens())
+    measured, database = ([each for each, its in zip(tokens, parts, strict=True) if its == part] for part in
+                          ("test", "train"))  # fmt: skip
+    own = [grams_of(each) for each in measured]
+    wanted = np.unique(np.concatenate(own))
+    seen = np.zeros(len(wanted), bool)
+    for each in database:
+        grams = grams_of(each)
+        places = np.searchsorted(wanted, grams).clip(max=len(wanted) - 1)
+        seen[places[wanted[places] == grams]] = True
+    return [float(seen[np.searchsorted(wanted, each)].mean()) for each in own]
 
 
 def rows_of(corpus: Packed, doc_ids: Int[np.ndarray, " c"], *parts: str) -> Int[np.ndarray, " _"]:
@@ -234,9 +277,7 @@ def rows_of(corpus: Packed, doc_ids: Int[np.ndarray, " c"], *parts: str) -> Int[
 # neighbours
 
 
-def find_neighbours(
-    corpus: Packed, vectors: Float32[np.ndarray, "c d"], doc_ids: Int[np.ndarray, " c"], device: torch.device
-) -> dict[str, np.ndarray]:
+def find_neighbours(corpus: Packed, doc_ids: Int[np.ndarray, " c"], search: Search) -> dict[str, np.ndarray]:
     """What stands in neighbours.npz: nearest chunks in the database, in shares of it, and in larger ones.
 
     Returns:
@@ -247,16 +288,12 @@ def find_neighbours(
     """
     database, held_out = rows_of(corpus, doc_ids, "train"), rows_of(corpus, doc_ids, "valid", "test", "unseen")
     test, unseen = rows_of(corpus, doc_ids, "test"), rows_of(corpus, doc_ids, "unseen")
-
-    def search(queries: np.ndarray, among: np.ndarray, k: int = KEPT) -> np.ndarray:
-        return nearest(vectors, queries, among, doc_ids, k, device)[1]
-
-    found = {"trained": search(database, database), "rows": held_out, "knns": search(held_out, database, FOUND)}
+    found = {"trained": search(database, database, KEPT), "rows": held_out, "knns": search(held_out, database, FOUND)}
     for name, share in SHARES.items():
-        found[f"share-{name}"] = search(test, share_of(corpus, doc_ids, "train", share))
+        found[f"share-{name}"] = search(test, share_of(corpus, doc_ids, "train", share), KEPT)
     for name, share in MEMORY.items():
         memory = share_of(corpus, doc_ids, "unseen", share)
-        found[f"memory-{name}"] = search(unseen, np.union1d(database, memory))
+        found[f"memory-{name}"] = search(unseen, np.union1d(database, memory), KEPT)
     return {name: each.astype(np.int32) for name, each in found.items()}
 
 
@@ -265,67 +302,6 @@ def share_of(corpus: Packed, doc_ids: Int[np.ndarray, " c"], part: str, share: f
     chosen = [number for number, about in enumerate(corpus.documents) if about["part"] == part]
     chosen.sort(key=lambda number: rank(corpus.documents[number]["source"], corpus.documents[number]["digest"]))
     return np.flatnonzero(np.isin(doc_ids, chosen[: max(1, round(share * len(chosen)))]))
-
-
-def nearest(
-    vectors: Float32[np.ndarray, "c d"],
-    queries: Int[np.ndarray, " e"],
-    database: Int[np.ndarray, " _"],
-    doc_ids: Int[np.ndarray, " c"],
-    k: int,
-    device: torch.device,
-) -> tuple[Float32[np.ndarray, "e k"], Int[np.ndarray, "e k"]]:
-    """Squared distances and ids of the nearest chunks in the database, none of the query's own document: exact.
-
-    `queries` and `database` are ascending chunk ids. Of each `GROUP` scores only the lowest is looked at first: the
-    k lowest scores lie in the k groups with the lowest minima.
-    """
-    block, tile = TILES[device.type]
-    padding = -len(database) % GROUP
-    base = torch.nn.functional.pad(torch.from_numpy(vectors[database]).to(device), (0, 0, 0, padding))
-    norms = base.square().sum(dim=1)
-    norms[len(database) :] = torch.inf
-    owners = torch.from_numpy(np.append(doc_ids[database], np.full(padding, -1))).to(device)
-    ids = torch.from_numpy(np.append(database, np.full(padding, NO_NEIGHBOUR))).to(device)
-    found = []
-    for start in tqdm(range(0, len(queries), block), desc="searching", unit=" blocks", mininterval=5):
-        rows = queries[start : start + block]
-        q, own = (torch.from_numpy(np.asarray(each[rows])).to(device) for each in (vectors, doc_ids))
-        best = q.new_full((len(rows), k), torch.inf), own.new_full((len(rows), k), -1, dtype=torch.int64)
-        for first in range(0, len(base), tile):
-            part = slice(first, first + tile)
-            scores = torch.addmm(norms[part], q, base[part].T, alpha=-2)
-            _hide_own(scores, own, owners[part])
-            best = _merged(best, _lowest(scores, ids[part], k), k)
-        distances, near = best
-        near[distances.isinf()] = NO_NEIGHBOUR
-        found.append(((distances + q.square().sum(dim=1, keepdim=True)).cpu().numpy(), near.cpu().numpy()))
-    distances, near = zip(*found, strict=True)
-    return np.concatenate(distances), np.concatenate(near)
-
-
-def _hide_own(scores: Tensor, own: Tensor, owners: Tensor) -> None:
-    """Leave the chunks of the queries' own documents out. Only columns that may be some are looked at."""
-    mixed = (owners >= own.min()) & (owners <= own.max())
-    columns = mixed.nonzero()[:, 0]
-    if len(columns):
-        span = slice(int(columns[0]), int(columns[-1]) + 1)  # documents are contiguous in an ascending database
-        scores[:, span].masked_fill_(owners[span] == own[:, None], torch.inf)
-
-
-def _lowest(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    grouped = rearrange(scores, "b (g s) -> b g s", s=GROUP)
-    groups = grouped.amin(dim=2).topk(min(k, grouped.shape[1]), largest=False).indices
-    few = grouped.gather(1, groups[..., None].expand(-1, -1, GROUP)).flatten(1)
-    lowest = few.topk(min(k, few.shape[1]), largest=False)
-    places = groups.gather(1, lowest.indices // GROUP) * GROUP + lowest.indices % GROUP
-    return lowest.values, ids[places]
-
-
-def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    scores, ids = (torch.cat(each, dim=1) for each in zip(one, other, strict=True))
-    lowest = scores.topk(k, largest=False)
-    return lowest.values, ids.gather(1, lowest.indices)
 
 
 # what neighbours say word for word
@@ -358,7 +334,3 @@ def longest_runs(chunks: Int[Tensor, "b m"], texts: Int[Tensor, "b k r"], specia
         ending[..., 1:] = (ending[..., :-1] + 1) * same
         longest = torch.maximum(longest, ending.flatten(1).amax(dim=1))
     return longest
-
-
-def is_special(tokens: Int[Tensor, " b"], special: SpecialIds) -> Bool[Tensor, " b"]:
-    return torch.isin(tokens, torch.tensor(special, device=tokens.device))

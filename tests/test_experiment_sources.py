@@ -20,11 +20,21 @@ from retro_nb.tokens import SpecialIds
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")
-    sources, results, store = (importlib.import_module(f"sources{part}") for part in ("", "_results", "_store"))
+    parts = ("", "_box", "_knnlm", "_models", "_results", "_search", "_store")
+    sources, box, knnlm, models, results, search, store = (importlib.import_module(f"sources{part}") for part in parts)
 
 SMALL = {"packages": "[alpha, beta, other]", "unseen": "[other]", "tokenizer": "600", "test": "0.2", "valid": "0.1"}
+TRIED = ("retro", "baseline", "decoder", "mixed", "bm25")
 NAMES = ("chunks", "seqs", "doc_ids", "chunks.bytes")
-THIN = {"max_seq_len": "256", "enc_dim": "16", "dec_dim": "16", "heads": "2", "dim_head": "8", "enc_depth": "1"}
+THIN = {
+    "max_seq_len": "256",
+    "dec_depth": "6",
+    "enc_dim": "16",
+    "dec_dim": "16",
+    "heads": "2",
+    "dim_head": "8",
+    "enc_depth": "1",
+}
 BRIEF = {"steps": "2", "batch_size": "2", "eval_every": "2", "checkpoint_every": "2", "num_workers": "0"}
 
 
@@ -55,14 +65,16 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory, libraries, tiny_bert):
-    """One seed of both models, and the folder with everything."""
+    """One seed of most models, and the folder with everything."""
     folder, recipe = tmp_path_factory.mktemp("code"), recipe_of()
     store.pack(recipe, folder / "packed")
-    store.build_store(folder / "packed", folder / "store", 256, str(tiny_bert))
+    for retriever in store.RETRIEVERS:
+        store.build_store(folder / "packed", folder / "store", 256, str(tiny_bert), retriever)
     experiment = sources.Experiment(recipe, folder)
-    for model in sources.MODELS:
+    for model in TRIED:
         experiment.train(model, 0)
         experiment.test(model, 0)
+    experiment.knnlm(0)
     results.collect(folder, folder / "results" / "code.json")
     return experiment, folder
 
@@ -95,18 +107,19 @@ def test_nothing_that_is_measured_was_trained_on_or_can_be_found(trial):
     assert {documents[number]["package"] for number in parts["unseen"]} == {"other"}
     trained = parts["train"] | parts["valid"] | parts["test"]
     assert "other" not in {documents[number]["package"] for number in trained}
-    found = experiment.knns >= 0
-    own = np.broadcast_to(experiment.doc_ids[rows][:, None], found.shape)[found]
-    near = experiment.knns[found]
-    assert (part_of(experiment, near) == "train").all() and (experiment.doc_ids[near] != own).all()
+    for model in ("retro", "bm25"):
+        knns = experiment.knns(model)
+        own, near = np.broadcast_to(experiment.doc_ids[rows][:, None], knns.shape)[knns >= 0], knns[knns >= 0]
+        assert (part_of(experiment, near) == "train").all() and (experiment.doc_ids[near] != own).all()
+    assert (experiment.knns("retro") != experiment.knns("bm25")).any()
 
 
 def test_the_memory_holds_more_and_more_of_the_other_files(trial):
     experiment, _ = trial
     rows = store.rows_of(experiment.packed, experiment.doc_ids, "unseen")
-    shares = []
+    shares, found = [], np.load(experiment.folder / "packed" / "neighbours.npz")
     for name in store.MEMORY:
-        knns = experiment.with_rows("unseen", experiment.neighbours[f"memory-{name}"])
+        knns = experiment.with_rows(experiment.knns("retro"), "unseen", found[f"memory-{name}"])
         assert (experiment.doc_ids[knns[rows]] != experiment.doc_ids[rows][:, None]).all()
         shares.append((part_of(experiment, knns[rows].ravel()) == "unseen").mean())
     assert 0 < shares[0] < shares[1] < shares[2]
@@ -136,8 +149,8 @@ def test_neighbours_are_those_of_sorting_all_distances(seed, documents, k):
     if not len(database) or not len(queries):
         return
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(store, "TILES", {"cpu": (3, 64)})
-        distances, found = store.nearest(vectors, queries, database, doc_ids, k, torch.device("cpu"))
+        patched.setattr(search, "TILES", {"cpu": (3, 64)})
+        distances, found = search.nearest(vectors, queries, database, doc_ids, k, torch.device("cpu"))
     for query, near, far in zip(queries, found, distances, strict=True):
         others = database[doc_ids[database] != doc_ids[query]]
         exact = ((vectors[others].astype(np.float64) - vectors[query]) ** 2).sum(axis=1)
@@ -156,13 +169,74 @@ def test_runs_are_as_long_as_those_of_the_suffix_automaton(seed):
     assert found.tolist() == [int(shared_runs(*each, special).max()) for each in zip(chunks, texts, strict=True)]
 
 
-def test_both_models_have_as_many_parameters():
-    recipe, sizes = sources.read_recipe("code", {}, sources.__file__), {}
-    for model, retrieval in sources.MODELS.items():
-        with torch.device("meta"):
-            weights = RETRO(num_tokens=recipe["tokenizer"], **recipe["model"] | recipe[model]).named_parameters()
-        sizes[model] = sum(each.numel() for name, each in weights if retrieval or not sources.is_retrieval(name))
+@given(st.integers(0, 2**32), st.integers(1, 25), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_matches_are_those_of_all_scores_in_a_loop(seed, documents, k):
+    rng, special = np.random.default_rng(seed), SpecialIds(0, 1, 2)
+    doc_ids = np.repeat(np.arange(documents), rng.integers(1, 9, documents))
+    chunks = rng.integers(0, 12, (len(doc_ids), 7)).astype(np.uint16)
+    database, queries = (np.flatnonzero(rng.random(len(doc_ids)) < share) for share in (0.7, 0.5))
+    if not len(database) or not len(queries):
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(search, "TILES", {"cpu": (3, 64)})
+        scores, found = search.best_matches(chunks, 12, special, queries, database, doc_ids, k, torch.device("cpu"))
+    words = [[token for token in chunk if token not in special] for chunk in chunks.tolist()]
+    mean = sum(len(words[row]) for row in database) / len(database)
+    having = [sum(word in words[row] for row in database) for word in range(12)]
+
+    def bm25(query: int, row: int) -> float:
+        total = 0.0
+        for word in words[query]:
+            often, length = words[row].count(word), len(words[row]) / mean if mean else 0
+            idf = math.log(1 + (len(database) - having[word] + 0.5) / (having[word] + 0.5))
+            total += idf * often / (often + search.K1 * (1 - search.B + search.B * length)) if often else 0
+        return total
+
+    for query, near, high in zip(queries, found, scores, strict=True):
+        others = database[doc_ids[database] != doc_ids[query]]
+        exact = {row: bm25(query, row) for row in others.tolist()}
+        best = sorted(exact.values(), reverse=True)[:k]
+        assert (near[len(best) :] == -1).all()
+        np.testing.assert_allclose(high[: len(best)], best, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose([exact[row] for row in near[: len(best)].tolist()], best, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 2**32), st.floats(0, 0.5), st.floats(0, 0.5))
+@settings(max_examples=40, deadline=None)
+def test_replaced_neighbours_tell_nothing_of_what_comes(seed, random, own):
+    rng = np.random.default_rng(seed)
+    doc_ids = np.repeat(np.arange(30), rng.integers(1, 30, 30))
+    database = np.flatnonzero(np.isin(doc_ids, np.flatnonzero(rng.random(30) < 0.7)))
+    if len(set(doc_ids[database])) < 2:
+        return
+    knns = np.full((len(doc_ids), 2), -1)  # whatever is no neighbour any more was replaced
+    mixed = search.mixed(knns, doc_ids, database, random, own, seed)
+    changed = (mixed >= 0).all(axis=1)
+    assert (changed == (mixed >= 0).any(axis=1)).all() and not changed[
+        np.setdiff1d(np.arange(len(knns)), database)
+    ].any()
+    rows, taken = np.nonzero(changed)[0][:, None], mixed[changed]
+    assert np.isin(taken, database).all() and (knns == -1).all()
+    alike = doc_ids[taken] == doc_ids[rows]
+    assert (alike.all(axis=1) == alike.any(axis=1)).all() and (
+        taken[alike] + 1 <= np.broadcast_to(rows, taken.shape)[alike]
+    ).all()
+    error = 4 * (0.25 / len(database)) ** 0.5
+    assert abs((~alike.any(axis=1)).sum() / len(database) - random) < error
+    inner = np.append(False, doc_ids[1:] == doc_ids[:-1])[database].mean()
+    assert abs(alike.any(axis=1).sum() / len(database) - own * inner) < error
+
+
+def test_the_models_are_as_large_as_they_are_said_to_be():
+    recipe = sources.read_recipe("code", {}, sources.__file__)
+    costs = {model: models.cost(recipe, model) for model in models.MODELS}
+    sizes = {model: cost["parameters"] for model, cost in costs.items()}
     assert sizes["retro"] <= sizes["baseline"] <= 1.05 * sizes["retro"]
+    assert 2 * sizes["box"] < box.LARGEST - 20_000  # what a file has beside the weights
+    training = {model: cost["flops_a_token"]["training"] for model, cost in costs.items()}
+    assert training["retro"] <= training["flops"] <= 1.05 * training["retro"]
+    assert recipe["decoder"]["dec_depth"] == recipe["retro"]["dec_depth"] and sizes["decoder"] < sizes["retro"]
 
 
 def test_results_follow_from_the_nats_of_the_documents(trial):
@@ -175,14 +249,134 @@ def test_results_follow_from_the_nats_of_the_documents(trial):
     assert found["ratios"]["on"]["all"] == pytest.approx(found["on"][0] / found["baseline"][0])
     low, high = found["ratios"]["on"]["interval"]
     assert low <= found["ratios"]["on"]["all"] <= high
-    assert found["sweeps"]["k"]["2"] == found["on"] and set(found["sweeps"]["database"]) == set(store.SHARES)
+    assert found["sweeps"]["k"]["2"] == found["on"]
+    assert set(found["sweeps"]["database"]) == {*store.SHARES, "ratios"}
+    assert found["sweeps"]["k"]["ratios"]["2"] == found["ratios"]["on"]
     groups = [found["groups"][name] for name in sources.RUNS_OF_TOKENS]
     assert sum(each["bytes"] for each in groups) == sizes
     assert sum(each["bytes"] * each["on"][0] for each in groups) == pytest.approx(sizes * found["on"][0], rel=1e-4)
-    assert sum(each["bytes"] for each in found["libraries"].values()) == sizes
+    for parts in (found["libraries"], found["copied"]):
+        assert sum(each["bytes"] for each in parts.values()) == sizes
+        assert sum(each["bytes"] * each["on"][0] for each in parts.values()) == pytest.approx(sizes * found["on"][0])
+    assert set(found["controls"]) == {"decoder", "mixed", "bm25"} and set(found["costs"]) == set(TRIED)
+    # Of the same depth here, and so the same model on the same batches.
+    assert found["controls"]["decoder"]["ratios"]["off"]["seeds"] == [1]
     assert found["unseen"]["all"]["documents"] == len(experiment.documents("unseen"))
     assert {"on", "off", "memory 1/4", "memory 1", "oracle", "baseline"} <= set(found["unseen"]["other"])
+    assert {"memory 1/4", "memory 1/2", "memory 1"} <= set(found["unseen"]["all"]["ratios"])
     assert found["retro_runs"][0]["curves"]["oracle"][0] == [2] and "licences" in found["corpus"]
+
+
+def runs_of(tokens: np.ndarray) -> set[tuple[int, ...]]:
+    return {tuple(tokens[i : i + 13].tolist()) for i in range(len(tokens) - 12)}
+
+
+def test_what_is_copied_is_found_by_sets_of_runs(trial):
+    experiment, folder = trial
+    tokens = dict(enumerate(experiment.packed.tokens()))
+    database = set().union(*(runs_of(tokens[number]) for number in experiment.documents("train")))
+    own = [runs_of(tokens[number]) for number in experiment.documents("test")]
+    assert store.copied(folder / "packed") == pytest.approx([len(each & database) / len(each) for each in own])
+
+
+def test_states_are_before_the_tokens_whose_losses_evaluation_has(trial):
+    experiment, _ = trial
+    retro, documents = experiment.trained("baseline", 0), experiment.documents("valid")
+    each = list(knnlm.states_of(retro, experiment.found, documents))
+    states, tokens, nats, owners = (torch.cat(values) for values in zip(*each, strict=True))
+    torch.testing.assert_close(retro.to_logits(states).log_softmax(1).gather(1, tokens[:, None])[:, 0], -nats)
+    text, losses = (
+        tokens != experiment.found.eos_id,
+        experiment.losses(retro, "off", documents, experiment.knns("retro")),
+    )
+    np.testing.assert_allclose(nats[text], losses[~np.isnan(losses)], rtol=1e-4, atol=1e-5)
+    assert owners[text].tolist() == np.repeat(experiment.doc_ids, 64)[~np.isnan(losses).ravel()].tolist()
+
+
+def test_knnlm_is_that_of_comparing_all_states(trial, monkeypatch):
+    experiment, _ = trial
+    retro, train = experiment.trained("baseline", 0), experiment.documents("train")
+    monkeypatch.setattr(knnlm, "SAMPLED", 300)
+    monkeypatch.setattr(knnlm, "BLOCK", 64)
+    some = knnlm.sample(retro, experiment.found, experiment.documents("test"), 0)
+    distances, tokens = knnlm.neighbours(retro, experiment.found, train, some.states)
+    each = list(knnlm.states_of(retro, experiment.found, train))
+    memory, following = (torch.cat([values[i] for values in each]).double() for i in (0, 1))
+    assert 100 < len(some.tokens) < 600 and len(memory) > 2 * knnlm.K
+    exact, order = torch.cdist(some.states.double(), memory).square().topk(knnlm.K, largest=False)
+    torch.testing.assert_close(distances.double(), exact, rtol=1e-3, atol=1e-3)
+    for weight, temperature in ((0.3, 5.0), (0.0, 1.0)):
+        found = knnlm.mixture(some, distances, tokens, temperature, torch.tensor([weight]))[:, 0]
+        for i in range(0, len(found), 29):
+            near = [math.exp(-distance / temperature) for distance in exact[i].tolist()]
+            right = [following[j] == some.tokens[i] for j in order[i]]
+            share = sum(value for value, same in zip(near, right, strict=True) if same) / sum(near)
+            loss = -math.log(weight * share + (1 - weight) * math.exp(-some.nats[i]))
+            assert found[i].item() == pytest.approx(loss, rel=0.02)
+
+
+def test_the_weight_of_the_memory_is_chosen_on_validation_alone(trial):
+    experiment, folder = trial
+    there = json.loads((folder / "knnlm-0.json").read_text(encoding="utf-8"))
+    assert there["valid"]["knnlm"] <= there["valid"]["model"]  # a weight of 0 is among the choices
+    data = experiment.found.with_neighbours(experiment.knns("retro")[:, :1])
+    parts = {"train": experiment.documents("train"), "valid": experiment.documents("valid")}
+    other = knnlm.measure(experiment.trained("baseline", 0), data, parts | {"test": parts["train"]}, 0)
+    assert [other[name] for name in ("weight", "temperature")] == [there[name] for name in ("weight", "temperature")]
+    assert sum(there["tokens"]) == there["test"]["tokens"]
+    assert sum(there["nats"]["knnlm"]) == pytest.approx(there["test"]["knnlm"] * there["test"]["tokens"])
+
+
+@pytest.fixture
+def readers(trial, tmp_path, monkeypatch):
+    """A folder in which the trial's RETRO is the one for the box, and how its test is changed."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for name in ("packed", "weights", "retro-0.json"):
+        (folder / name).symlink_to(trial[1] / name)
+    monkeypatch.setattr(box, "MODEL", "retro")
+
+    def with_oracle(gain: float) -> Path:
+        test = json.loads((trial[1] / "retro-0-test.json").read_text(encoding="utf-8"))
+        test["nats"]["oracle"] = [(1 - gain) * nats for nats in test["nats"]["off"]]
+        (folder / "retro-0-test.json").write_text(json.dumps(test), encoding="utf-8")
+        return folder
+
+    return with_oracle
+
+
+def test_a_model_that_reads_is_exported_and_one_that_does_not_is_refused(trial, readers, tmp_path, monkeypatch):
+    target = tmp_path / "box"
+    with pytest.raises(SystemExit, match=r"cannot read: the very pages that come next save it 19\.0%"):
+        box.export(readers(0.19), target)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="more than 1,000"):
+        patched.setattr(box, "LARGEST", 1000)
+        box.export(readers(0.21), target)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="seed 0 of box is not there"):
+        patched.setattr(box, "MODEL", "box")
+        box.export(readers(0.21), target)
+    assert not target.exists()
+    box.export(readers(0.21), target)
+    retro, tokenizer = RETRO.from_pretrained(target), get_tokenizer(target)
+    weights = dict(trial[0].trained("retro", 0).named_parameters())
+    assert all(torch.equal(each, weights[name]) for name, each in retro.named_parameters())
+    assert retro.num_tokens == tokenizer.size == trial[0].packed.tokenizer.size
+    assert "save 21%" in " ".join((target / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_runs_from_before_a_control_was_added_still_count(trial, tmp_path, capsys):
+    """Their settings had other models' entries than the recipe has now."""
+    experiment, folder = trial
+    before = {name: value for name, value in experiment.recipe.items() if name not in ("mixed", "bm25", "box")}
+    for name in ("packed", "retro-0-test.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    old = json.loads((folder / "retro-0.json").read_text(encoding="utf-8"))
+    (tmp_path / "retro-0.json").write_text(json.dumps(old | {"settings": before}), encoding="utf-8")
+    assert results.finished(tmp_path)["retro"][0]["seconds"] == old["seconds"]
+    other = before | {"retro": {"dec_depth": 7}}
+    (tmp_path / "retro-0.json").write_text(json.dumps(old | {"settings": other}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="other settings than its training"):
+        results.finished(tmp_path)
 
 
 def test_what_is_there_is_not_repeated_and_another_recipe_is_refused(trial, capsys):
@@ -204,8 +398,7 @@ def test_a_store_is_built_again_without_bert_from_the_neighbours(trial, tmp_path
 
 
 def test_ratios_are_of_sums_and_their_interval_is_of_the_same_documents():
-    documents = [{"bytes": 10}] * 50
     baseline = np.random.default_rng(0).uniform(1, 9, (3, 50))
-    found = results.ratio((0.9 * baseline).tolist(), baseline.tolist(), documents)
+    found = results.ratio((0.9 * baseline).tolist(), baseline.tolist())
     assert found["all"] == pytest.approx(0.9) and found["seeds"] == [pytest.approx(0.9)] * 3
     assert found["interval"] == [pytest.approx(0.9), pytest.approx(0.9)]
