@@ -102,7 +102,7 @@ def ratio(nats: Nats, baseline: Nats) -> dict[str, Any]:
     Bootstrap over seeds and documents: as many as there are of either are drawn with replacement, the same for both.
     `per_cent` is by how much it is more, and the interval of that.
     """
-    own, other = np.array(nats), np.array(baseline)
+    own, other = (np.array(each).reshape(len(each), -1) for each in (nats, baseline))  # or one sum a seed
     rng, (seeds, count) = np.random.default_rng(0), own.shape
     weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
@@ -175,17 +175,14 @@ def by_copied(nats: dict[str, Nats], documents: Documents, shares: Sequence[floa
 
 
 def grouped(retro: Runs, baseline: Runs) -> dict[str, Any]:
-    """Groups of chunks: their number, tokens and bytes, bits per byte by mode, and on as a ratio to the baseline."""
+    """Groups of chunks: their number, tokens and bytes, bits per byte by mode, and ratios to the baseline."""
     found = {}
     for name, about in retro[0]["groups"].items():
         nats = by_mode([run["groups"][name] for run in retro], "nats")
         nats["baseline"] = [run["groups"][name]["nats"]["off"] for run in baseline]
-        size = max(1, about["bytes"])
-        values = {mode: [each / math.log(2) / size for each in seeds] for mode, seeds in nats.items()}
-        found[name] = {part: about[part] for part in ("chunks", "tokens", "bytes")} | values
+        found[name] = {part: about[part] for part in ("chunks", "tokens", "bytes")}
         if about["tokens"]:
-            pairs = zip(nats["on"], nats["baseline"], strict=True)
-            found[name]["ratios"] = {"on": {"seeds": [on / other for on, other in pairs]}}
+            found[name] |= {mode: bits(seeds, [about]) for mode, seeds in nats.items()} | {"ratios": ratios(nats)}
     return found
 
 

@@ -158,8 +158,7 @@ def search(
 
 def _hide_own(scores: Float[Tensor, "b t"], own: Int[Tensor, " b"], owners: Int[Tensor, " t"]) -> None:
     """Leave the chunks of the queries' own documents out. Only columns that may be some are looked at."""
-    mixed: Bool[Tensor, " t"] = (owners >= own.min()) & (owners <= own.max())
-    columns = mixed.nonzero()[:, 0]
+    columns = ((owners >= own.min()) & (owners <= own.max())).nonzero()[:, 0]
     if len(columns):
         span = slice(int(columns[0]), int(columns[-1]) + 1)  # documents are contiguous in an ascending database
         scores[:, span].masked_fill_(owners[span] == own[:, None], torch.inf)

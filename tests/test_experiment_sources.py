@@ -252,9 +252,12 @@ def test_results_follow_from_the_nats_of_the_documents(trial):
     assert found["sweeps"]["k"]["2"] == found["on"]
     assert set(found["sweeps"]["database"]) == {*store.SHARES, "ratios"}
     assert found["sweeps"]["k"]["ratios"]["2"] == found["ratios"]["on"]
-    groups = [found["groups"][name] for name in sources.RUNS_OF_TOKENS]
+    groups = [found["groups"][name] for name in sources.RUNS_OF_TOKENS if found["groups"][name]["bytes"]]
     assert sum(each["bytes"] for each in groups) == sizes
     assert sum(each["bytes"] * each["on"][0] for each in groups) == pytest.approx(sizes * found["on"][0], rel=1e-4)
+    for each in groups:
+        assert each["ratios"]["on"]["all"] == pytest.approx(each["on"][0] / each["baseline"][0])
+        assert each["ratios"]["on"]["interval"][0] <= each["ratios"]["on"]["all"] <= each["ratios"]["on"]["interval"][1]
     for parts in (found["libraries"], found["copied"]):
         assert sum(each["bytes"] for each in parts.values()) == sizes
         assert sum(each["bytes"] * each["on"][0] for each in parts.values()) == pytest.approx(sizes * found["on"][0])
@@ -364,7 +367,7 @@ def test_a_model_that_reads_is_exported_and_one_that_does_not_is_refused(trial, 
     assert "save 21%" in " ".join((target / "README.md").read_text(encoding="utf-8").split())
 
 
-def test_runs_from_before_a_control_was_added_still_count(trial, tmp_path, capsys):
+def test_runs_from_before_a_control_was_added_still_count(trial, tmp_path):
     """Their settings had other models' entries than the recipe has now."""
     experiment, folder = trial
     before = {name: value for name, value in experiment.recipe.items() if name not in ("mixed", "bm25", "box")}
@@ -373,6 +376,15 @@ def test_runs_from_before_a_control_was_added_still_count(trial, tmp_path, capsy
     old = json.loads((folder / "retro-0.json").read_text(encoding="utf-8"))
     (tmp_path / "retro-0.json").write_text(json.dumps(old | {"settings": before}), encoding="utf-8")
     assert results.finished(tmp_path)["retro"][0]["seconds"] == old["seconds"]
+    first = {model: json.loads((folder / f"{model}-0-test.json").read_text(encoding="utf-8")) for model in TRIED[:2]}
+    groups = results.grouped([first["retro"]], [first["baseline"]])
+    for run in first.values():  # one sum where there are documents now
+        for each in run["groups"].values():
+            each["nats"] = {mode: sum(nats) for mode, nats in each["nats"].items()}
+    sums = results.grouped([first["retro"]], [first["baseline"]])
+    for name in [name for name, each in groups.items() if each["bytes"]]:
+        assert sums[name]["ratios"]["on"]["all"] == pytest.approx(groups[name]["ratios"]["on"]["all"])
+        assert sums[name]["on"] == [pytest.approx(groups[name]["on"][0])]
     other = before | {"retro": {"dec_depth": 7}}
     (tmp_path / "retro-0.json").write_text(json.dumps(old | {"settings": other}), encoding="utf-8")
     with pytest.raises(SystemExit, match="other settings than its training"):
