@@ -114,11 +114,14 @@ def licence(dist: Distribution) -> str:
 def _owners() -> dict[str, list[Distribution]]:
     """The distributions behind every import name that has Python files here, but for projects under development.
 
-    Those, installed by `pip install -e`, are left out: their files change from commit to commit.
+    Those, installed by `pip install -e`, are left out: their files change from commit to commit. Setuptools leaves
+    another record of such a project beside its files, which is found too where Python looks for modules there.
     """
     found: dict[str, dict[str, Distribution]] = {}
-    for dist in distributions():
-        if _is_editable(dist):
+    installed = list(distributions())
+    editable = {dist.metadata["Name"] for dist in installed if _is_editable(dist)}
+    for dist in installed:
+        if dist.metadata["Name"] in editable:
             continue
         for name in {file.parts[0].removesuffix(".py") for file in dist.files or () if file.suffix == ".py"}:
             if name.isidentifier():

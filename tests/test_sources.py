@@ -104,6 +104,9 @@ def test_projects_under_development_are_not_installed_libraries(site):
     install(site, "mine", {"mine.py": LINES.replace("a", "b")}, **{"direct_url.json": origin})
     install(site, "fixed", {"fixed.py": LINES.replace("a", "c")}, **{"direct_url.json": '{"url": "file:///there"}'})
     assert code().packages == ["alone", "fakelib", "fixed"]
+    # What setuptools leaves in the project's folder, which is on the path when its tests run.
+    write(site / "mine.egg-info", {"PKG-INFO": "Metadata-Version: 2.1\nName: mine\n", "SOURCES.txt": "mine.py\n"})
+    assert code().packages == ["alone", "fakelib", "fixed"]
 
 
 def test_licences_are_those_of_the_metadata(site):
