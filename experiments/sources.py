@@ -92,7 +92,8 @@ class Experiment:
 
     def train(self, model: str, seed: int) -> None:
         """Train one model and measure it on the validation documents, unless that has been done."""
-        file, started, settings = self.folder / f"{model}-{seed}.json", time.perf_counter(), self.recipe["fit"]
+        file, started = results_of(self.folder) / f"{model}-{seed}.json", time.perf_counter()
+        settings = self.recipe["fit"]
         if self._is_there(file, model):
             return
         retrieves, knns = MODELS[model].retrieves, self.knns(model)[:, : self.recipe["knn"]]
@@ -149,7 +150,7 @@ class Experiment:
 
     def test(self, model: str, seed: int) -> None:
         """Measure a trained model on the test documents and the unseen libraries, unless that has been done."""
-        file = self.folder / f"{model}-{seed}-test.json"
+        file = results_of(self.folder) / f"{model}-{seed}-test.json"
         if self._is_there(file, model):
             return
         retro, retrieves, knns = self.trained(model, seed), MODELS[model].retrieves, self.knns(model)
@@ -206,7 +207,7 @@ class Experiment:
 
     def knnlm(self, seed: int) -> None:
         """Measure the baseline with a memory of its training tokens, unless that has been done."""
-        file = self.folder / f"knnlm-{seed}.json"
+        file = results_of(self.folder) / f"knnlm-{seed}.json"
         if self._is_there(file, "baseline"):
             return
         parts = {part: self.documents(part) for part in ("train", "valid", "test")}
@@ -232,7 +233,15 @@ def read_arguments() -> argparse.Namespace:
     return said
 
 
+def results_of(folder: Path) -> Path:
+    """Where the results of single runs lie: those that are committed add up over machines and days."""
+    results = RESULTS / "code" if folder == RUNS else folder
+    results.mkdir(parents=True, exist_ok=True)
+    return results
+
+
 def run_models(experiment: Experiment, said: argparse.Namespace) -> None:
+    torch.set_float32_matmul_precision("high")  # losses are measured in float32, multiplied in tf32 where a GPU has it
     for seed in said.seeds:
         for model in said.models:
             if "train" in said.steps:
@@ -255,9 +264,9 @@ def main() -> None:
     if {"train", "test", "knnlm"} & set(said.steps):
         run_models(Experiment(recipe, said.runs), said)
     if "collect" in said.steps:
-        collect(said.runs, results / "code.json")
+        collect(said.runs / "packed", results_of(said.runs), results / "code.json")
     if "export" in said.steps:
-        export(said.runs, box / "code")
+        export(said.runs, results_of(said.runs), box / "code")
 
 
 if __name__ == "__main__":

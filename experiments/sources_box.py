@@ -33,14 +33,14 @@ Weights: MIT licence.
 """
 
 
-def export(folder: Path, target: Path) -> None:
+def export(folder: Path, results: Path, target: Path) -> None:
     """Write weights, tokenizer and card of the first seed, if it can read and fits.
 
     Raises:
         SystemExit: it was not trained and tested, does not save enough when it is given the oracle's pages, or its
             weights are too large.
     """
-    run = finished(folder).get(MODEL, {}).get(0)
+    run = finished(results).get(MODEL, {}).get(0)
     if run is None:
         raise SystemExit(f"seed 0 of {MODEL} is not there: run train test --models {MODEL} --seeds 0 first")
     test = [each for each in read_documents(folder / "packed") if each["part"] == "test"]

@@ -20,7 +20,7 @@ Documents = Sequence[dict[str, Any]]
 Runs = Sequence[dict[str, Any]]  # one a seed
 
 
-def collect(folder: Path, target: Path) -> None:
+def collect(packed: Path, folder: Path, target: Path) -> None:
     """Write the results of all trainings that were tested, one number a seed.
 
     on, off, shuffled, oracle, …, baseline    bits per byte on the test documents
@@ -39,7 +39,6 @@ def collect(folder: Path, target: Path) -> None:
     if not seeds:
         raise SystemExit(f"{folder} has no seed of which both models are trained and tested: run train and test first")
     retro, baseline = ([runs[model][seed] for seed in seeds] for model in COMPARED)
-    packed = folder / "packed"
     test, unseen = ([each for each in read_documents(packed) if each["part"] == part] for part in ("test", "unseen"))
     nats = by_mode(retro, "nats") | {"baseline": [run["nats"]["off"] for run in baseline]}
     found = {mode: bits(each, test) for mode, each in nats.items()}

@@ -75,7 +75,7 @@ def trial(tmp_path_factory, libraries, tiny_bert):
         experiment.train(model, 0)
         experiment.test(model, 0)
     experiment.knnlm(0)
-    results.collect(folder, folder / "results" / "code.json")
+    results.collect(folder / "packed", folder, folder / "results" / "code.json")
     return experiment, folder
 
 
@@ -351,15 +351,15 @@ def readers(trial, tmp_path, monkeypatch):
 def test_a_model_that_reads_is_exported_and_one_that_does_not_is_refused(trial, readers, tmp_path, monkeypatch):
     target = tmp_path / "box"
     with pytest.raises(SystemExit, match=r"cannot read: the very pages that come next save it 19\.0%"):
-        box.export(readers(0.19), target)
+        box.export(*[readers(0.19)] * 2, target)
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match="more than 1,000"):
         patched.setattr(box, "LARGEST", 1000)
-        box.export(readers(0.21), target)
+        box.export(*[readers(0.21)] * 2, target)
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match="seed 0 of box is not there"):
         patched.setattr(box, "MODEL", "box")
-        box.export(readers(0.21), target)
+        box.export(*[readers(0.21)] * 2, target)
     assert not target.exists()
-    box.export(readers(0.21), target)
+    box.export(*[readers(0.21)] * 2, target)
     retro, tokenizer = RETRO.from_pretrained(target), get_tokenizer(target)
     weights = dict(trial[0].trained("retro", 0).named_parameters())
     assert all(torch.equal(each, weights[name]) for name, each in retro.named_parameters())
