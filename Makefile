@@ -53,6 +53,6 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	  echo "No NVIDIA GPU: asking for the CPU build of $(TORCH), which saves gigabytes of CUDA"; \
 	  $(PY) -m pip install --no-deps --retries 0 --timeout 10 --extra-index-url $(TORCH_CPU_BUILDS) "$(TORCH)" \
 	  || echo "No CPU build could be had: installing the usual one"; fi
-	$(PY) -m pip install -c constraints.txt -e ".[scale,test]"
+	$(PY) -m pip install -c constraints.txt -e ".[notebooks,data,scale,test]"
 	$(PY) -m pip install --no-deps retro-pytorch==0.3.9
 	@pwd -P > $(STAMP)

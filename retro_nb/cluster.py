@@ -57,6 +57,7 @@ from retro_nb.embedding import (
     embedding_stats,
     sizes_on,
 )
+from retro_nb.extras import extra
 from retro_nb.index import (
     BLOCK,
     Ranges,
@@ -119,10 +120,8 @@ def cluster(workers: int, address: str | None = None, *, progress: bool = True) 
     if workers < 1:
         raise ValueError(f"workers {workers}: pass 1 or more")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with extra("scale"):
         import ray.data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Ray is not installed: in a clone, pip install -e '.[scale]'") from error
     joined = ray.is_initialized()
     if not joined:
         level = logging.INFO if progress else logging.ERROR

@@ -9,10 +9,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import nbformat
-from nbformat import NotebookNode
-from PIL import Image
 from tqdm import tqdm
+
+from retro_nb.extras import extra
+
+with extra("notebooks"):
+    import nbformat
+    from nbformat import NotebookNode
+    from PIL import Image
 
 from retro_nb.experiments import Result, execute_as_committed, find_notebooks
 from retro_nb.storage import replacing

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from retro_nb.corpus import MEGABYTE, Document, check_count, decode_text, digest, part_of, record_document
+from retro_nb.extras import extra
 
 BATCH_ROWS, BATCH_BYTES = 1000, 4 * MEGABYTE  # what is in memory at a time: so many rows, fewer if they are long
 
@@ -72,8 +73,9 @@ class parquet:
 
     def _row_groups(self, path: Path) -> list[tuple[int, int]]:
         """Check one file by its footer -> rows and bytes of texts of each row group."""
-        import pyarrow.parquet as pq  # here and below: only those who read tables need it
-        from pyarrow import ArrowInvalid
+        with extra("data"):  # here and below: only those who read tables need it
+            import pyarrow.parquet as pq
+            from pyarrow import ArrowInvalid
 
         try:
             with pq.ParquetFile(path) as file:
@@ -102,7 +104,8 @@ class parquet:
 
     def _rows(self, name: str, groups: list[tuple[int, int]], first: int, stop: int) -> Iterator[Document]:
         """The documents of rows first … stop - 1 of one file."""
-        import pyarrow.parquet as pq
+        with extra("data"):
+            import pyarrow.parquet as pq
 
         row = 0
         # With a buffer of its own a column comes page by page; without one, a whole row group at once.
@@ -154,7 +157,8 @@ class parquet:
 
 def _holds_text(kind: Any) -> bool:
     """Whether a column of this Arrow type holds strings, or bytes that may be some."""
-    import pyarrow as pa
+    with extra("data"):
+        import pyarrow as pa
 
     try:
         pa.nulls(0, kind).cast(pa.large_binary())
@@ -165,7 +169,8 @@ def _holds_text(kind: Any) -> bool:
 
 def _values(column: Any) -> list[tuple[Any, int]]:
     """An Arrow array's values, each with its number of U+FFFD: strings are decoded here, as writers need not check."""
-    import pyarrow as pa
+    with extra("data"):
+        import pyarrow as pa
 
     if not _holds_text(column.type):
         return [(value, 0) for value in column.to_pylist()]
@@ -275,7 +280,8 @@ def saved_to_disk(folder: Path) -> bool:
 
 def _load(dataset: str | Path, split: str, options: dict[str, Any]) -> Any:
     """What a name or path means to `datasets`, which is imported only here: it takes seconds."""
-    from datasets import load_dataset, load_from_disk
+    with extra("data"):
+        from datasets import load_dataset, load_from_disk
 
     path = Path(dataset)
     if saved_to_disk(path):

@@ -28,9 +28,9 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 # Data flows one way: a module imports only from those before it.
-ORDER = """storage devices manifest corpus tables towns libraries sources opening duplicates tokens chunking embedding
-index knn costs counting survey editing updating cluster dataset linear graphs layers kernels loss transformer presets
-pretrained chunked model backbone retrofit flops scale retrieval sampling log runs checkpoints training evaluation
+ORDER = """extras storage devices manifest corpus tables towns libraries sources opening duplicates tokens chunking
+embedding index knn costs counting survey editing updating cluster dataset linear graphs layers kernels loss transformer
+presets pretrained chunked model backbone retrofit flops scale retrieval sampling log runs checkpoints training evaluation
 wrapper leakage reading evidence plotting lesson settings commands experiments sweep refresh __main__""".split()
 
 
@@ -42,7 +42,7 @@ def requirements(lines: list[str]) -> dict[str, Requirement]:
 
 def required() -> dict[str, Requirement]:
     extras = PROJECT["optional-dependencies"]
-    return requirements(PROJECT["dependencies"] + extras["scale"] + extras["test"])
+    return requirements([*PROJECT["dependencies"], *(each for name in extras for each in extras[name])])
 
 
 def constraints() -> dict[str, Requirement]:
@@ -79,7 +79,7 @@ def test_constraints_are_exact_and_within_the_ranges():
 
 def test_every_import_is_a_declared_dependency():
     called = {"faiss": "faiss-cpu", "yaml": "pyyaml", "PIL": "pillow", "charset_normalizer": "charset-normalizer"}
-    comes_with = {"psutil": "jupyterlab", "IPython": "jupyterlab", "nbformat": "papermill"}
+    comes_with = {"IPython": "jupyterlab", "nbformat": "papermill"}
     comes_with |= {"tokenizers": "transformers", "triton": "torch"}  # Triton with torch for CUDA only
     called |= comes_with
     for path in PACKAGE.rglob("*.py"):

@@ -1,9 +1,12 @@
 """The look that all figures share, and the map of the series."""
 
-import matplotlib
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from retro_nb.extras import extra
+
+with extra("notebooks"):
+    import matplotlib
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 # Okabe and Ito's palette. The same thing has the same colour in every notebook.
 COLOURS = {
