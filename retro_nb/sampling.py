@@ -77,7 +77,7 @@ def gumbel_sample(
             made to wait for this check; `generate` has its own.
     """
     _check_temperature(temperature)
-    tokens, possible = _draw(t, temperature, dim, _uniform(t, temperature, generator))
+    tokens, possible = draw(t, temperature, dim, _uniform(t, temperature, generator))
     if t.is_cpu and not possible.all():
         row = (~possible).nonzero()[0].tolist()
         raise FloatingPointError(f"the scores of row {row} of {list(possible.shape)} are not finite: {MEND}")
@@ -91,7 +91,7 @@ def _uniform(
     return torch.rand(t.shape if temperature > 0 else (), generator=generator, device=t.device)
 
 
-def _draw(
+def draw(
     t: Float[Tensor, "..."], temperature: float | int, dim: int, uniform: Float[Tensor, "..."]
 ) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
     """The tokens that are drawn, and whether they could be.
@@ -211,7 +211,7 @@ class _Rows:
         position: Int[Tensor, " 1"],
     ) -> Int[Tensor, "b 1"]:
         """Draw tokens from the filtered logits and put them at `position`; return what then stands there."""
-        token, possible = _draw(filtered(logits), temperature, -1, uniform)
+        token, possible = draw(filtered(logits), temperature, -1, uniform)
         in_prompt, ended = position < self.lengths, self.ends <= position
         self.failed.copy_(self.failed.where(possible | in_prompt | ended, self.failed.minimum(position)))
         token = token.masked_fill(ended, self.pad_id)
