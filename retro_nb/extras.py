@@ -19,6 +19,7 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         raise ModuleNotFoundError(
-            f"{package} is not installed, it comes with the extra {name!r}: pip install 'retro-nb[{name}]'",
+            f"{package} is not installed, it comes with the extra {name!r}: pip install 'retro-nb[{name}]', "
+            f"or in a clone pip install -e '.[{name}]'",
             name=error.name,
         ) from error
