@@ -30,8 +30,8 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # Data flows one way: a module imports only from those before it.
 ORDER = """extras storage devices manifest corpus tables towns libraries sources opening duplicates tokens chunking
 embedding index knn costs counting survey editing updating cluster dataset linear graphs layers kernels loss transformer
-presets pretrained chunked model backbone retrofit flops scale retrieval sampling log runs checkpoints training evaluation
-wrapper leakage reading evidence plotting lesson settings commands experiments sweep refresh __main__""".split()
+presets pretrained chunked model backbone retrofit flops scale retrieval sampling log runs checkpoints training
+evaluation wrapper leakage reading evidence plotting lesson settings commands experiments sweep refresh __main__""".split()
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
