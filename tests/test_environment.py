@@ -31,7 +31,8 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 ORDER = """extras storage devices manifest corpus tables towns libraries sources opening duplicates tokens chunking
 embedding index knn costs counting survey editing updating cluster dataset linear graphs layers kernels loss transformer
 presets pretrained chunked model backbone retrofit flops scale retrieval sampling log runs checkpoints training
-evaluation wrapper leakage reading evidence plotting lesson settings commands experiments sweep refresh __main__""".split()
+evaluation wrapper leakage reading evidence plotting lesson settings commands experiments sweep refresh
+__main__""".split()
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
