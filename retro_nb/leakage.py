@@ -5,10 +5,7 @@ tokens that it shares with its nearest neighbours, and asks how good the model i
 """
 
 import math
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64, Integer
@@ -21,105 +18,33 @@ from retro_nb.tokens import BERTS_IDS, SpecialIds
 ALPHAS = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1)  # limits of r: 8, 16, … of 64 tokens
 
 
-@dataclass(slots=True, eq=False)
-class State:
-    """All runs that end at the same places of the texts. Each is an ending of the longest of them."""
-
-    length: int = 0  # tokens in the longest
-    shorter: "State | None" = None  # where its longest ending is that ends at further places too
-    next: dict[int, "State"] = field(default_factory=dict)  # where one token more leads
-
-
-class SuffixAutomaton:
-    """Every run of tokens in some texts, to be followed token by token from `root`, the empty run.
-
-    In "to be or not to be" the runs "be" and "to be" end at the same places, after words 2 and 6: they share a
-    state. "to" ends after 1 and 5 and has its own. "or", "be or" and "to be or" share one again. So all 18
-    different runs need 7 states, the root among them. n tokens never need more than 2n, nor many more steps.
-    """
-
-    def __init__(self) -> None:
-        self.root = State()
-
-    def add(self, text: Iterable[int]) -> None:
-        """Take in all runs of a text. None goes from one text on into another."""
-        state = self.root
-        for token in text:
-            state = self._extend(state, token)
-
-    def _extend(self, whole: State, token: int) -> State:
-        """Take in the runs that end with `token`, after the part of a text that is the longest run of `whole`."""
-        if token in whole.next:  # an earlier text had them all
-            return self._split(whole, token)
-        new, state = State(whole.length + 1), whole
-        while state is not None and token not in state.next:  # shorter and shorter endings, all new before `token`
-            state.next[token] = new
-            state = state.shorter
-        new.shorter = self.root if state is None else self._split(state, token)
-        return new
-
-    def _split(self, state: State, token: int) -> State:
-        """Where `token` leads from `state`. Longer runs that lead there too now end at fewer places: they part."""
-        shared = state.next[token]
-        if shared.length == state.length + 1:
-            return shared
-        apart = State(state.length + 1, shared.shorter, dict(shared.next))
-        shared.shorter = apart
-        while state is not None and state.next.get(token) is shared:
-            state.next[token] = apart
-            state = state.shorter
-        return apart
-
-    def longest_endings(self, tokens: Iterable[int]) -> list[int]:
-        """For each of m tokens the length of the longest run that ends with it and is in the texts.
-
-        `next` makes the run one token longer, `shorter` at least one shorter: together they are followed 2m times.
-        """
-        state, length, endings = self.root, 0, []
-        for token in tokens:
-            while token not in state.next and state is not self.root:  # drop tokens in front until it goes on
-                state = state.shorter
-                length = state.length
-            if token in state.next:
-                state, length = state.next[token], length + 1
-            endings.append(length)
-        return endings
-
-
 def shared_runs(
     chunk: Integer[np.ndarray, " m"],
     texts: Sequence[Integer[np.ndarray, " _"]] | Integer[np.ndarray, "k r"],
     special: SpecialIds = BERTS_IDS,
 ) -> Int64[np.ndarray, " m"]:
-    """For each token of the chunk the length of the longest run around it that is in one of the texts as well.
+    """For each token of the chunk, the length of the longest run around it that one of the texts has as well.
 
-    The maximum is the paper's s (§2.6). Padding, [CLS] and [SEP] are in no run; nor are the
-    `special` ids of another tokenizer. Time and memory grow with m + Σ r.
+    The maximum is s, the longest common substring (§2.6). Padding, [CLS] and [SEP] are in no run; `special`
+    holds these ids for another tokenizer. Time grows with m · Σ r, memory with m + Σ r.
+
+    The table of common suffixes has a row for each token of the chunk and a column for each token of the texts. A
+    field holds the length of the longest run that ends there in both; only one row is kept at a time:
+
+              not  to  be
+        to      0   1   0    equal tokens: one more than in the field above to the left
+        be      0   0   2    s = 2, "to be"
+        or      0   0   0    unequal tokens: 0
     """
-    wanted = set(chunk.tolist()) - set(special)
-    runs = SuffixAutomaton()
-    for text in texts:  # a token that the chunk does not have is in no shared run: texts are cut there
-        for shared, piece in groupby(text.tolist(), wanted.__contains__):
-            if shared:
-                runs.add(piece)
-    return np.array(_longest_around(runs.longest_endings(chunk.tolist())), np.int64)
-
-
-def _longest_around(endings: list[int]) -> list[int]:
-    """From the longest run that ends with each token to the longest that contains it, from right to left.
-
-    `last` holds the last tokens of the runs that may reach further left, the longest run first. A run that ends
-    further left than another never begins further right, so the first in `last` are also the first to be over.
-    """
-    around, last = [0] * len(endings), deque()
-    for i in reversed(range(len(endings))):
-        while last and endings[last[-1]] <= endings[i]:
-            last.pop()  # neither longer than the run that ends here nor reaching further left
-        last.append(i)
-        while last and last[0] - endings[last[0]] >= i:
-            last.popleft()  # begins after i
-        around[i] = endings[last[0]] if last else 0
-    return around
+    padding = [special.pad]  # around each text, so that no run goes on into the next one
+    text = np.concatenate([padding, *(part for each in texts for part in (each, padding))], dtype=np.int64)
+    row, longest = np.zeros(len(text) + 1, np.int64), np.zeros(len(chunk), np.int64)
+    for i, token in enumerate(chunk.tolist()):
+        row[1:] = 0 if token in special else (row[:-1] + 1) * (text == token)
+        length = row.max()
+        run = longest[i + 1 - length : i + 1]  # the longest run that ends here
+        np.maximum(run, length, out=run)
+    return longest
 
 
 def overlaps(

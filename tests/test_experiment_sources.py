@@ -161,7 +161,7 @@ def test_neighbours_are_those_of_sorting_all_distances(seed, documents, k):
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_runs_are_as_long_as_those_of_the_suffix_automaton(seed):
+def test_runs_are_as_long_as_those_of_the_library(seed):
     rng, special = np.random.default_rng(seed), SpecialIds(0, 1, 2)
     chunks, texts = rng.integers(0, 6, (4, 16)), rng.integers(0, 6, (4, 3, 32))
     texts[0, 0, 5:21] = chunks[0]

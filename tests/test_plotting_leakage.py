@@ -1,4 +1,4 @@
-"""What the figures of notebook 08 work out for themselves: which words they mark, and the automaton they draw."""
+"""What the figures of notebook 08 work out for themselves: which words they mark, which run they frame."""
 
 import html
 import re
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.patches import Circle, FancyArrowPatch
 
 from retro_nb.chunking import document_tokens
 from retro_nb.corpus import Document
@@ -66,33 +65,40 @@ def test_nothing_in_common():
     assert plain(left) == "is" and "0 tokens in a row" in page
 
 
-def test_the_longest_run_that_was_said_before_and_who_said_it_first():
-    again = Document("Once more: we the people <b>of the United States indeed.", "1950 E", "e")
-    documents, texts = [PEACE, OLD, NEW, again], []
-    for document in documents:
-        texts.append(np.concatenate([part.ids for part in document_tokens(document.text)])[1:-1].tolist())
-    endings = [[0] * len(text) for text in texts]
-    for number, text in enumerate(texts):
-        for stop in range(1, len(text) + 1):
-            for start in range(stop):
-                run = "".join(map(chr, text[start:stop]))
-                if any(run in "".join(map(chr, other)) for other in texts[:number]):
-                    endings[number][stop - 1] = max(endings[number][stop - 1], stop - start)
-    page = figures.said_before(documents, texts, endings).data
-    assert re.findall("<th[^>]*>(.*?)</th>", page) == ["1900 B &amp; C", "1800 A, 14 tokens in a row"]
-    page = figures.said_before([OLD, PEACE, again], [texts[i] for i in (1, 0, 3)], [endings[i] for i in (1, 0, 3)]).data
-    assert re.findall("<th[^>]*>(.*?)</th>", page) == ["1950 E", "1800 A, 11 tokens in a row"]  # with the colon
-    assert plain(cells(page)[0]) == again.text
+@pytest.mark.parametrize(
+    ("new", "old", "length"),
+    [
+        (NEW, OLD, 14),
+        (OLD, NEW, 14),
+        (Document("Once more: we the people <b>of the United States indeed.", "1950 E", "e"), OLD, 11),
+        (NEW, PEACE, 3),
+        (Document("Nobody", "1960 F", "f"), PEACE, 0),
+    ],
+)
+def test_two_documents_and_their_longest_run(new, old, length):
+    page = figures.longest_shared(new, old).data
+    titles = [html.unescape(title) for title in re.findall("<th[^>]*>(.*?)</th>", page)]
+    assert titles == [new.title, f"{old.title}, {length} tokens in a row"]
+    assert [plain(text) for text in cells(page)] == [" ".join(document.text.split()) for document in (new, old)]
 
 
 def test_of_a_very_long_run_only_the_beginning_is_shown_but_all_of_it_counted():
     old, new = (Document(f"{name} {'to be or not ' * 50}.", name, "") for name in ("Yes", "No"))
-    texts = [np.concatenate([part.ids for part in document_tokens(each.text)])[1:-1].tolist() for each in (old, new)]
-    endings = [[0] * len(texts[0]), [0, *range(1, len(texts[1]))]]
-    page = figures.said_before([old, new], texts, endings).data
+    page = figures.longest_shared(new, old).data
     title, heading = re.findall("<th[^>]*>(.*?)</th>", page)
     assert title == "No" and heading == "Yes, 201 tokens in a row, of which 159 are shown"
     assert "<sub>159</sub>" in cells(page)[0] and "32 and more" in page
+
+
+def test_a_long_run_is_shown_where_it_is_in_both():
+    """Far from the beginning of either, and not where the other document has only a part of it."""
+    run = "we the people of the united states"
+    old = Document(f"{'one two three ' * 60}we the people. {'four ' * 60}{run}, he said.", "old", "")
+    new = Document(f"{'five six ' * 90}{run}; {'seven ' * 90}", "new", "")
+    page = figures.longest_shared(new, old).data
+    for text in cells(page):
+        (bold,) = re.findall(r"<b [^>]*>.*?</b>", text, re.DOTALL)
+        assert plain(bold) == run
 
 
 @pytest.mark.parametrize(("length", "opacity"), [(3, None), (4, "26"), (8, "59"), (31, "A6"), (32, ""), (64, "")])
@@ -103,30 +109,27 @@ def test_a_longer_run_is_darker(length, opacity):
         assert f"#D55E00{opacity};" in shaded or f'#D55E00{opacity}"' in shaded
 
 
-# the automaton
-
-texts = st.lists(st.sampled_from(["to", "be", "or"]), min_size=1, max_size=6)
+# the table
 
 
 @settings(deadline=None, max_examples=15)
-@given(words=texts)
-def test_the_drawing_has_every_state_and_every_run_once(words):
-    """States are the sets of places where runs end; arrows, the words that go on, and one `shorter` from each."""
-    n = len(words)
-    ends: dict[tuple, set[int]] = {(): set(range(n + 1))}
-    for i in range(n):
-        for j in range(i + 1, n + 1):
-            ends.setdefault(tuple(words[i:j]), set()).add(j)
-    states = {frozenset(places) for places in ends.values()}
-    onwards = {(frozenset(places), words[j]) for places in ends.values() for j in places if j < n}
-    (axes,) = figures.automaton(words).axes
-    assert sum(isinstance(patch, Circle) for patch in axes.patches) == len(states)
-    arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
-    assert sum(arrow.get_linestyle() in ("-", "solid") for arrow in arrows) == len(onwards)
-    assert len(arrows) == len(onwards) + len(states) - 1
-    columns = [text.get_text() for text in axes.texts if text.get_fontsize() == 7.5]
-    told = [line for column in columns for line in column.split("\n")]
-    assert sorted(told) == sorted(" ".join(run) or "(nothing)" for run in ends)
+@given(data=st.data(), m=st.integers(1, 4), r=st.integers(1, 5))
+def test_the_table_shows_every_length_and_frames_the_longest_run(data, m, r):
+    chunk, text = (data.draw(st.lists(st.sampled_from(["to", "be", "or"]), min_size=n, max_size=n)) for n in (m, r))
+    lengths = np.array([[common_suffix(chunk[: i + 1], text[: j + 1]) for j in range(r)] for i in range(m)])
+    (axes,) = figures.suffix_table(lengths, chunk, text).axes
+    shown = {label.get_position()[::-1]: int(label.get_text()) for label in axes.texts}
+    assert shown == dict(np.ndenumerate(lengths))
+    assert [label.get_text() for label in axes.get_xticklabels()] == text
+    assert [label.get_text() for label in axes.get_yticklabels()] == chunk
+    corners = sorted(frame.get_xy() for frame in axes.patches)
+    fields = [(int(y + 0.5), int(x + 0.5)) for x, y in corners]
+    assert [lengths[field] for field in fields] == list(range(1, lengths.max() + 1))
+    assert [chunk[i] for i, _ in fields] == [text[j] for _, j in fields]
+
+
+def common_suffix(one: list[str], other: list[str]) -> int:
+    return max(n for n in range(min(len(one), len(other)) + 1) if one[len(one) - n :] == other[len(other) - n :])
 
 
 # the curves

@@ -9,13 +9,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from jaxtyping import Float, Int
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.lib.stride_tricks import sliding_window_view
 
 from retro_nb.chunking import document_tokens
 from retro_nb.corpus import Document
-from retro_nb.leakage import State, SuffixAutomaton, shared_runs
+from retro_nb.leakage import shared_runs
 from retro_nb.plotting.evaluation import CONDITIONS
-from retro_nb.plotting.style import COLOURS, arrow, blank
+from retro_nb.plotting.style import COLOURS
 from retro_nb.reading import pieces
 
 # A model's line, where colours cannot be told apart.
@@ -55,6 +58,26 @@ def overlap_histogram(overlaps: Mapping[str, Float[np.ndarray, " any"]], title: 
     axes.xaxis.set_major_formatter(_percent)
     axes.yaxis.set_major_formatter(_percent)
     axes.legend()
+    plt.close(figure)
+    return figure
+
+
+def suffix_table(lengths: Int[np.ndarray, "m r"], chunk: Sequence[str], text: Sequence[str]) -> Figure:
+    """A table of common suffixes with a row for each word of the chunk; the longest run is framed, word by word."""
+    figure, axes = plt.subplots(figsize=(1 + 0.62 * len(text), 0.6 + 0.3 * len(chunk)))
+    axes.imshow(lengths, LinearSegmentedColormap.from_list("runs", ["white", COLOURS["neighbour"]]), aspect="auto")
+    i, j = np.unravel_index(lengths.argmax(), lengths.shape)
+    run = [(i - back, j - back) for back in range(lengths.max())]
+    for (row, column), length in np.ndenumerate(lengths):
+        look = {"color": COLOURS["ink"]} if length else {"color": COLOURS["muted"], "fontsize": 8}
+        axes.text(column, row, length, ha="center", va="center", **look)
+        if (row, column) in run:
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=2, clip_on=False))
+    axes.set_xticks(range(len(text)), text)
+    axes.set_yticks(range(len(chunk)), chunk)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
     plt.close(figure)
     return figure
 
@@ -129,9 +152,12 @@ class Extract(NamedTuple):
 
 def extract(document: Document, first: int, count: int = 64) -> Extract:
     """Tokens `first`, `first` + 1, … of a document; 0 is its [CLS]."""
-    ids = np.concatenate([tokens.ids for tokens in document_tokens(document.text)])[first : first + count]
     words = [*pieces(document.text), ""][first : first + count]  # [SEP] stands for no text
-    return Extract(document.title, ids, words)
+    return Extract(document.title, _ids(document)[first : first + count], words)
+
+
+def _ids(document: Document) -> Int[np.ndarray, " n"]:
+    return np.concatenate([tokens.ids for tokens in document_tokens(document.text)])
 
 
 def shared_text(chunk: Extract, neighbours: Sequence[Extract], whole: int = 0) -> HTML:
@@ -155,25 +181,16 @@ def shared_text(chunk: Extract, neighbours: Sequence[Extract], whole: int = 0) -
     return HTML(f"<table><tr>{heads}</tr><tr>{cell.format(left)}{cell.format(right)}</tr></table>{_legend()}")
 
 
-def said_before(
-    documents: Sequence[Document], texts: Sequence[Sequence[int]], endings: Sequence[Sequence[int]]
-) -> HTML:
-    """The longest run that a document repeats, in its place and where it was first; its beginning if it is very long.
-
-    Args:
-        documents: in the order in which they were written.
-        texts: their tokens, without [CLS] and [SEP].
-        endings: for each token how long a run ends with it that an earlier one of the texts has, too.
-    """
-    later = max(range(len(texts)), key=lambda number: max(endings[number], default=0))
-    stop = int(np.argmax(endings[later])) + 1
-    told = ["".join(map(chr, text)) for text in texts]  # a token as a letter: then Python finds runs
-    run = told[later][stop - endings[later][stop - 1] : stop]
-    earlier = next(number for number, text in enumerate(told) if run in text)
-    places = (later, stop - len(run)), (earlier, told[earlier].index(run))
-    count = min(max(64, len(run) + 14), 160)  # from seven tokens before the run; in the document [CLS] comes first
-    chunk, first = (extract(documents[number], max(place - 6, 1), count) for number, place in places)
-    return shared_text(chunk, [first], len(run))
+def longest_shared(new: Document, old: Document) -> HTML:
+    """The longest run that two documents share, where it stands in both; only its beginning if it is very long."""
+    ids, others = _ids(new), _ids(old)
+    lengths = shared_runs(ids, [others])
+    first, length = int(lengths.argmax()), int(lengths.max())
+    run = ids[first : first + length]
+    again = int((sliding_window_view(others, length) == run).all(axis=1).argmax())
+    count = min(max(64, length + 14), 160)  # from six tokens before the run, but without [CLS]
+    chunk, neighbour = (extract(*side, count) for side in ((new, max(first - 6, 1)), (old, max(again - 6, 1))))
+    return shared_text(chunk, [neighbour], length)
 
 
 def _style(length: int) -> str:
@@ -206,64 +223,3 @@ def _legend() -> str:
     names = [f"{least} to {stop - 1}" for least, stop in pairwise(SHADES)] + [f"{max(SHADES)} and more"]
     boxes = [f"<span{_style(least)}>&nbsp;{name}&nbsp;</span>" for least, name in zip(SHADES, names, strict=True)]
     return f"<p>Tokens in the longest shared run around a word: {' '.join(boxes)}; the longest run is <b>bold</b>.</p>"
-
-
-# the automaton
-
-
-def automaton(words: Sequence[str]) -> Figure:
-    """The suffix automaton of a text: which words lead on, `shorter` dashed, and the runs that each state stands for.
-
-    In a circle is the length of the longest of them. The states of the text's beginnings stand in a line, and above
-    it those that had to be split off.
-    """
-    names = list(dict.fromkeys(words))
-    text, made = [names.index(word) for word in words], SuffixAutomaton()
-    made.add(text)
-    runs, circles, step = _runs_by_state(made.root, text), {}, 1.32
-    beginnings = [made.root, *(next(s for s in runs if text[: i + 1] in runs[s]) for i in range(len(text)))]
-    higher = [state for state in runs if state not in beginnings]
-    below = 0.14 * max(map(len, runs.values()))  # the lists of runs
-    line = below + 0.13 * len(text) + 0.3
-    height = line + 0.17 * len(text) + (0.6 if higher else 0)
-    figure, axes = blank(1.4 + step * len(text), height)
-    for state in runs:
-        x, y = 0.7 + step * state.length, line if state in beginnings else height - 0.3
-        circles[state] = plt.Circle((x, y), 0.17, color=COLOURS["chunk"], zorder=3)
-        axes.add_patch(circles[state])
-        axes.text(x, y, state.length, color="white", ha="center", va="center", fontsize=9, zorder=4)
-        told = "\n".join(" ".join(names[number] for number in run) for run in runs[state]) or "(nothing)"
-        place = (x, below) if state in beginnings else (x + 0.24, y)
-        sides = {"ha": "center", "va": "top"} if state in beginnings else {"ha": "left", "va": "center"}
-        axes.text(*place, told, fontsize=7.5, color=COLOURS["ink"], **sides)
-    for state, circle in circles.items():
-        for number, after in state.next.items():
-            _edge(axes, circle, circles[after], names[number])
-        if state.shorter is not None:
-            _edge(axes, circle, circles[state.shorter])
-    return figure
-
-
-def _runs_by_state(root: State, text: list[int]) -> dict[State, list[list[int]]]:
-    """Every run of a text, the shortest first, under the state to which it leads; the empty one leads nowhere."""
-    runs = {root: [[]]}
-    for length in range(1, len(text) + 1):
-        for start in range(len(text) - length + 1):
-            state, run = root, text[start : start + length]
-            for token in run:
-                state = state.next[token]
-            if run not in runs.setdefault(state, []):
-                runs[state].append(run)
-    return runs
-
-
-def _edge(axes: plt.Axes, start: plt.Circle, end: plt.Circle, word: str = "") -> None:
-    """A word that leads on, in an arc above the line if it skips a state; `shorter` has none, and hangs below it."""
-    (x, y), (dx, dy) = start.center, np.subtract(end.center, start.center)
-    # How far the middle is from the straight way: to the left of it, seen in the arrow's direction.
-    bend = 0.0 if word and (dx < 1.4 or dy) else -0.1 if dy else -0.3
-    style = {} if word else {"linestyle": (0, (4, 2)), "color": COLOURS["neighbour"], "linewidth": 1}
-    arrow(axes, start.center, end.center, connectionstyle=f"arc3,rad={bend}", patchA=start, patchB=end, **style)
-    if word:
-        frame = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-        axes.text(x + dx / 2, y + dy / 2 - bend * dx / 2, word, ha="center", va="center", fontsize=9, bbox=frame)
