@@ -129,6 +129,7 @@ def test_a_run_is_no_longer_than_the_chunk_and_the_text():
     assert runs_of([7] * 3, [[7] * 9]) == [3] * 3
     assert runs_of([7] * 9, [[7] * 3]) == [3] * 9
     assert runs_of([7], [[8], [7]]) == [1]
+    assert runs_of([7] * 300, [[7] * 400]) == [300] * 300  # more than 8 bits can count
 
 
 @often
