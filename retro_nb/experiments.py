@@ -5,7 +5,7 @@ the notebook that caused it. What it leaves lies together in one folder: the exe
 parameters it was given, and the `metrics.json` it wrote. Nothing here parses a notebook's printed output.
 
 papermill only warns of an unknown parameter and passes YAML's `1e-4` on as text; here the first is an error
-and every value is cast to the type that the notebook's parameters cell declares.
+and every value is cast to the type that the notebook's parameters cell declares. That cell is parsed, never evaluated.
 """
 
 import ast
@@ -16,19 +16,19 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import nbformat
-import papermill
 import psutil
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 from tqdm import tqdm
 
-from retro_nb.settings import cast, read_yaml, refuse_unknown
+from retro_nb.settings import cast, read_annotation, read_yaml, refuse_unknown
 from retro_nb.storage import ROOT, replacing, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -70,22 +70,83 @@ def find_notebooks(names: Iterable[str]) -> list[Path]:
 
 # which parameters
 
-TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)} | {"Optional": Optional}
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a notebook's parameters cell says of one: `name: annotation = default`."""
+
+    notebook: Path
+    name: str
+    annotation: str | None
+    default: str | None
+
+    def __str__(self) -> str:
+        annotation = f": {self.annotation}" if self.annotation else ""
+        return f"{self.name}{annotation}" + (f" = {self.default:.80}" if self.default else "")
+
+    def kind(self) -> Any:
+        """Its type: that of its annotation or, without one, of its default.
+
+        Raises:
+            ValueError: the annotation is not known, or there is none and the default is no literal.
+        """
+        if self.annotation is not None:
+            try:
+                return read_annotation(self.annotation)
+            except ValueError as error:
+                raise ValueError(f"{self.notebook}: parameter {self.name}: {error}") from None
+        try:
+            return type(ast.literal_eval(self.default or ""))
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise ValueError(
+                f"{self.notebook}: parameter {self.name} is set by an expression, {self}, of which only running it "
+                f"tells the type: write its value, as in `{self.name} = 50`, or its type, as in `{self.name}: int = …`"
+            ) from None
+
+    def read(self, value: Any) -> Any:
+        """A value, which may be text, as its type.
+
+        Raises:
+            ValueError: it cannot be meant as one, or the type is not known.
+        """
+        kind = self.kind()
+        try:
+            return cast(value, kind)
+        except ValueError:
+            raise ValueError(
+                f"parameter {self.name}: cannot read {value!r:.80} as declared: {self} in {self.notebook.name}"
+            ) from None
 
 
-def declared(notebook: Path) -> dict[str, dict[str, Any]]:
-    """A notebook's parameters: name -> {"inferred_type_name", "default", "help"}, all as text."""
-    return papermill.inspect_notebook(notebook)
+def declared(notebook: Path) -> dict[str, Parameter]:
+    """The parameters in a notebook's first cell with the tag `parameters`, by name.
 
-
-def _cast_declared(name: str, value: Any, parameter: dict[str, Any]) -> Any:
-    text, default = parameter["inferred_type_name"], parameter["default"]
-    kind = type(ast.literal_eval(default)) if text == "None" else eval(text, {}, TYPES)
+    Raises:
+        ValueError: it is no notebook, or that cell is no Python.
+    """
     try:
-        return cast(value, kind)
-    except (ValueError, TypeError, yaml.YAMLError):
-        declaration = f"{name}: {kind.__name__ if text == 'None' else text} = {default}"
-        raise ValueError(f"parameter {name}: cannot read {value!r} as declared: {declaration}") from None
+        cells = nbformat.read(notebook, as_version=4).cells
+        sources = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{notebook} cannot be read as a notebook: {error!s:.200}") from error
+    return {each.name: each for source in sources[:1] for each in _assigned(notebook, source)}
+
+
+def _assigned(notebook: Path, source: str) -> Iterator[Parameter]:
+    """The names that a cell gives values to, in order."""
+    try:
+        source = TransformerManager().transform_cell(source)  # it may have magics
+        lines = ast.parse(source, type_comments=True).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{notebook}: the cell of parameters is no Python: {error}") from error
+    for line in lines:
+        default = ast.get_source_segment(source, line.value) if getattr(line, "value", None) else None
+        match line:
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation):
+                yield Parameter(notebook, name, ast.get_source_segment(source, annotation), default)
+            case ast.Assign(targets=targets, type_comment=comment):
+                names = [each.id for each in targets if isinstance(each, ast.Name)]
+                yield from (Parameter(notebook, name, comment, default) for name in names)
 
 
 def _from_here(name: str, value: Any) -> Any:
@@ -130,7 +191,7 @@ def choose_parameters(
     values |= given
     return [
         {
-            name: _cast_declared(name, _from_here(name, value), known[name])
+            name: known[name].read(_from_here(name, value))
             for name, value in values.items()
             if name in known
         }

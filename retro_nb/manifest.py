@@ -1,7 +1,8 @@
 """What was built, with which settings: a folder's `manifest.json`.
 
 A changed setting rebuilds what depends on it and says so, an unchanged one costs nothing, and a file that was
-damaged since is found out.
+damaged since is found out. A manifest may come from somebody else: nothing outside its folder is read, written or
+deleted through it (`storage.inside`), and one of a newer format is refused.
 """
 
 import glob
@@ -11,22 +12,20 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from retro_nb.storage import PathLike, launched, plain, tell, write_json
+from retro_nb.storage import PathLike, file_record, inside, launched, plain, read_json, tell, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 STAGING = "update"  # a folder within a store's: the store as it will be
 READY = "ready.json"  # in there, once it is whole: what goes when it is moved
-# Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
-CHECKSUM_LIMIT = 2**30
-CHECKSUM_BLOCK = 2**22
 
 
 def reprocess_requested() -> bool:
@@ -57,26 +56,48 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def file_record(path: PathLike) -> dict:
-    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, the SHA-256 of evenly spaced blocks of it."""
-    size = Path(path).stat().st_size
-    blocks, most = -(-size // CHECKSUM_BLOCK), CHECKSUM_LIMIT // CHECKSUM_BLOCK
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in range(blocks) if blocks <= most else np.linspace(0, blocks - 1, most).astype(np.int64):
-            file.seek(int(block) * CHECKSUM_BLOCK)
-            checksum.update(file.read(CHECKSUM_BLOCK))
-    return {"bytes": size, "sha256" if blocks <= most else "sample_sha256": checksum.hexdigest()}
-
-
 def read_manifest(folder: PathLike) -> dict:
-    """What a folder's manifest says of each array in it; empty where there is none or a damaged one."""
+    """What a folder's manifest says of each array in it; empty where there is none or a damaged one.
+
+    Raises:
+        ValueError: it is of a newer format than this version knows.
+    """
+    return _read(Path(folder))[0]
+
+
+def _read(folder: Path) -> tuple[dict, str | None]:
+    """A folder's manifest, and what is wrong with it if it is there and damaged."""
     try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        arrays, known = manifest["arrays"], manifest["format"] == MANIFEST_FORMAT
-        return arrays if known and manifest["sha256"] == _digest(arrays) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        manifest = read_json(inside(folder, MANIFEST))
+    except FileNotFoundError:
+        return {}, None
+    except (OSError, ValueError) as error:
+        return {}, str(error)
+    known = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(known, int) and known > MANIFEST_FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST} is of format {known}, and this version of retro_nb knows formats up to "
+            f"{MANIFEST_FORMAT}: update retro_nb, or choose another folder. Nothing was changed in this one"
+        )
+    try:
+        arrays = manifest["arrays"]
+        if known != MANIFEST_FORMAT or manifest["sha256"] != _digest(arrays):
+            return {}, "its checksum is another"
+        _check_records(folder, arrays)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return {}, repr(error) if isinstance(error, KeyError) else str(error)
+    return arrays, None
+
+
+def _check_records(folder: Path, arrays: dict[str, dict]) -> None:
+    """Raise an error unless each array has settings, statistics and records of files that lie in the folder."""
+    for array, record in arrays.items():
+        for name in (array, *record["files"]):
+            inside(folder, name)
+        if not all(isinstance(record[part], dict) for part in ("settings", "stats", "files")):
+            raise TypeError(f"the record of {array} is no record")
+        if not all(isinstance(about["bytes"], int) for about in record["files"].values()):
+            raise TypeError(f"the files of {array} have no sizes")
 
 
 def _write_manifest(folder: Path, arrays: dict) -> None:
@@ -99,8 +120,8 @@ def intact(path: PathLike) -> bool:
     """Whether an array and all files that go with it are as they were recorded."""
     path = Path(path)
     record = read_manifest(path.parent).get(path.name)
-    files = {path.parent / name: about for name, about in record["files"].items()} if record else {}
-    return bool(files) and all(file.exists() and file_record(file) == about for file, about in files.items())
+    files = {inside(path.parent, name): about for name, about in record["files"].items()} if record else {}
+    return bool(files) and all(file.is_file() and file_record(file) == about for file, about in files.items())
 
 
 # a store replaced by another
@@ -115,6 +136,7 @@ def replace_store(folder: PathLike, gone: Sequence[str] = ()) -> None:
         FileNotFoundError: there is none to be moved.
     """
     staging = Path(folder) / STAGING
+    read_manifest(folder)  # one of a newer format is refused before anything is written
     if not read_manifest(staging):
         raise FileNotFoundError(f"no store in {staging} is ready to take the place of that in {folder}")
     write_json(staging / READY, {"gone": list(gone)})
@@ -122,27 +144,57 @@ def replace_store(folder: PathLike, gone: Sequence[str] = ()) -> None:
 
 
 def finish_replacement(folder: PathLike) -> None:
-    """Go on with a `replace_store` that was stopped while it moved files; nothing to do where none was."""
+    """Go on with a `replace_store` that was stopped while it moved files; nothing to do where none was.
+
+    A replacement that is damaged is left alone, with a warning.
+
+    Raises:
+        ValueError: a manifest is of a newer format than this version knows.
+    """
     folder = Path(folder)
-    staging = folder / STAGING
-    if not (staging / READY).exists():
+    if _replacement(folder) is None:
         return
     check_writable(folder)
     with FileLock(folder / ".lock"):
-        if not (staging / READY).exists():
+        if (replacement := _replacement(folder)) is None:
             return
-        staged, arrays = read_manifest(staging), read_manifest(folder)
-        gone = json.loads((staging / READY).read_text(encoding="utf-8"))["gone"]
+        (staged, gone), arrays, staging = replacement, read_manifest(folder), folder / STAGING
         replaced = {file for name in (*gone, *staged) if name in arrays for file in arrays[name]["files"]}
         moves = {file for record in staged.values() for file in record["files"]}
+        _tidy((inside(folder, name) for name in {*gone, *staged, *moves} | replaced), unfinished=True)
         for name in moves:
-            if (staging / name).exists():  # else it was moved before the stop
-                os.replace(staging / name, folder / name)
+            if inside(staging, name).exists():  # else it was moved before the stop
+                os.replace(inside(staging, name), inside(folder, name))
         for name in replaced - moves:
-            (folder / name).unlink(missing_ok=True)
+            inside(folder, name).unlink(missing_ok=True)
         _write_manifest(folder, {name: record for name, record in arrays.items() if name not in gone} | staged)
         (staging / READY).unlink()
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replacement(folder: Path) -> tuple[dict, list[str]] | None:
+    """What the store that is to be moved into a folder holds, and which arrays go; None where there is none."""
+    if not os.path.lexists(folder / STAGING / READY):
+        return None
+    try:
+        gone = read_json(inside(inside(folder, STAGING), READY))["gone"]
+        gone = [inside(folder, name).name for name in gone]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        staged, damage = {}, f"{READY}: {error}"
+    else:
+        staged, damage = _read(folder / STAGING)
+    try:
+        for name in (file for record in staged.values() for file in record["files"]):
+            inside(folder, name)
+    except ValueError as error:
+        staged, damage = {}, str(error)
+    if staged:
+        return staged, gone
+    warnings.warn(
+        f"the update in {folder / STAGING} is damaged and left out ({damage or f'no {MANIFEST}'}): delete that folder",
+        stacklevel=4,
+    )
+    return None
 
 
 # what is built once
@@ -150,27 +202,42 @@ def finish_replacement(folder: PathLike) -> None:
 
 def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | None:
     """Why an array and the files that go with it cannot be used as they are; None if they can."""
-    arrays = read_manifest(path.parent)
+    arrays, damage = _read(path.parent)
     if path.name not in arrays:
-        damaged = not arrays and (path.parent / MANIFEST).exists()
-        return f"{MANIFEST} is corrupt" if damaged else f"{MANIFEST} has no record of it"
+        return f"{MANIFEST} is corrupt ({damage})" if damage else f"{MANIFEST} has no record of it"
     was, files = arrays[path.name]["settings"], arrays[path.name]["files"]
     for name in [*settings, *was]:
         if was.get(name) != settings.get(name):
             return f"{name} was {was.get(name)!s:.80} and is {settings.get(name)!s:.80}"
-    for name, file in (outputs | {name: path.parent / name for name in files}).items():
-        if not file.exists() or name not in files:
+    others = {name: inside(path.parent, name) for name in files if name not in outputs}
+    for name, file in (outputs | others).items():
+        if not file.is_file() or name not in files:
             return f"{name} is gone" if name in files else f"{MANIFEST} has no record of {name}"
         if file.stat().st_size != files[name]["bytes"] or file_record(file) != files[name]:
             return f"{name} is truncated or corrupt"
     return None
 
 
-def _tidy(path: Path, *, unfinished: bool) -> None:
-    """Delete what killed builds of a file left behind; with `unfinished`, the blocks to go on from as well."""
-    for ending in ("*.tmp", "partial", "progress") if unfinished else ("*.tmp",):
-        for file in path.parent.glob(f"{glob.escape(path.name)}.{ending}"):
-            file.unlink(missing_ok=True)
+def _left_behind(files: Iterable[Path], *, unfinished: bool) -> list[Path]:
+    """What killed builds of files left beside them; with `unfinished`, the blocks to go on from as well."""
+    endings = ("*.tmp", "partial", "progress") if unfinished else ("*.tmp",)
+    return [left for file in files for end in endings for left in file.parent.glob(f"{glob.escape(file.name)}.{end}")]
+
+
+def _tidy(files: Iterable[Path], *, unfinished: bool) -> None:
+    for file in _left_behind(files, unfinished=unfinished):
+        file.unlink(missing_ok=True)
+
+
+def _tidy_whole(path: Path, settings: dict, outputs: dict[str, Path]) -> None:
+    """Where an array is whole: delete what a kill left behind just before its builder would have done so."""
+    files = [*outputs.values(), path.parent / MANIFEST]
+    if not _left_behind(files, unfinished=True):
+        return
+    with suppress(OSError, Timeout):  # a folder that cannot be written; another process builds, and will tidy
+        with FileLock(path.parent / ".lock", timeout=0):
+            if _why_stale(path, settings, outputs) is None:
+                _tidy(files, unfinished=True)
 
 
 def cached(
@@ -200,7 +267,9 @@ def cached(
 
     Raises:
         PermissionError: it has to be built and the folder is read-only.
+        ValueError: the folder's manifest is of a newer format than this version knows.
     """
+    read_manifest(Path(path).parent)  # by every process: none waits for one that was refused
     force = force_reprocess or reprocess_requested()
     asked = Path(path), plain(settings), files, force
     rank, processes = launched()
@@ -225,8 +294,9 @@ def _build_if_stale(
 ) -> dict:
     folder = path.parent
     finish_replacement(folder)
-    outputs = {os.path.relpath(file, folder): Path(file) for file in (path, *files)}
+    outputs = {_recorded_name(file, folder): Path(file) for file in (path, *files)}
     if not force and _why_stale(path, settings, outputs) is None:
+        _tidy_whole(path, settings, outputs)
         return read_manifest(folder)[path.name]["stats"]
     check_writable(folder)
     with FileLock(folder / ".lock"):  # two notebooks may want the same array at once
@@ -237,12 +307,17 @@ def _build_if_stale(
         if path.exists() or path.name in arrays:
             warnings.warn(f"building {path.name} again: {reason}", stacklevel=4)
         damaged = not force and arrays.get(path.name, {}).get("settings") == settings
-        for file in (*outputs.values(), folder / MANIFEST):
-            _tidy(file, unfinished=force or damaged)
+        _tidy((*outputs.values(), folder / MANIFEST), unfinished=force or damaged)
         if damaged:  # forgotten at once: from here on, an unfinished build is one of the mended array
             _write_manifest(folder, {name: record for name, record in arrays.items() if name != path.name})
         stats = plain(build())
         record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
         _write_manifest(folder, read_manifest(folder) | {path.name: record})
-        _tidy(path, unfinished=True)
+        _tidy(outputs.values(), unfinished=True)
     return stats
+
+
+def _recorded_name(file: PathLike, folder: Path) -> str:
+    """A file's name in the manifest. That of a file in another folder is no path: only its builder knows the place."""
+    name = os.path.relpath(file, folder)
+    return quote(name, safe="") if os.path.dirname(name) else name

@@ -1,18 +1,29 @@
 """Settings from YAML files and from the command line: known names, and values of the declared types.
 
 YAML delivers `1e-4` as text and the command line delivers nothing but text, so every value is read as the type
-that its parameter declares. A name that nobody knows is an error that says which one was probably meant.
+that its parameter declares. A name that nobody knows is an error that says which one was probably meant. A file or a
+notebook may come from somebody else: nothing in it is evaluated, and what YAML may hold is limited.
 """
 
+import ast
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
+
+MOST_BYTES = 10**6  # of a YAML file
+MOST_VALUES = 10**5  # in it, an alias counting as all that it stands for
+DEEPEST = 30  # lists and mappings within one another
+
+
+# values and their types
 
 
 def cast(value: Any, kind: Any) -> Any:
@@ -21,11 +32,18 @@ def cast(value: Any, kind: Any) -> Any:
     Raises:
         ValueError: it cannot be meant as one.
     """
+    try:
+        return _cast(value, kind)
+    except (TypeError, OverflowError, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _cast(value: Any, kind: Any) -> Any:
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType):
         return _cast_to_one_of(value, inner)
     if isinstance(value, str) and origin is not str:
-        value = yaml.safe_load(value)
+        value = load_yaml(value)
     is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
     if origin is float and is_number:
         return float(value)
@@ -36,9 +54,9 @@ def cast(value: Any, kind: Any) -> Any:
     if origin is str and is_number:
         return str(value)
     if origin in (list, Sequence) and isinstance(value, list):
-        return [cast(item, inner[0]) if inner else item for item in value]
+        return [_cast(item, inner[0]) if inner else item for item in value]
     if origin is dict and isinstance(value, dict):
-        return value
+        return {_cast(key, inner[0]): _cast(item, inner[1]) for key, item in value.items()} if inner else value
     raise ValueError(value)
 
 
@@ -46,9 +64,51 @@ def _cast_to_one_of(value: Any, kinds: Sequence[Any]) -> Any:
     if NoneType in kinds and value in (None, "None", "null"):
         return None
     for kind in kinds:
-        with suppress(ValueError, TypeError, yaml.YAMLError):
+        with suppress(ValueError):
             return cast(value, kind)
     raise ValueError(value)
+
+
+TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)} | {"List": list, "Dict": dict}
+LONGEST = 200  # characters of an annotation
+
+
+def read_annotation(text: str) -> Any:
+    """The type that an annotation in a notebook means: a name in TYPES, `list[X]`, `dict[X, Y]`, `Optional[X]`,
+    `Union[X, Y]` or `X | Y`.
+
+    Raises:
+        ValueError: it is another one, which is not evaluated.
+    """
+    try:
+        return _kind(ast.parse(text if len(text) <= LONGEST else "", mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        known = ", ".join([*TYPES, "list[X]", "dict[X, Y]", "Optional[X]", "X | Y"])
+        raise ValueError(f"the annotation {text!r:.80} is not known: write one of {known}") from None
+
+
+def _kind(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=None):
+            return NoneType
+        case ast.Constant(value=str(text)):
+            return read_annotation(text)
+        case ast.Name(id=name) if name in TYPES:
+            return TYPES[name]
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _kind(left) | _kind(right)
+        case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
+            return _kind(inner) | None
+        case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=[_, *_] as kinds)):
+            return reduce(or_, map(_kind, kinds))
+        case ast.Subscript(value=ast.Name(id="list" | "List"), slice=inner):
+            return list[_kind(inner)]
+        case ast.Subscript(value=ast.Name(id="dict" | "Dict"), slice=ast.Tuple(elts=[key, value])):
+            return dict[_kind(key), _kind(value)]
+    raise ValueError(ast.dump(node))
+
+
+# names
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, knower: str) -> None:
@@ -61,20 +121,68 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, knowe
             raise ValueError(f"{where}: unknown parameter {name!r}{meant}; {knower} knows {', '.join(known)}")
 
 
+# files
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML text holds. All YAML that the package reads passes through here.
+
+    Raises:
+        ValueError: it is not YAML, or exceeds MOST_VALUES or DEEPEST, or an alias stands for what it lies in.
+    """
+    try:
+        _check_events(text)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_events(text: str) -> None:
+    """Count the values of YAML text and how deep they lie, without making them."""
+    values, held = 0, {}  # so far; and by each anchor
+    opened: list[tuple[str | None, int]] = []  # the anchors of the lists and mappings around, and the count before
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        match event:
+            case yaml.AliasEvent(anchor=anchor):
+                if any(anchor == around for around, _ in opened):
+                    raise ValueError(f"the alias *{anchor} stands for what it lies in: write out what is meant")
+                values += held.get(anchor, 1)
+            case yaml.ScalarEvent():
+                values += 1
+                held[event.anchor] = 1
+            case yaml.CollectionStartEvent():
+                opened.append((event.anchor, values))
+                values += 1
+            case yaml.CollectionEndEvent():
+                anchor, before = opened.pop()
+                held[anchor] = values - before
+        if len(opened) > DEEPEST:
+            where = f"line {event.start_mark.line + 1}"
+            raise ValueError(f"{where}: more than {DEEPEST} lists and mappings lie in one another: flatten them")
+        if values > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES} values, aliases (*name) written out: leave some out")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
     Raises:
-        ValueError: it cannot be read, or holds something else.
+        ValueError: it cannot be read, has more than MOST_BYTES, or holds something else or too much (`load_yaml`).
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes: settings are shorter")
+        content = load_yaml(content.decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no `name: value` lines")
     return content
 
+
+# settings of functions
 
 Parameters = dict[str, inspect.Parameter]
 
@@ -95,6 +203,6 @@ def read_as_declared(values: dict[str, Any], declared: Parameters) -> dict[str, 
     for name, value in values.items():
         try:
             read[name] = cast(value, declared[name].annotation)
-        except (ValueError, TypeError, yaml.YAMLError):
-            raise ValueError(f"parameter {name}: cannot read {value!r} as declared: {declared[name]}") from None
+        except ValueError:
+            raise ValueError(f"parameter {name}: cannot read {value!r:.80} as declared: {declared[name]}") from None
     return read

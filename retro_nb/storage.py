@@ -5,13 +5,14 @@ never meets half a file, and a failed write or a machine's crash leaves the prev
 """
 
 import errno
+import hashlib
 import io
 import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 import numpy as np
@@ -28,6 +29,55 @@ def _root() -> Path:
 
 ROOT = _root()  # the checkout, or a cache folder when the package is installed on its own
 WORK = ROOT / "data" / "work"
+# Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
+CHECKSUM_LIMIT = 2**30
+CHECKSUM_BLOCK = 2**22
+
+
+# names and records of files
+
+
+def inside(folder: PathLike, name: Any) -> Path:
+    """The path of a file in `folder` that a JSON file names. Every file name read from JSON passes through here.
+
+    Raises:
+        ValueError: the name is not that of an entry of the folder itself (it has a separator, a drive, or is ".."), or
+            the entry is a symbolic link to something elsewhere.
+    """
+    plain_name = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
+    if not plain_name or name != Path(name).name or name != PureWindowsPath(name).name:
+        raise ValueError(f"{name!r:.80} is not the name of a file in {folder}")
+    path = Path(folder) / name
+    if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        raise ValueError(f"{path} is a symbolic link to {os.path.realpath(path)}, which is not in {folder}")
+    return path
+
+
+def file_record(path: PathLike) -> dict:
+    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, the SHA-256 of evenly spaced blocks of it."""
+    size = Path(path).stat().st_size
+    blocks, most = -(-size // CHECKSUM_BLOCK), CHECKSUM_LIMIT // CHECKSUM_BLOCK
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in range(blocks) if blocks <= most else np.linspace(0, blocks - 1, most).astype(np.int64):
+            file.seek(int(block) * CHECKSUM_BLOCK)
+            checksum.update(file.read(CHECKSUM_BLOCK))
+    return {"bytes": size, "sha256" if blocks <= most else "sample_sha256": checksum.hexdigest()}
+
+
+def read_json(path: PathLike) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error})") from error
 
 
 # writing
@@ -77,6 +127,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link that came with the folder would be written through
     try:
         yield temporary
         with naming(path):
@@ -189,9 +240,11 @@ def tell(value: Any = None) -> Any:
 class ResumableRows:
     """The rows of a `.npy` file computed block by block, by one process or several; a kill costs at most a block.
 
-    Finished blocks lie in `<path>.partial`. Beside it, `<path>.progress` has a line with the settings that they
-    were computed with, for other settings start afresh, and then a 1 for each row that is there and a 0 for each
-    that is not. Plain writes, not a memory map, because a full disk kills a process that writes through a map.
+    Finished blocks lie in `<path>.partial`. Beside it, `<path>.progress` is a note: a line with the settings that the
+    blocks were computed with, for other settings start afresh, and then a 1 for each row that is there and a 0 for
+    each that is not. Once all are there, a last line has the file's record (`file_record`): after a kill, the file
+    under `path` is taken for these rows only if it is that one. Plain writes, not a memory map, because a full disk
+    kills a process that writes through a map.
 
     Args:
         path, shape, dtype, settings: the file, its content, and all that the content depends on.
@@ -217,15 +270,18 @@ class ResumableRows:
 
     def _marks(self) -> np.ndarray | None:
         """Whether each row is there; None where nothing is, or something else."""
+        if self.partial.is_symlink() or self.progress.is_symlink():  # `ResumableRows` makes none
+            return None
         try:
             note = self.progress.read_bytes()
-            marks = np.frombuffer(note.removeprefix(self.about), np.uint8) == ord("1")
+            rows, _, record = note.removeprefix(self.about).partition(b"\n")
+            marks = np.frombuffer(rows, np.uint8) == ord("1")
             if not note.startswith(self.about) or len(marks) != self.shape[0]:
                 return None
-            # Killed after the move: the finished file is already in its place.
-            file = self.path if marks.all() and not self.partial.exists() else self.partial
+            if marks.all() and not self.partial.exists():  # killed after the move
+                return marks if record == _record_line(self.path) else None
             last = int(marks.nonzero()[0].max(initial=-1))
-            return marks if file.stat().st_size >= self._offset(last + 1) else None
+            return marks if self.partial.stat().st_size >= self._offset(last + 1) else None
         except OSError:
             return None
 
@@ -237,10 +293,14 @@ class ResumableRows:
 
     def _begin(self) -> None:
         self.progress.unlink(missing_ok=True)  # it may be about other rows, which these will overwrite
-        with naming(self.partial), open(self.partial, "wb") as file:
+        self.partial.unlink(missing_ok=True)
+        with naming(self.partial), open(self.partial, "xb") as file:
             file.write(self.header)
+        self._note(b"0" * self.shape[0])
+
+    def _note(self, rows: bytes) -> None:
         with writing(self.progress) as file, naming(self.progress):
-            file.write(self.about + b"0" * self.shape[0])
+            file.write(self.about + rows)
 
     def blocks(self, block: int) -> Iterator[slice]:
         """The slices of at most `block` rows that are still to do; of shared rows, the share of this process."""
@@ -276,8 +336,13 @@ class ResumableRows:
         while self.processes > 1 and self.progress.exists() and self.done < self.shape[0]:
             time.sleep(0.02)  # and not in a barrier, which a launch may let wait for ten minutes only
         if self.rank == 0 and self.partial.exists():
+            self._note(b"1" * self.shape[0] + b"\n" + _record_line(self.partial))
             with naming(self.path):
                 move_settled(self.partial, self.path)
+
+
+def _record_line(path: Path) -> bytes:
+    return json.dumps(file_record(path)).encode()
 
 
 # reading

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from retro_nb import experiments
 from retro_nb.experiments import Result, choose_parameters, execute, find_notebooks, markdown_table
 from retro_nb.settings import read_yaml
-from retro_nb.storage import replacing
+from retro_nb.storage import read_json, replacing
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,18 @@ def read_sweep(path: Path) -> Sweep:
         complaints.append(f"not known: {', '.join(strange)}")
     if complaints:
         raise ValueError(f"{path}: {'; '.join(complaints)}; see experiments/sweep_neighbours.yaml")
-    grid, x = content["grid"], content["x"]
+    grid, x, base = content["grid"], content["x"], content["parameters"] or {}
+    if not isinstance(base, dict):
+        raise ValueError(f"{path}: parameters is {base!r:.80}: let it map names to values, such as {{steps: 40}}")
+    if not isinstance(content["metric"], str):
+        raise ValueError(f"{path}: metric is {content['metric']!r:.80}: let it be a name, such as valid_loss")
     if not isinstance(grid, dict) or not all(values and isinstance(values, list) for values in grid.values()):
         raise ValueError(f"{path}: grid maps names to lists of values, such as {{k: [0, 2], seed: [0, 1]}}")
-    if x not in grid:
-        raise ValueError(f"{path}: x is {x!r}, but the grid varies {', '.join(grid)}: let x be one of these")
+    if x not in list(grid):
+        raise ValueError(f"{path}: x is {x!r:.80}, but the grid varies {', '.join(grid)}: let x be one of these")
     named = str(content["notebook"])
     beside = path.parent / named  # a notebook that is given by its path lies beside the sweep
     notebooks = find_notebooks([str(beside) if named.endswith(".ipynb") and beside.is_file() else named])
-    base = content["parameters"] or {}
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     points = [choose_parameters(notebooks, given=base | point)[0] for point in combinations]
     return Sweep(path.stem.removeprefix("sweep_"), notebooks[0], content["metric"], x, list(grid), points)
@@ -86,8 +89,8 @@ def point_folder(sweep: Sweep, point: dict[str, Any]) -> Path:
 
 def _finished(folder: Path) -> Result | None:
     with suppress(OSError, ValueError, TypeError):
-        result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
-        return result if result.status == "done" else None
+        result = Result(**read_json(folder / "result.json"))
+        return result if result.status == "done" and isinstance(result.metrics, dict) else None
     return None
 
 

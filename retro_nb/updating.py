@@ -11,7 +11,6 @@ if it is the same, from the same store to the same corpus; else it is begun anew
 """
 
 import hashlib
-import json
 import os
 import shutil
 from bisect import bisect_left, bisect_right
@@ -84,6 +83,7 @@ from retro_nb.storage import (
     launched,
     open_array,
     plain,
+    read_json,
     tell,
     write_json,
     writing,
@@ -180,9 +180,10 @@ def update_store(
         What was done; as a string, in a sentence.
 
     Raises:
-        ValueError: there is no whole store, or it was made with other settings.
+        ValueError: there is no whole store, it was made with other settings, or its manifest is of a newer format.
     """
     folder, staging = Path(work_dir), Path(work_dir) / STAGING
+    read_manifest(folder)  # one of a newer format is refused before a lock is made
     with _alone(folder):
         if reason := tell(why_not(documents, folder, bert=bert)):
             raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
@@ -213,14 +214,28 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _begin(old: "_Old", documents: Corpus, staging: Path) -> None:
-    """Clear away what an update from another store, or to another corpus, has left."""
+    """Clear away what an update from another store, or to another corpus, has left.
+
+    Raises:
+        ValueError: it was left by a newer version.
+    """
     check_writable(old.folder)
+    if staging.is_symlink():  # it came with the store: `update_store` makes none
+        staging.unlink()
+    read_manifest(staging)
     files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS)]
     note, about = staging / "begun.json", plain({"from": files, "to": documents.fingerprint()})
-    if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != about:
+    if _noted(note) != about or any(path.is_symlink() for path in staging.rglob("*")):
         if staging.exists():
             shutil.rmtree(staging)
         write_json(note, about)
+
+
+def _noted(note: Path) -> Any:
+    try:
+        return read_json(note)
+    except (OSError, ValueError):
+        return None
 
 
 # documents and chunks

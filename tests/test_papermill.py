@@ -9,11 +9,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from hypothesis import given as given_values
+from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from retro_nb import experiments, refresh, sweep
 from retro_nb.__main__ import main
-from retro_nb.settings import cast
+from retro_nb.settings import cast, read_annotation, read_yaml
 
 PRESETS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
 
@@ -94,8 +96,9 @@ GOOD = [
     ("[0,2]", list[int], [0, 2]),
     (["1e-4", 1], list[float], [1e-4, 1.0]),
     ("{a: 1}", dict, {"a": 1}),
-    ("None", experiments.Optional[str], None),
-    ("5", experiments.Optional[int], 5),
+    ("None", str | None, None),
+    ("5", int | None, 5),
+    ("{a: 1e-4}", dict[str, float], {"a": 1e-4}),
 ]
 BAD = [
     ("fast", float),
@@ -111,6 +114,10 @@ BAD = [
     ("[a]", list[int]),
     ("[1", list[int]),
     (None, int),
+    (10**400, float),
+    ("[" * 3000, list),
+    ("[9" + "9" * 5000 + "]", list[int]),
+    ("{a: b}", dict[str, int]),
 ]
 
 
@@ -121,10 +128,148 @@ def test_cast(value, kind, expected):
 
 
 @pytest.mark.parametrize(("value", "kind"), BAD)
-def test_an_impossible_cast_is_an_error(project, value, kind):
-    parameter = {"inferred_type_name": str(kind) if kind == list[int] else kind.__name__, "default": "0"}
-    with pytest.raises(ValueError, match=r"parameter depth: cannot read .* as declared: depth: "):
-        experiments._cast_declared("depth", value, parameter)
+def test_an_impossible_cast_is_an_error(value, kind):
+    with pytest.raises(ValueError):
+        cast(value, kind)
+
+
+# what a notebook declares
+
+
+def given(project, parameters: str, **values) -> dict:
+    path = write_notebook(project / "notebooks" / "20_own.ipynb", parameters)
+    return experiments.choose_parameters([path], given=values)[0]
+
+
+@pytest.mark.parametrize(
+    ("declaration", "value", "expected"),
+    [
+        ("x: int = 3", "5", 5),
+        ("x: list[float] = [1]", "[1e-4]", [1e-4]),
+        ("x: Optional[int] = None", "5", 5),
+        ("x: Optional[int] = None", "null", None),
+        ("x: int | None = None", "5", 5),
+        ("x: Union[int, None] = None", "5", 5),
+        ("x: 'float' = 0", "1e-4", 1e-4),
+        ("x: List[Optional[int]] = []", "[1, null]", [1, None]),
+        ("x: dict[str, float] = {}", "{a: 1e-4}", {"a": 1e-4}),
+        ("x = 3  # type: float", "1", 1.0),
+        ("x = -3  # help", "4", 4),
+        ("x = [1]", "[a]", ["a"]),
+        ("%matplotlib inline\nx: int = 1", "2", 2),
+        ("x: int = 10 * 5", "60", 60),
+        ("x: list[int] = [\n    1,  # one = 1\n]", "[2]", [2]),
+    ],
+)
+def test_a_value_is_read_as_the_notebook_declares(project, declaration, value, expected):
+    read = given(project, declaration, x=value)["x"]
+    assert read == expected and type(read) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("declaration", "named"),
+    [
+        ("steps: Path = 3", ["20_own.ipynb", "steps", "'Path'", "Optional[X]"]),
+        ("steps: list[Path] = 3", ["20_own.ipynb", "steps", "'list[Path]'"]),
+        ("steps = 10 * 5", ["20_own.ipynb", "steps", "10 * 5", "steps: int"]),
+        ("steps = int(5)", ["20_own.ipynb", "steps", "int(5)"]),
+        ("steps: int = 3\nthis is no Python", ["20_own.ipynb", "no Python"]),
+        ("steps: int = " + "[" * 3000, ["20_own.ipynb", "no Python"]),
+        ("steps: int = 3", ["steps", "'many'", "steps: int = 3", "20_own.ipynb"]),
+    ],
+)
+def test_what_cannot_be_read_names_notebook_and_parameter(project, declaration, named):
+    with pytest.raises(ValueError) as caught:
+        given(project, declaration, steps="many")
+    assert all(part in str(caught.value) for part in named), caught.value
+
+
+CALL = '__import__("pathlib").Path(r"{}").touch()'
+
+
+@pytest.mark.parametrize(
+    "declaration", ["x: {} = 1", "x = 1  # type: {}", "x: Optional[{}] = 1", "x = {}", "x: '''{}''' = 1"]
+)
+def test_nothing_in_a_notebook_is_evaluated(project, declaration):
+    evaluated = project / "evaluated"
+    call = CALL.format(evaluated).replace(" ", "")
+    with pytest.raises(ValueError, match="parameter x"):
+        given(project, declaration.format(call), x="2")
+    path = sweep_file(project, "[0]", notebook="20_own", parameters="{}", grid="{x: [1]}", x="x")
+    with pytest.raises(ValueError, match="parameter x"):
+        sweep.read_sweep(path)
+    assert not evaluated.exists()
+
+
+def test_what_is_no_notebook_is_named(project):
+    path = project / "notebooks" / "20_own.ipynb"
+    for content in ("{", "[]", "[" * 100_000, '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"20_own\.ipynb cannot be read as a notebook"):
+            experiments.choose_parameters([path], given={"x": 1})
+
+
+@given_values(st.recursive(
+    st.sampled_from([(int, "int"), (float, "float"), (str, "str"), (bool, "bool"), (list, "list"), (dict, "dict")]),
+    lambda inner: st.one_of(
+        inner.map(lambda each: (list[each[0]], f"list[{each[1]}]")),
+        inner.map(lambda each: (each[0] | None, f"Optional[{each[1]}]")),
+        inner.map(lambda each: (each[0] | None, f"{each[1]} | None")),
+        st.tuples(inner, inner).map(lambda two: (dict[two[0][0], two[1][0]], f"dict[{two[0][1]}, {two[1][1]}]")),
+    ),
+    max_leaves=4,
+))
+def test_an_annotation_means_what_python_says(kind):
+    expected, text = kind
+    assert read_annotation(text) == expected
+
+
+# YAML
+
+
+def nested_anchors(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (nested_anchors(9), "more than 100000 values"),
+        ("a: " + "[" * 3000, "more than 30 lists"),
+        ("a: " + "{b: " * 3000, "more than 30 lists"),
+        ("- " * 3000, "more than 30 lists"),
+        ("a: &b [*b]", "stands for what it lies in"),
+        ("a: &b {c: {d: *b}}", "stands for what it lies in"),
+        ("a: b" + "b" * 10**6, "more than 1000000 bytes"),
+        ("a: 9" + "9" * 5000, "digits"),
+        ("a: 2026-13-45", "month"),
+        ("a: *none", "undefined alias"),
+        ("a: !!python/object/apply:os.getcwd []", "constructor"),
+        ("a: \0", "cannot read"),
+    ],
+)
+def test_yaml_that_holds_too_much_is_refused_by_name(project, text, reason, capsys):
+    path = preset(project, text)
+    with pytest.raises(ValueError, match=rf"preset\.yaml: .*{reason}" if reason != "cannot read" else reason):
+        read_yaml(path)
+    assert main(["run", "00", "-f", str(path)]) == 2
+    assert len(capsys.readouterr().err) < 1000 and not (project / "runs").exists()
+
+
+def test_yaml_of_everyday_is_read(project):
+    text = "\ufeffbase: &base {k: 2}\nother: {<<: *base, lr: 1}\nlist: [*base, *base]\n"
+    assert read_yaml(preset(project, text)) == {
+        "base": {"k": 2}, "other": {"k": 2, "lr": 1}, "list": [{"k": 2}, {"k": 2}]
+    }
+    assert read_yaml(preset(project, "a: " + "[" * 20 + "]" * 20 + f"\nb: {list(range(20_000))}"))["b"][-1] == 19_999
+    for path in PRESETS:
+        assert read_yaml(path)
+
+
+# presets
 
 
 def test_presets_hold_the_series_parameters(project):
@@ -317,6 +462,9 @@ def test_a_metric_that_is_no_number_is_a_failure_that_names_the_others(project, 
         ({"grid": "{lr: 3}"}, "lists of values"),
         ({"grid": "{lr: [1], sed: [1]}"}, "unknown parameter 'sed'"),
         ({"notebook": "11_none"}, "no notebook '11_none'"),
+        ({"parameters": "[corpus]"}, "parameters is ['corpus']"),
+        ({"metric": "[loss]"}, "metric is ['loss']"),
+        ({"x": "[lr]"}, "x is ['lr'], but the grid varies"),
     ],
 )
 def test_a_bad_sweep_file_is_refused(project, more, message, capsys):
@@ -388,5 +536,5 @@ def test_the_presets_fit_the_series(path):
     if path.stem.startswith("sweep_"):
         plan = sweep.read_sweep(path)
         assert sweep.point_folder(plan, plan.points[0]).parent.name == path.stem.replace("_", "-")
-    elif not path.stem.startswith(("train_", "evidence", "retrofit")):  # other tests read those
+    elif not path.stem.startswith(("train_", "evidence", "retrofit", "sources")):  # other tests read those
         assert any(experiments.choose_parameters(experiments.series(), path))

@@ -1,6 +1,7 @@
 """Arrays on disk: whole or not there, in their place or as before, and rebuilt for a reason that is told."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -8,20 +9,32 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retro_nb import manifest, storage
-from retro_nb.manifest import array_key, cached, check_writable, file_record, read_manifest
+from retro_nb.manifest import (
+    array_key,
+    cached,
+    check_writable,
+    file_record,
+    finish_replacement,
+    intact,
+    read_manifest,
+    replace_store,
+)
 from retro_nb.storage import (
     ArrayWriter,
     ResumableRows,
+    inside,
     launched,
     open_array,
     plain,
@@ -505,8 +518,8 @@ def test_folders_that_cannot_be_are_met_at_the_door(tmp_path):
 
 
 def test_records_of_large_files_are_of_a_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "CHECKSUM_BLOCK", 10)
-    monkeypatch.setattr(manifest, "CHECKSUM_LIMIT", 40)
+    monkeypatch.setattr(storage, "CHECKSUM_BLOCK", 10)
+    monkeypatch.setattr(storage, "CHECKSUM_LIMIT", 40)
     file = tmp_path / "a"
     for size, kind in ((0, "sha256"), (40, "sha256"), (41, "sample_sha256"), (95, "sample_sha256")):
         file.write_bytes(bytes(size))
@@ -567,8 +580,239 @@ def test_what_is_moved_is_on_the_disk_before_and_its_place_after(tmp_path, monke
     rows.write(slice(0, 4), np.arange(4))
     rows.finish()
     moves = [number for number, (kind, *_) in enumerate(events) if kind == "moved"]
-    assert len(moves) == 5  # the note of the blocks, too
+    assert len(moves) == 6  # the note of the blocks too, at their beginning and at their end
     for number in moves:
         _, file, size = events[number]
         assert ("on disk", file, size) in events[:number]
         assert events[number + 1][:2] == ("on disk", tmp_path.stat().st_ino)
+
+
+# stores from elsewhere
+
+
+def forge(folder, arrays, gone=None):
+    """Write a manifest with a right checksum, as anybody can; with `gone`, as that of an update to be moved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checksum = hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
+    write_json(folder / "manifest.json", {"format": 1, "arrays": arrays, "sha256": checksum})
+    if gone is not None:
+        write_json(folder / "ready.json", {"gone": gone})
+
+
+def record_of(*names, about=None):
+    return {"settings": {"size": 3}, "stats": {"size": 3}, "files": {n: about or {"bytes": 0} for n in names}}
+
+
+def everything(folder):
+    """All files below a folder with their content, symbolic links with their targets."""
+    found = sorted(path for path in folder.rglob("*") if path.name != ".lock")
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in found
+    }
+
+
+OUTSIDE = ["../precious.txt", "../../home/precious.txt", "{home}/precious.txt", "..", ".", "", "sub/a.npy", "a\\b.npy",
+           "C:precious.txt", "link.npy", "chain.npy", "nul\0.npy"]  # fmt: skip
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A store's folder beside precious files, with links to one of them."""
+    (tmp_path / "home").mkdir()
+    for path in (tmp_path / "precious.txt", tmp_path / "home" / "precious.txt", tmp_path / "store" / "sub" / "a.npy"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
+    (tmp_path / "store" / "link.npy").symlink_to(tmp_path / "precious.txt")
+    (tmp_path / "store" / "chain.npy").symlink_to("link.npy")
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_that_leads_out_of_the_folder_is_refused(hostile, name):
+    with pytest.raises(ValueError, match=r"is not the name of a file in|is a symbolic link to"):
+        inside(hostile, name.format(home=hostile.parent / "home"))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "..a", "a..", "naïve 日本.npy", "[a]*?.npy", "alias.npy", "missing"])
+def test_a_name_within_the_folder_is_taken(hostile, name):
+    (hostile / "a.npy").touch()
+    (hostile / "alias.npy").symlink_to("a.npy")
+    assert inside(hostile, name) == hostile / name
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.filterwarnings("ignore:building")
+def test_a_manifest_that_names_files_elsewhere_is_damaged(hostile, monkeypatch, name):
+    name, read = name.format(home=hostile.parent / "home"), []
+    outside = everything(hostile.parent / "home")
+    forge(hostile, {"square.npy": record_of("square.npy", "cube.npy", name)})
+    monkeypatch.setattr(manifest, "file_record", lambda path: read.append(Path(path)) or file_record(path))
+    assert read_manifest(hostile) == {} and not intact(hostile / "square.npy")
+    assert square(hostile) == ({"size": 3}, True)
+    assert {path.name for path in read} <= {"square.npy", "cube.npy"}
+    assert everything(hostile.parent / "home") == outside
+    assert (hostile.parent / "precious.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("where", ["own", "staged", "gone", "staged link"])
+def test_an_update_that_names_files_elsewhere_is_not_moved(hostile, name, where):
+    """A replaced store deletes the files that its own manifest names, and moves those that the new one names."""
+    name, staging = name.format(home=hostile.parent / "home"), hostile / "update"
+    forge(hostile, {"a.npy": record_of("a.npy", *[name] * (where == "own"))})
+    staged, gone = record_of("b.npy", *[name] * (where == "staged")), ["a.npy", *[name] * (where == "gone")]
+    forge(staging, {"b.npy": staged}, gone)
+    (staging / "b.npy").write_text("new")
+    if where == "staged link":
+        (staging / "b.npy").unlink()
+        (staging / "b.npy").symlink_to(hostile.parent / "precious.txt")
+    before = everything(hostile.parent)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error" if where == "own" else "ignore", message="the update in")
+        finish_replacement(hostile)
+    after = everything(hostile.parent)
+    if where != "own":
+        assert after == before
+    kept = ("precious.txt", "home/precious.txt", "store/link.npy", "store/chain.npy", "store/sub/a.npy")
+    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+
+
+@pytest.mark.parametrize("part", ["update", "update/ready.json", "update/manifest.json"])
+def test_an_update_that_lies_elsewhere_is_not_moved(hostile, part):
+    forge(hostile, {"a.npy": record_of("a.npy")})
+    forge(hostile / "update", {"b.npy": record_of("b.npy")}, ["a.npy"])
+    (hostile / "update" / "b.npy").write_text("new")
+    (hostile / part).rename(hostile.parent / "elsewhere")
+    (hostile / part).symlink_to(hostile.parent / "elsewhere")
+    before = everything(hostile.parent)
+    with pytest.warns(UserWarning, match="the update in .* is damaged and left out"):
+        finish_replacement(hostile)
+    assert everything(hostile.parent) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"gone": 3}', '{"gone": [["a"]]}', "[" * 100_000])
+def test_a_damaged_update_is_left_alone(tmp_path, content):
+    square(tmp_path)
+    forge(tmp_path / "update", {"b.npy": record_of("b.npy")}, [])
+    (tmp_path / "update" / "ready.json").write_text(content)
+    before = everything(tmp_path)
+    with pytest.warns(UserWarning, match="the update in .* is damaged and left out"):
+        assert square(tmp_path) == ({"size": 3}, False)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("ending", ["partial", "progress", "4711.tmp"])
+def test_no_link_beside_an_array_is_written_through(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "precious.txt").write_text("precious")
+    about = (tmp_path / "store" / "a.npy", (10, 2), np.float32, {})
+    compute(ResumableRows(*about), 3, blocks=2)
+    link = tmp_path / "store" / f"a.npy.{ending}"
+    if link.exists():
+        link.rename(tmp_path / "moved")
+    link.symlink_to(tmp_path / ("moved" if (tmp_path / "moved").exists() else "precious.txt"))
+    before = everything(tmp_path)
+    compute(ResumableRows(*about), 3)
+    if ending.endswith("tmp"):
+        with replacing(tmp_path / "store" / "a.npy") as temporary:
+            temporary.write_text("whole")
+    outside = ("precious.txt", "moved")
+    assert {n: everything(tmp_path).get(n) for n in outside} == {n: before.get(n) for n in outside}
+
+
+def test_files_that_a_build_wants_in_another_folder_are_its_own(tmp_path):
+    files = (tmp_path / "elsewhere" / "cube.npy",)
+
+    def build():
+        for path in (tmp_path / "store" / "square.npy", *files):
+            with ArrayWriter(path, np.int32) as writer:
+                writer.append(np.arange(3))
+        return {"size": 3}
+
+    cached(tmp_path / "store" / "square.npy", {}, build, files=files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached(tmp_path / "store" / "square.npy", {}, pytest.fail, files=files)
+    flip(files[0], -1)
+    with pytest.warns(UserWarning, match="truncated or corrupt"):
+        cached(tmp_path / "store" / "square.npy", {}, build, files=files)
+
+
+# manifests of newer formats
+
+
+@pytest.mark.parametrize("where", ["", "update"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_newer_store_is_refused_by_name_and_nothing_is_written(tmp_path, where, force):
+    square(tmp_path)
+    forge(tmp_path / "update", {"b.npy": record_of("b.npy")}, [])
+    path = tmp_path / where / "manifest.json"
+    write_json(path, {"format": 7, "arrays": [], "anything": "else"})
+    before = snapshot(tmp_path), everything(tmp_path)
+    message = rf"{path} is of format 7, and this version of retro_nb knows formats up to 1: update"
+    with pytest.raises(ValueError, match=message):
+        square(tmp_path, 4, force_reprocess=force)
+    with pytest.raises(ValueError, match=message):
+        replace_store(tmp_path)
+    assert (snapshot(tmp_path), everything(tmp_path)) == before
+
+
+# notes of what is done
+
+
+def rows_built(path, which, value):
+    """Build an array of rows of one value; the note that a kill just before the tidying would have left."""
+    notes = []
+
+    def build():
+        rows = ResumableRows(path, (10, 2), np.float32, {"which": which})
+        for block in rows.blocks(4):
+            rows.write(block, np.full((block.stop - block.start, 2), value))
+        rows.finish()
+        notes.append(path.with_name(f"{path.name}.progress").read_bytes())
+        return {}
+
+    cached(path, {"which": which}, build)
+    return notes
+
+
+@pytest.mark.filterwarnings("ignore:building")
+def test_a_note_does_not_vouch_for_another_file_in_the_place_of_its_own(tmp_path):
+    """Killed before the tidying; another array took the place (as an update moves it); then the first is wanted."""
+    path, note = tmp_path / "a.npy", tmp_path / "a.npy.progress"
+    (left,) = rows_built(path, "first", 1)
+    rows_built(path, "second", 2)
+    note.write_bytes(left)
+    assert ResumableRows(path, (10, 2), np.float32, {"which": "first"}).done == 0
+    rows_built(path, "first", 1)
+    assert np.load(path).tolist() == [[1, 1]] * 10
+
+
+def test_killed_after_the_move_nothing_is_computed_again(tmp_path):
+    path = tmp_path / "a.npy"
+    compute(ResumableRows(path, (10, 2), np.float32, {}), 3)
+    assert ResumableRows(path, (10, 2), np.float32, {}).done == 10
+    flip(path, -1)
+    assert ResumableRows(path, (10, 2), np.float32, {}).done == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_kills_left_is_tidied_where_all_is_whole(tmp_path):
+    square(tmp_path)
+    before, lefts = everything(tmp_path), ("square.npy.progress", "square.npy.partial", "cube.npy.4711.tmp",
+                                           "manifest.json.4711.tmp")  # fmt: skip
+    for name in lefts:
+        (tmp_path / name).write_text("left by a kill")
+    with FileLock(tmp_path / ".lock"):  # somebody builds, and these may be theirs
+        assert square(tmp_path) == ({"size": 3}, False) and files_in(tmp_path) > set(lefts)
+    assert square(tmp_path) == ({"size": 3}, False) and everything(tmp_path) == before
+
+
+def test_a_replaced_store_leaves_no_note_of_the_old_one(tmp_path):
+    square(tmp_path)
+    square(tmp_path / "update", 4)
+    (tmp_path / "square.npy.progress").write_text("left by a kill")
+    replace_store(tmp_path)
+    assert files_in(tmp_path) == {"square.npy", "cube.npy", "manifest.json"} and square(tmp_path, 4)[1] is False
