@@ -12,8 +12,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -124,6 +124,27 @@ def intact(path: PathLike) -> bool:
     return bool(files) and all(file.is_file() and file_record(file) == about for file, about in files.items())
 
 
+@contextmanager
+def _locked(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
+    """Hold a folder's lock, since two notebooks may want one array at once; yield whether it is held.
+
+    It is not once `done` says that another process has done the work: that process may hold the lock for the next
+    array by then, and wait for this one to take its share of it.
+    """
+    lock = FileLock(folder / ".lock")
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            if done():
+                yield False
+                return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 # a store replaced by another
 
 
@@ -155,8 +176,8 @@ def finish_replacement(folder: PathLike) -> None:
     if _replacement(folder) is None:
         return
     check_writable(folder)
-    with FileLock(folder / ".lock"):
-        if (replacement := _replacement(folder)) is None:
+    with _locked(folder, lambda: _replacement(folder) is None) as held:
+        if not held or (replacement := _replacement(folder)) is None:
             return
         (staged, gone), arrays, staging = replacement, read_manifest(folder), folder / STAGING
         replaced = {file for name in (*gone, *staged) if name in arrays for file in arrays[name]["files"]}
@@ -299,7 +320,9 @@ def _build_if_stale(
         _tidy_whole(path, settings, outputs)
         return read_manifest(folder)[path.name]["stats"]
     check_writable(folder)
-    with FileLock(folder / ".lock"):  # two notebooks may want the same array at once
+    with _locked(folder, lambda: not force and _why_stale(path, settings, outputs) is None) as held:
+        if not held:
+            return read_manifest(folder)[path.name]["stats"]
         reason = "asked for (REPROCESS=1, force_reprocess)" if force else _why_stale(path, settings, outputs)
         if reason is None:
             return read_manifest(folder)[path.name]["stats"]

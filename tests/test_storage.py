@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -469,6 +470,19 @@ def build_slowly(folder):
 def test_processes_that_want_the_same_array_build_it_once(tmp_path, run_apart):
     assert run_apart(build_slowly, tmp_path, processes=3) == [0, 0, 0]
     assert (tmp_path / "builds.log").read_text() == "built\n"
+
+
+def test_who_waits_for_an_array_goes_on_once_it_is_there(tmp_path):
+    """Though its builder holds the lock again: for the next array, of which it wants others to take their share."""
+    square(tmp_path / "built")
+    (tmp_path / "store").mkdir()
+    waiting = threading.Thread(target=square, args=(tmp_path / "store",), daemon=True)
+    with FileLock(tmp_path / "store" / ".lock"):
+        waiting.start()
+        time.sleep(0.3)  # until it waits; were it slower, it would find the array at once
+        shutil.copytree(tmp_path / "built", tmp_path / "store", dirs_exist_ok=True, ignore=lambda *_: [".lock"])
+        waiting.join(timeout=30)
+        assert not waiting.is_alive()
 
 
 def snapshot(folder):

@@ -137,8 +137,7 @@ def recorded(work) -> dict:
     """All that a store is, but the seconds it took: its files are as the manifest says, and there are no others."""
     arrays = read_manifest(work)
     files = [name for record in arrays.values() for name in record["files"]]
-    # A kill between the last record and the tidying leaves a note of what was done, which harms nothing.
-    beside = {"manifest.json", ".lock", ".update.lock", "chunks.knn.npy.progress"}
+    beside = {"manifest.json", ".lock", ".update.lock"}
     assert sorted(files) == sorted({path.name for path in work.iterdir()} - beside)
     for name, record in arrays.items():
         assert intact(work / name), name
