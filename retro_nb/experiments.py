@@ -22,11 +22,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import psutil
 import yaml
-from IPython.core.inputtransformer2 import TransformerManager
 from tqdm import tqdm
+
+from retro_nb.extras import extra
+
+with extra("notebooks"):
+    import nbformat
+    from IPython.core.inputtransformer2 import TransformerManager
 
 from retro_nb.settings import cast, read_annotation, read_yaml, refuse_unknown
 from retro_nb.storage import ROOT, replacing, write_json

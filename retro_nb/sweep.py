@@ -27,13 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from retro_nb import experiments
 from retro_nb.experiments import Result, choose_parameters, execute, find_notebooks, markdown_table
+from retro_nb.extras import extra
 from retro_nb.settings import read_yaml
 from retro_nb.storage import read_json, replacing
+
+with extra("notebooks"):
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
