@@ -77,7 +77,8 @@ class Checkpoints:
     """The two newest checkpoints of a run, in out_dir/checkpoints/step-N.
 
     Each is written under another name, and renamed when it is whole and on the disk. Only then is the one before the
-    last removed. Files that were damaged since are found by their digests.
+    last removed. Files that were damaged since are found by their digests; of a file beyond 1 GiB, these are of evenly
+    spaced blocks.
 
     Args:
         accelerator, retro, train: of the run.
@@ -162,7 +163,8 @@ class Checkpoints:
         try:
             saved = json.loads((folder / MARK).read_text(encoding="utf-8"))
             files, identity = saved["files"], {part: saved[part] for part in self.identity}
-            if saved["step"] != _step(folder) or not all(isinstance(part, dict) for part in identity.values()):
+            parts = (files, *files.values(), *identity.values()) if isinstance(files, dict) else (files,)
+            if saved["step"] != _step(folder) or not all(isinstance(part, dict) for part in parts):
                 raise ValueError(f"of step {saved['step']}")
         except FileNotFoundError:
             return f"{MARK} is missing"
@@ -170,7 +172,7 @@ class Checkpoints:
             return f"{MARK} is empty, damaged or of an earlier version ({error!r})"
         self._refuse_other(folder, identity)
         for name, record in files.items():
-            if not (folder / name).exists():
+            if not (folder / name).is_file():
                 return f"{name} is missing"
             if (now := file_record(folder / name)) != record:
                 return f"{name} is damaged ({now['bytes']} of {record['bytes']} bytes)"

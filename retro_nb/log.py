@@ -94,7 +94,7 @@ class Log:
     def __init__(
         self, accelerator: Accelerator, out_dir: PathLike | None, done: int, steps: int, progress: bool
     ) -> None:
-        path = Path(out_dir) / "log.jsonl" if out_dir else None
+        path = None if out_dir is None else Path(out_dir) / "log.jsonl"
         self.history, self.pending, self.waited = History(), [], 0.0
         self.newly_skipped: list[Skipped] = []  # among the steps that were collected last
         self._in_a_row = 0

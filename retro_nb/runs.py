@@ -140,17 +140,16 @@ def check_data(retro: ChunkedLM, train: Dataset, valid: Dataset | None) -> None:
     """Refuse data that a model cannot be trained on or measured on.
 
     Raises:
-        ValueError: of another chunk size or tokenizer, without a sequence, or, to validate on, without a token to
-            predict.
+        ValueError: of another chunk size or tokenizer, or without a token to predict.
     """
     for name, data in (("train", train), ("valid", valid)):
         check_store(retro, data)
-        if data is not None and not len(data):
+        if data is None:
+            continue
+        if not len(data):
             raise ValueError(f"{name} holds 0 sequences: it needs at least 1, so pass a larger corpus or another share")
-    if valid is not None and not any((valid[i][0][1:] != retro.pad_id).any() for i in range(len(valid))):
-        raise ValueError(
-            f"none of the {len(valid)} sequences of valid holds a token to predict: pass others, or valid=None"
-        )
+        if not any((data[i][0][1:] != retro.pad_id).any() for i in range(len(data))):
+            raise ValueError(f"none of the {len(data)} sequences of {name} holds a token to predict: pass others")
 
 
 def data_identity(data: Dataset) -> dict[str, Any]:
@@ -215,6 +214,7 @@ def only_run(state: Accelerator | PartialState, out_dir: PathLike | None) -> Ite
 
     Raises:
         BlockingIOError: another run is training there.
+        OSError: the folder cannot be written to.
     """
     if out_dir is None:
         yield
@@ -230,6 +230,9 @@ def only_run(state: Accelerator | PartialState, out_dir: PathLike | None) -> Ite
             raise BlockingIOError(
                 f"another run is training in {out_dir}: wait until it has ended, or pass another out_dir"
             ) from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, f"could not lock {lock.lock_file}: {reason}. Pass another out_dir") from error
 
     by_main(state, take)
     try:

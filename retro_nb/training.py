@@ -32,7 +32,7 @@ from retro_nb.chunked import ChunkedLM
 from retro_nb.devices import can_compile, send
 from retro_nb.log import History, Log, Skipped, read_log  # noqa: F401
 from retro_nb.runs import FREE_SETTINGS, check_data, check_store, only_run, resolve_settings  # noqa: F401
-from retro_nb.storage import PathLike
+from retro_nb.storage import PathLike, plain
 
 MOST_SKIPPED = 10  # steps in a row whose numbers are not finite
 
@@ -264,7 +264,7 @@ class _Trainer:
         for left, batch, targets in zip(reversed(range(len(batches))), batches, counts, strict=True):
             with accelerator.no_sync(self.model) if left else nullcontext():  # processes meet at the last
                 loss = _forward_loss(self.model, batch, device, run["retrieval"], run["precision"])
-                share = loss.float() * (targets / tokens)
+                share = loss.float() * (targets / tokens.clamp(min=1))  # a batch may be padding alone
                 accelerator.backward(share * accelerator.num_processes)
             step_loss += share.detach()
         lr = learning_rate(step, steps=run["steps"], lr=run["lr"], warmup_steps=run["warmup_steps"])
@@ -286,8 +286,9 @@ class _Trainer:
             )
 
     def check_skipped(self, skipped: list[Skipped], last_good: str) -> None:
-        """Warn of steps that were skipped, and end the run when there were MOST_SKIPPED in a row."""
-        too_many = [each for each in skipped if each.in_a_row == MOST_SKIPPED]
+        """Warn of steps that were skipped, and end the run when there were MOST_SKIPPED in a row, or no others."""
+        most = min(MOST_SKIPPED, self.run["steps"])
+        too_many = [each for each in skipped if each.in_a_row == most]
         if not skipped:
             return
         last = (too_many or skipped)[-1]
@@ -295,7 +296,7 @@ class _Trainer:
         about += f"{self.sequences(last.step)} of train"
         if too_many:
             raise FloatingPointError(
-                f"{MOST_SKIPPED} steps in a row gave numbers that are not finite and changed no weight, up to {about}; "
+                f"{most} steps in a row gave numbers that are not finite and changed no weight, up to {about}; "
                 f"{last_good}. Look at these sequences. If they are sound, start over with a lower lr, a longer "
                 f"warm-up or a smaller grad_clip (resume=False)"
             )
@@ -305,15 +306,21 @@ class _Trainer:
                 stacklevel=4,
             )
 
-    def evaluate(self, valid: Dataset, step: int, measure: Callable[[], dict[str, float]] | None) -> dict[str, float]:
+    def evaluate(
+        self, valid: Dataset, step: int, measure: Callable[[], dict[str, float]] | None
+    ) -> dict[str, float | int]:
         """`valid_loss`, each process taking a share of the sequences, and what `measure` gives."""
         run, accelerator = self.run, self.accelerator
         share = accelerator.process_index, accelerator.num_processes
         sums = _loss_sum(self.retro, valid, run["batch_size"], run["retrieval"], run["precision"], share)
         found = {"valid_loss": _mean_loss(gather_object([sums]))} | (measure() if measure is not None else {})
-        if bad := [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]:
-            raise FloatingPointError(f"after step {step}, measure gives {bad[0]} {found[bad[0]]}: it must be finite")
-        return found
+        for name, value in found.items():
+            if not isinstance(value, Real):
+                kind = type(value).__name__
+                raise TypeError(f"after step {step}, measure gives {name} {value!r}, a {kind}: it must be a number")
+            if not math.isfinite(value):
+                raise FloatingPointError(f"after step {step}, measure gives {name} {value}: it must be finite")
+        return plain(found)
 
     def close(self) -> None:
         """Hand the model back as it came, but trained."""
@@ -376,19 +383,19 @@ def fit(
             checkpoint is there goes on, with the same losses as if never stopped; resume=False removes it.
         log_every, eval_every, checkpoint_every: steps between reading the losses off the device, evaluating
             `valid`, and saving; each also happens at the last step.
-        measure: called after each evaluation of `valid`; what it returns joins the step's record.
+        measure: called after each evaluation of `valid`; the numbers that it returns join the step's record.
 
     Ctrl-C ends the step under way, saves a checkpoint and raises KeyboardInterrupt (a single process only;
     several leave the newest regular checkpoint).
 
     Raises:
-        TypeError: a setting of another type.
-        ValueError: a setting out of range, a frozen language model to train without retrieval, data without a sequence,
-            or of another chunk size or tokenizer, or a checkpoint of another model, of other settings or data.
+        TypeError: a setting of another type, or what is measured is no number.
+        ValueError: a setting out of range, a frozen language model to train without retrieval, data without a token to
+            predict, or of another chunk size or tokenizer, or a checkpoint of another model, of other settings or data.
         BlockingIOError: another run is training in `out_dir`.
         FileExistsError: what `fit` has not made lies where a checkpoint is to be saved.
-        FloatingPointError: the loss or the gradient of 10 steps in a row is not finite (a single such step is
-            skipped: it changes no weight), a weight, or what is measured. The step is named, and its sequences.
+        FloatingPointError: the loss or the gradient of 10 steps in a row, or of all, is not finite (a single such step
+            is skipped: it changes no weight), a weight, or what is measured. The step is named, and its sequences.
     """
     accelerator = _new_accelerator(retrieval)
     asked = dict(

@@ -15,7 +15,7 @@ from retro_nb.log import History, Log, read_log, whole_records
 numbers = st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
 
 
-def make_log(out_dir: Path | None, done: int = 0) -> Log:
+def make_log(out_dir: Path | str | None, done: int = 0) -> Log:
     return Log(Accelerator(cpu=True), out_dir, done, steps=100, progress=False)
 
 
@@ -95,6 +95,12 @@ def test_a_line_that_a_kill_left_unfinished_is_not_counted(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(lines(1, 2) + '{"step": 3, "lo')
     assert len(read_log(path)) == 2 and whole_records(path)[1] is None
+
+
+def test_an_empty_name_is_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_log("").close()
+    assert (tmp_path / "log.jsonl").exists()
 
 
 def test_a_log_that_is_missing(tmp_path):

@@ -180,6 +180,13 @@ def test_a_folder_has_one_run(tmp_path):
     assert not taken("a")
 
 
+def test_a_lock_that_cannot_be_written_names_the_mend(tmp_path):
+    (tmp_path / ".fit.lock").mkdir()
+    refused = pytest.raises(OSError, match=r"could not lock .*\.fit\.lock.* another out_dir")
+    with refused, only_run(Accelerator(cpu=True), tmp_path):
+        pass
+
+
 def test_a_kill_frees_the_folder(tmp_path):
     script = "import sys; from accelerate import Accelerator; from retro_nb.runs import only_run\n"
     script += "with only_run(Accelerator(cpu=True), sys.argv[1]): print(1, flush=True); sys.stdin.read()"

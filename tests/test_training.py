@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from retro_nb.model import RETRO
 from retro_nb.training import (
@@ -369,6 +369,26 @@ def test_a_validation_set_without_a_token_is_refused_before_any_step():
         fit(retro, tiny_data(), TensorDataset(tokens, retrieved), **RUN)
 
 
+def padding_alone(sequences: int) -> TensorDataset:
+    """Sequences of a single token, which none follows."""
+    seq, retrieved = tiny_data(sequences).tensors
+    return TensorDataset(seq.masked_fill(torch.arange(13) > 0, 0), retrieved)
+
+
+def test_training_data_without_a_token_is_refused_before_any_step():
+    retro = tiny_retro()
+    at_forward(retro, 1, killed)
+    with pytest.raises(ValueError, match="none of the 5 sequences of train holds a token to predict"):
+        fit(retro, padding_alone(5), **RUN)
+
+
+def test_a_batch_without_a_token_is_no_number_that_is_not_finite():
+    data = ConcatDataset([padding_alone(14), tiny_data(2)])
+    history = fit(tiny_retro(), data, **(RUN | {"batch_size": 1, "steps": 16}))
+    assert history[-1]["skipped"] == 0
+    assert history.losses.count(0.0) == 14  # the mean over no token, as the model gives it
+
+
 def test_epochs_are_rounded_up_to_steps():
     assert len(fit(tiny_retro(), tiny_data(18), **(RUN | {"steps": None, "epochs": 2}))) == 9
     assert len(fit(tiny_retro(), tiny_data(3), **(RUN | {"steps": None, "epochs": 1}))) == 1
@@ -475,6 +495,14 @@ def test_several_steps_in_a_row_end_the_run(tmp_path, log_every):
     assert history[-1]["skipped"] == 18 and history[-1]["step"] == 40
 
 
+def test_a_run_of_which_every_step_is_skipped_ends_with_an_error():
+    retro = tiny_retro()
+    spoil(retro, {1, 2, 3})
+    run = RUN | {"steps": 3, "log_every": 100}
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 3: loss nan"):
+        fit(retro, tiny_data(), **run)
+
+
 def test_a_checkpoint_never_holds_a_number_that_is_not_finite(tmp_path):
     retro = tiny_retro()
     at_forward(retro, 6, lambda: nn.init.constant_(retro.token_emb.weight, math.inf))
@@ -501,6 +529,21 @@ def test_a_validation_loss_that_is_not_finite_names_the_sequences():
     measure = iter([0.5, math.nan])
     with pytest.raises(FloatingPointError, match="after step 4, measure gives score nan"):
         fit(tiny_retro(), tiny_data(), tiny_data(5), measure=lambda: {"score": next(measure)}, eval_every=2, **RUN)
+
+
+@pytest.mark.parametrize("value, error", [
+    (np.float32("nan"), FloatingPointError), (-math.inf, FloatingPointError), (torch.tensor(1.0), TypeError),
+    ("0.5", TypeError), ({"a": math.nan}, TypeError),
+])  # fmt: skip
+def test_what_is_measured_must_be_a_finite_number(value, error):
+    with pytest.raises(error, match="after step 12, measure gives score"):
+        fit(tiny_retro(), tiny_data(), tiny_data(5), measure=lambda: {"score": value}, **RUN)
+
+
+def test_numpy_s_numbers_can_be_measured(tmp_path):
+    measure = dict(score=np.float32(0.5), count=np.int64(3))
+    history = fit(tiny_retro(), tiny_data(), tiny_data(5), measure=lambda: measure, out_dir=tmp_path, **RUN)
+    assert history[-1]["score"] == 0.5 and history[-1]["count"] == 3 and read_log(tmp_path / "log.jsonl") == history
 
 
 # stopping and going on
