@@ -77,8 +77,7 @@ class Checkpoints:
     """The two newest checkpoints of a run, in out_dir/checkpoints/step-N.
 
     Each is written under another name, and renamed when it is whole and on the disk. Only then is the one before the
-    last removed. Files that were damaged since are found by their digests; of a file beyond 1 GiB, these are of evenly
-    spaced blocks.
+    last removed. Files that were damaged since are found by their digests.
 
     Args:
         accelerator, retro, train: of the run.
@@ -174,7 +173,7 @@ class Checkpoints:
         for name, record in files.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if (now := file_record(folder / name)) != record:
+            if (now := file_record(folder / name, whole=True)) != record:
                 return f"{name} is damaged ({now['bytes']} of {record['bytes']} bytes)"
         records, damage = whole_records(self.log_path)
         steps = [record["step"] for record in records]
@@ -251,7 +250,7 @@ class Checkpoints:
     def _close(self, saving: Path, target: Path, step: int, optimizer: Optimizer) -> None:
         self.retro.save_pretrained(saving)
         torch.save(optimizer.state_dict(), saving / OPTIMIZER)
-        files = {file.name: file_record(file) for file in sorted(saving.iterdir()) if file.name != MARK}
+        files = {file.name: file_record(file, whole=True) for file in sorted(saving.iterdir()) if file.name != MARK}
         for name in files:
             settle(saving / name)
         write_json(saving / MARK, {"step": step, "files": files, **self.identity})

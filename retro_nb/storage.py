@@ -53,10 +53,11 @@ def inside(folder: PathLike, name: Any) -> Path:
     return path
 
 
-def file_record(path: PathLike) -> dict:
-    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, the SHA-256 of evenly spaced blocks of it."""
+def file_record(path: PathLike, *, whole: bool = False) -> dict:
+    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, unless `whole`, that of evenly spaced blocks of it."""
     size = Path(path).stat().st_size
-    blocks, most = -(-size // CHECKSUM_BLOCK), CHECKSUM_LIMIT // CHECKSUM_BLOCK
+    blocks = -(-size // CHECKSUM_BLOCK)
+    most = blocks if whole else CHECKSUM_LIMIT // CHECKSUM_BLOCK
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         for block in range(blocks) if blocks <= most else np.linspace(0, blocks - 1, most).astype(np.int64):

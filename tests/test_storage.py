@@ -544,6 +544,13 @@ def test_records_of_large_files_are_of_a_sample(tmp_path, monkeypatch):
             assert file_record(file) != before
             flip(file, place)
         assert file_record(file) == before
+    before, sampled = file_record(file, whole=True), file_record(file)
+    assert set(before) == {"bytes", "sha256"}
+    for place in range(95):
+        flip(file, place)
+        assert file_record(file, whole=True) != before
+        flip(file, place)
+    assert file_record(file, whole=True) == before and file_record(file) == sampled
 
 
 def test_the_identity_of_an_array_is_its_content(tmp_path):
