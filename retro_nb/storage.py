@@ -54,7 +54,7 @@ def inside(folder: PathLike, name: Any) -> Path:
 
 
 def file_record(path: PathLike, *, whole: bool = False) -> dict:
-    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, unless `whole`, that of evenly spaced blocks of it."""
+    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, unless `whole`, of evenly spaced blocks of it."""
     size = Path(path).stat().st_size
     blocks = -(-size // CHECKSUM_BLOCK)
     most = blocks if whole else CHECKSUM_LIMIT // CHECKSUM_BLOCK
