@@ -18,8 +18,8 @@ def attention_kernels(queries: int = 0, keys: int = 0) -> AbstractContextManager
     """The kernels that `F.scaled_dot_product_attention` may choose from, inside a `with` block.
 
     The models' attention takes its kernels from here, and so does that of the language models that RETROfit runs; a
-    BERT, which needs no gradients, does not. cuDNN's kernels, the fastest on Hopper GPUs, are allowed only where they get
-    whole tiles of queries and of keys. Elsewhere their backward pass fills the last tile with keys of score 0, and
+    BERT, which needs no gradients, does not. cuDNN's kernels, the fastest on Hopper GPUs, are allowed only over whole
+    tiles of queries and of keys. Elsewhere their backward pass fills the last tile with keys of score 0, and
     exp(0 − logsumexp) overflows if all scores of a query are below −88: the gradients of the queries are NaN. The
     encoder's cross-attention, over the 64 tokens of a chunk, is such a case. Seen with torch 2.11 and cuDNN 9.19 on an
     H200 (docs/cudnn-attention.md); reported up to torch 2.13 and cuDNN 9.20 as pytorch/pytorch#196678.
