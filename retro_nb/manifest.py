@@ -245,6 +245,16 @@ def _left_behind(files: Iterable[Path], *, unfinished: bool) -> list[Path]:
     return [left for file in files for end in endings for left in file.parent.glob(f"{glob.escape(file.name)}.{end}")]
 
 
+def _left_beside_whole(files: Sequence[Path]) -> list[Path]:
+    """The same where the files are whole. Blocks that wait, with their note, for a build with other settings stay."""
+    notes = [file for file in files if not file.with_name(f"{file.name}.partial").exists()]
+    return [*_left_behind(files, unfinished=False), *(each for each in map(_note, notes) if each.exists())]
+
+
+def _note(file: Path) -> Path:
+    return file.with_name(f"{file.name}.progress")
+
+
 def _tidy(files: Iterable[Path], *, unfinished: bool) -> None:
     for file in _left_behind(files, unfinished=unfinished):
         file.unlink(missing_ok=True)
@@ -253,12 +263,13 @@ def _tidy(files: Iterable[Path], *, unfinished: bool) -> None:
 def _tidy_whole(path: Path, settings: dict, outputs: dict[str, Path]) -> None:
     """Where an array is whole: delete what a kill left behind just before its builder would have done so."""
     files = [*outputs.values(), path.parent / MANIFEST]
-    if not _left_behind(files, unfinished=True):
+    if not _left_beside_whole(files):
         return
     with suppress(OSError, Timeout):  # a folder that cannot be written; another process builds, and will tidy
         with FileLock(path.parent / ".lock", timeout=0):
             if _why_stale(path, settings, outputs) is None:
-                _tidy(files, unfinished=True)
+                for left in _left_beside_whole(files):
+                    left.unlink(missing_ok=True)
 
 
 def cached(

@@ -822,13 +822,20 @@ def test_killed_after_the_move_nothing_is_computed_again(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_what_kills_left_is_tidied_where_all_is_whole(tmp_path):
     square(tmp_path)
-    before, lefts = everything(tmp_path), ("square.npy.progress", "square.npy.partial", "cube.npy.4711.tmp",
-                                           "manifest.json.4711.tmp")  # fmt: skip
+    before, lefts = everything(tmp_path), ("square.npy.progress", "cube.npy.4711.tmp", "manifest.json.4711.tmp")
     for name in lefts:
         (tmp_path / name).write_text("left by a kill")
     with FileLock(tmp_path / ".lock"):  # somebody builds, and these may be theirs
         assert square(tmp_path) == ({"size": 3}, False) and files_in(tmp_path) > set(lefts)
     assert square(tmp_path) == ({"size": 3}, False) and everything(tmp_path) == before
+
+
+def test_blocks_that_wait_for_a_build_with_other_settings_stay(tmp_path):
+    square(tmp_path)
+    waiting = {"square.npy.progress", "square.npy.partial"}
+    for name in waiting:
+        (tmp_path / name).write_text("of other settings")
+    assert square(tmp_path)[1] is False and files_in(tmp_path) > waiting
 
 
 def test_a_replaced_store_leaves_no_note_of_the_old_one(tmp_path):
