@@ -28,7 +28,7 @@ setup: $(STAMP) ## make .venv with everything installed in it (4 minutes, 2.5 GB
 tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (12 minutes)
 	$(PY) -m retro_nb run tutorial
 
-test: $(STAMP) ## ruff, the unit tests, every notebook under nbval (8 minutes)
+test: $(STAMP) ## ruff, the unit tests, every notebook under nbval (9 minutes)
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then set -x; OMP_NUM_THREADS=1 $(PY) -m pytest \

@@ -359,7 +359,8 @@ class ChunkedCrossAttention(nn.Module):
         The rows are copied into a tensor of their own. Inductor computes `index_copy` into an expanded view in
         place, so that all rows of the view change (pytorch/pytorch#183986; torch 2.11 to 2.13 at least).
         """
-        null = self.attn.to_out(self.attn.null_v).type_as(out)
+        to_out = self.attn.to_out  # not called: it multiplies single rows otherwise, and this is one of many
+        null = F.linear(self.attn.null_v, to_out.weight, to_out.bias).type_as(out)
         read = out.new_zeros(chunks, *out.shape[1:]).index_copy(0, kept, out)
         has_read = torch.zeros(chunks, dtype=torch.bool, device=out.device).index_fill(0, kept, True)
         return torch.where(rearrange(has_read, "c -> c 1 1"), read, null)

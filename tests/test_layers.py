@@ -248,3 +248,13 @@ def test_no_memory_reads_nothing():
     x = torch.randn(2, 5, 6).double()
     assert layer.remember(None, None) is None
     assert layer(x, None).abs().max() == 0
+
+
+def test_whole_sequences_are_read_alike_with_gradients_and_without():
+    """To the last bit: single rows are multiplied otherwise while decoding, and the null value is one."""
+    cca = ChunkedCrossAttention(4, dim=64, context_dim=64, heads=2, dim_head=32)
+    x, kept = torch.randn(2, 16, 64), torch.tensor([0, 5])
+    memory = cca.remember(torch.randn(2, 1, 1, 8, 64), torch.ones(2, 1, 1, 8, dtype=torch.bool))
+    with torch.no_grad():
+        expected = cca(x, memory, kept=kept)
+    assert torch.equal(cca(x, memory, kept=kept), expected)
