@@ -25,7 +25,7 @@ help: ## list these targets
 
 setup: $(STAMP) ## make .venv with everything installed in it (4 minutes, 2.5 GB)
 
-tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (12 minutes)
+tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (5 minutes)
 	$(PY) -m retro_nb run tutorial
 
 test: $(STAMP) ## ruff, the unit tests, every notebook under nbval (9 minutes)

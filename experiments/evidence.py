@@ -302,11 +302,19 @@ def device_name() -> str:
 def read_arguments(
     about: str | None, corpora: Iterable[str], models: Sequence[str], home: Path
 ) -> argparse.Namespace:
-    """What the command line says to a script that trains models on corpora; `home` is where no trial goes."""
+    """Arguments of a script that trains models on corpora; `home` is the folder for runs that are no trials."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", choices=corpora)
+    return read_training_arguments(parser, models, models, home)
+
+
+def read_training_arguments(
+    parser: argparse.ArgumentParser, models: Iterable[str], trained: Sequence[str], home: Path
+) -> argparse.Namespace:
+    """Arguments that all scripts that train have, beside the parser's; `trained` are the models if none is named."""
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which to train; all three")
-    parser.add_argument("--models", nargs="+", choices=models, default=models, help="which to train; all")
+    names = " ".join(trained)
+    parser.add_argument("--models", nargs="+", choices=models, default=trained, help=f"which to train; {names}")
     parser.add_argument("--runs", type=Path, default=home, help="a folder of its own, for a trial")
     changes = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     parser.add_argument("-p", dest="given", help="a setting of the recipe; goes with --runs", **changes)

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence import device_name, read_recipe
+from evidence import device_name, read_recipe, read_training_arguments
 from sources_box import export
 from sources_knnlm import measure
 from sources_models import COMPARED, MODELS, build_model, parameters, replaced, settings_of
@@ -45,7 +45,6 @@ from retro_nb.training import of_documents
 
 RUNS = ROOT / "runs" / "code"
 STEPS = ("prepare", "build", "train", "test", "knnlm", "collect", "export")
-SEEDS = (0, 1, 2)
 WATCHED = 60  # validation documents on which training is watched
 READ = (1, 2, 4, 8, FOUND)  # neighbours that a trained model is given
 RUNS_OF_TOKENS = {"<8": (0, 7), "8-15": (8, 15), "16-31": (16, 31), ">=32": (32, 64)}  # shared with ten neighbours
@@ -220,17 +219,9 @@ class Experiment:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="+", choices=STEPS, help="what to do, in this order")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which to train; all three")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=COMPARED, help="retro and baseline")
     parser.add_argument("--retriever", choices=RETRIEVERS, default="minilm", help="by which neighbours are found")
     parser.add_argument("--bert", help="folder with the weights of all-MiniLM-L6-v2; the installed package's")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="a folder of its own, for a trial")
-    changes = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    parser.add_argument("-p", dest="given", help="a setting of the recipe; goes with --runs", **changes)
-    said = parser.parse_args()
-    if said.given and said.runs == RUNS:
-        parser.error("-p changes the recipe of what is committed: pass --runs FOLDER too")
-    return said
+    return read_training_arguments(parser, MODELS, COMPARED, RUNS)
 
 
 def results_of(folder: Path) -> Path:

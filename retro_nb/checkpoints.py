@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from retro_nb.log import History, read_log, whole_records  # noqa: F401
+from retro_nb.log import whole_records
 from retro_nb.manifest import file_record
 from retro_nb.pretrained import load_weights
 from retro_nb.runs import by_main, data_identity

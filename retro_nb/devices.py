@@ -50,7 +50,7 @@ def can_compile(device_type: str) -> bool:
 def vary(module: nn.Module, arguments: Iterable[Tensor | None]) -> None:
     """Tell torch.compile, if `module` is compiled, that the first size of these arguments varies from call to call.
 
-    Otherwise it compiles for the first size alone, and a second time, for any size, at the second call.
+    Otherwise torch.compile makes code for the first size alone, and at the second call code for any size.
     """
     if module._compiled_call_impl is not None:
         for tensor in arguments:

@@ -32,9 +32,10 @@ from retro_nb.chunking import companion, document_tokens
 from retro_nb.corpus import Document
 from retro_nb.dataset import RETRODataset
 from retro_nb.index import NO_NEIGHBOUR
+from retro_nb.runs import check_store
 from retro_nb.storage import PathLike, open_array
 from retro_nb.tokens import TextTokenizer
-from retro_nb.training import check_store, of_documents
+from retro_nb.training import of_documents
 
 MODES = ("on", "off", "shuffled", "N only", "F only", "oracle")
 RESAMPLES = 10_000

@@ -120,13 +120,13 @@ def linear(
 
 
 def _one_row(width: int) -> dict[str, int | str]:
-    """How a program of `_linear` goes through its weights for one token: it multiplies and adds them up."""
+    """Sizes of a program of `_linear` for one token; it multiplies and sums without the matrix units."""
     step = min(2048, _power(width))
     return dict(ROWS=1, BLOCK=2, STEP=step, PRECISION="ieee", num_warps=8 if step > 1024 else 4)
 
 
 def _many_rows(b: int, width: int, outputs: int) -> dict[str, int | str]:
-    """The same for several tokens: the matrix units do it, as exactly as PyTorch is asked to multiply float32."""
+    """Sizes for several tokens; the matrix units multiply, with the float32 precision that PyTorch is set to."""
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     block, step, warps = (64, 64, 4) if outputs >= 1024 else (16, 128, 2 if b <= 16 else 4)
     step = min(step, _power(width))

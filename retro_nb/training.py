@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from retro_nb.checkpoints import Checkpoints, interrupt_between_steps, not_finite
 from retro_nb.chunked import ChunkedLM
 from retro_nb.devices import can_compile, send
-from retro_nb.log import History, Log, Skipped, read_log  # noqa: F401
-from retro_nb.runs import FREE_SETTINGS, check_data, check_store, only_run, resolve_settings  # noqa: F401
+from retro_nb.log import History, Log, Skipped
+from retro_nb.runs import FREE_SETTINGS, check_data, only_run, resolve_settings
 from retro_nb.storage import PathLike, plain
 
 MOST_SKIPPED = 10  # steps in a row whose numbers are not finite

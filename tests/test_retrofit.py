@@ -23,7 +23,8 @@ from torch.utils.data import Subset, TensorDataset
 from transformers import AutoModelForCausalLM
 
 from retro_nb import RETRO, RETROfit, evaluation, fit, generate, left_pad, retrofit
-from retro_nb.training import evaluate_loss, read_log
+from retro_nb.log import read_log
+from retro_nb.training import evaluate_loss
 from retro_nb.wrapper import TrainingWrapper
 
 M, K, R = 4, 2, 8

@@ -24,15 +24,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
+from retro_nb.log import History, read_log
 from retro_nb.model import RETRO
 from retro_nb.training import (
-    History,
     ShuffledBatches,
     evaluate_loss,
     fit,
     get_optimizer,
     learning_rate,
-    read_log,
     split_by_document,
 )
 

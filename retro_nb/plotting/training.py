@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from retro_nb.checkpoints import History
+from retro_nb.log import History
 from retro_nb.plotting.style import COLOURS
 
 
