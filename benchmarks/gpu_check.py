@@ -33,7 +33,7 @@ from torch.utils.data import Subset
 
 from retro_nb import RETRO, RETRODataset, TrainingWrapper, fit, speeches
 from retro_nb.chunked import ChunkedLM
-from retro_nb.devices import attention_kernels
+from retro_nb.devices import attention_kernels, compile_in_place
 from retro_nb.embedding import best_dtype
 from retro_nb.log import History
 from retro_nb.storage import open_array, write_json
@@ -164,8 +164,7 @@ def _ways(bench: Bench, retro: RETRO, batches: list[tuple[Tensor, Tensor]]) -> d
     """Distances of gradients from those of eager float32 on the device, and of its logits from the float64 loops."""
     retro = retro.to(bench.device)
     compiled = copy.deepcopy(retro)
-    for module in compiled.compilable:
-        module.compile()
+    compile_in_place(compiled.compilable)
     found: dict[str, float] = {}
     for seq, retrieved in batches:
         exact = _step(bench, retro, seq, retrieved, bf16=False)[1]

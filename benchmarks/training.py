@@ -27,7 +27,7 @@ from torch import Tensor
 
 from retro_nb import RETRO, RETRODataset, get_optimizer, speeches
 from retro_nb.chunking import documents_to_chunks_
-from retro_nb.devices import can_compile
+from retro_nb.devices import can_compile, compile_in_place
 from retro_nb.flops import flops_per_token
 
 V, M, K = 30522, 64, 2
@@ -217,7 +217,7 @@ def on_gpu() -> None:
     print("ours, without torch.compile", flush=True)
     eager = speeds(ours, LARGE, BATCHES[:1])
     if can_compile("cuda"):
-        ours.decoder.compile()
+        compile_in_place(ours.compilable)
     print("ours", flush=True)
     mine = speeds(ours, LARGE, COMPILED_BATCHES)
     documents = on_documents(ours, LARGE, COMPILED_BATCHES[0])
@@ -254,7 +254,7 @@ def profile() -> None:
     """Where the time of our step goes: the dearest kernels."""
     _, ours = pair(LARGE, "cuda")
     if can_compile("cuda"):
-        ours.decoder.compile()
+        compile_in_place(ours.compilable)
     step = stepper(ours, [random_batch(LARGE, 32)], True)
     for _ in range(3):
         step()

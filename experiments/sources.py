@@ -12,7 +12,8 @@ The recipe is in experiments/sources.yaml. Everything lands in runs/code: `packe
 be copied to a GPU (sources_store.py), `store` is built from it. For each seed a RETRO is trained with its neighbours,
 and a transformer with as many parameters without, for as many steps on the same batches; the controls
 (sources_models.py) are trained if they are named. `train` measures on the validation documents alone, and recipes are
-chosen by them; a training that was stopped goes on, one that is finished is not repeated. `test` measures the float16
+chosen by them; a training that was stopped goes on, one that is finished is not repeated, unless its weights are gone
+and it has not been tested. `test` measures the float16
 weights that were saved, on the test documents, which no model has seen and the database leaves out, and on two
 libraries that are left out of both, first as they are, then with more and more of their other files in the database,
 nothing being trained. `knnlm` measures the baseline with a memory of all its training tokens (sources_knnlm.py).
@@ -92,8 +93,8 @@ class Experiment:
     def train(self, model: str, seed: int) -> None:
         """Train one model and measure it on the validation documents, unless that has been done."""
         file, started = results_of(self.folder) / f"{model}-{seed}.json", time.perf_counter()
-        settings = self.recipe["fit"]
-        if self._is_there(file, model):
+        settings, tested = self.recipe["fit"], file.with_stem(f"{model}-{seed}-test").exists()
+        if (tested or self._weights(model, seed).exists()) and self._is_there(file, model):
             return
         retrieves, knns = MODELS[model].retrieves, self.knns(model)[:, : self.recipe["knn"]]
         torch.manual_seed(seed)
@@ -111,11 +112,12 @@ class Experiment:
             retrieval=retrieves, seed=seed, out_dir=self.folder / f"{model}-{seed}", **settings,
         )  # fmt: skip
         about = {"model": model, "seed": seed, "parameters": parameters(retro, retrieves), "device": device_name()}
-        about |= {"torch": torch.__version__, "seconds": history[-1]["seconds"], "tokens": history[-1]["tokens"]}
+        about |= {"torch": torch.__version__}
+        about |= {name: history[-1][name] for name in ("seconds", "waiting_seconds", "tokens", "tokens_per_second")}
         about["curves"] = {name: history.curve(name) for name in ("valid_loss", "on", "shuffled", "oracle", "off")}
         modes = ("on", "off", "shuffled", "oracle") if retrieves else ("off",)
         about["valid"] = self.values(retro, modes, self.documents("valid"), knns)
-        retro.half().save_pretrained(self.folder / "weights" / f"{model}-{seed}")
+        retro.half().save_pretrained(self._weights(model, seed))
         write_json(file, about | {"settings": settings_of(self.recipe, model)})
         print(f"{model}, seed {seed}: {about['seconds'] / 60:.1f} minutes, validation {about['valid']}", flush=True)
 
@@ -128,9 +130,12 @@ class Experiment:
         print(f"{file} is there already", flush=True)
         return True
 
+    def _weights(self, model: str, seed: int) -> Path:
+        return self.folder / "weights" / f"{model}-{seed}"
+
     def trained(self, model: str, seed: int) -> RETRO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return RETRO.from_pretrained(self.folder / "weights" / f"{model}-{seed}", device)
+        return RETRO.from_pretrained(self._weights(model, seed), device)
 
     # measuring
 

@@ -4,8 +4,10 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -45,6 +47,17 @@ def can_compile(device_type: str) -> bool:
         warnings.warn(f"torch.compile does not work here, so this runs without it, slower: {reason}", stacklevel=2)
         return False
     return True
+
+
+def compile_in_place(modules: Iterable[nn.Module], **options: Any) -> None:
+    """Compile modules by torch.compile, with its options, when they are next called.
+
+    einops notes the type of a tensor where it first meets one. Were that within compiled code, Dynamo would find the
+    note changed at the second call and compile everything again: so it meets parameters here.
+    """
+    rearrange(nn.Parameter(torch.empty(1)), "d -> d")
+    for module in modules:
+        module.compile(**options)
 
 
 def vary(module: nn.Module, arguments: Iterable[Tensor | None]) -> None:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.checkpoints import Checkpoints, interrupt_between_steps, not_finite
 from retro_nb.chunked import ChunkedLM
-from retro_nb.devices import can_compile, send
+from retro_nb.devices import can_compile, compile_in_place, send
 from retro_nb.log import History, Log, Skipped
 from retro_nb.runs import FREE_SETTINGS, check_data, only_run, resolve_settings
 from retro_nb.storage import PathLike, plain
@@ -228,8 +228,7 @@ class _Trainer:
         if compile is None:
             compile = accelerator.device.type == "cuda" and can_compile("cuda")
         self.compiled = retro.compilable if compile else ()
-        for module in self.compiled:
-            module.compile()
+        compile_in_place(self.compiled)
         self.model, self.optimizer = accelerator.prepare(retro, optimizer)
 
     def _sampler(self, done: int, share: tuple[int, int]) -> ShuffledBatches:
