@@ -20,10 +20,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from retro_nb.chunking import text_folder_to_chunks_
-from retro_nb.corpus import speeches
-from retro_nb.storage import write_json
-from retro_nb.tokens import get_tokenizer
+from retro_nb.common.arrays import write_json
+from retro_nb.store.chunking import text_folder_to_chunks_
+from retro_nb.text.speeches import speeches
+from retro_nb.text.tokens import get_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "chunking_memory.json"
 DOCUMENT_BYTES = 50_000

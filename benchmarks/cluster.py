@@ -30,15 +30,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch and FAISS are imported, here
 import psutil
 from measure import write_results
 
-from retro_nb import cluster, embedding
-from retro_nb.chunking import documents_to_chunks_
-from retro_nb.cluster import _results, _Worker, build_store
-from retro_nb.corpus import speeches
-from retro_nb.embedding import embedding_dim, get_bert
-from retro_nb.index import BLOCK
-from retro_nb.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
-from retro_nb.manifest import read_manifest
-from retro_nb.tokens import get_tokenizer
+from retro_nb.common.manifest import read_manifest
+from retro_nb.store import cluster, embedding
+from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.store.cluster import _results, _Worker, build_store
+from retro_nb.store.embedding import embedding_dim, get_bert
+from retro_nb.store.index import BLOCK
+from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
+from retro_nb.text.speeches import speeches
+from retro_nb.text.tokens import get_tokenizer
 
 SIZES = {"chunk_size": 64, "seq_len": 2048}
 K, INDEX, SHARDS, TOGETHER = 2, "IVF64,Flat", 16, 256
@@ -155,7 +155,7 @@ def build_with(documents: speeches, workers: int, chunks: int, folder: Path) -> 
 
 
 def stated(shard: int) -> dict[str, float]:
-    """MB beside an idle worker's that `retro_nb.cluster` says one of each stage takes, with these sizes."""
+    """MB beside an idle worker's that `retro_nb.store.cluster` says one of each stage takes, with these sizes."""
     vector = 4 * embedding_dim()
     sizes = {
         "chunk": 200e6,

@@ -24,12 +24,12 @@ from measure import Comparison, bf16_peak, compare, timed, write_results
 from peer import give_bert, import_reference
 from torch import Tensor
 
-from retro_nb import embedding
-from retro_nb.chunking import documents_to_chunks_
-from retro_nb.corpus import speeches
-from retro_nb.embedding import best_dtype, chunks_to_embeddings_, flops_per_chunk, frame_chunks, get_bert
-from retro_nb.storage import open_array
-from retro_nb.tokens import bert_folder
+from retro_nb.common.arrays import open_array
+from retro_nb.store import embedding
+from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.store.embedding import best_dtype, chunks_to_embeddings_, flops_per_chunk, frame_chunks, get_bert
+from retro_nb.text.speeches import speeches
+from retro_nb.text.tokens import bert_folder
 
 CHECKED = 4096  # chunks compared with float32, and searched for each one's first neighbour
 COSINE, SAME_NEIGHBOUR = 0.999, 0.97

@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from retro_nb import RETRO, RETRODataset, TrainingWrapper, fit, speeches
-from retro_nb.chunked import ChunkedLM
-from retro_nb.devices import attention_kernels, compile_in_place
-from retro_nb.embedding import best_dtype
-from retro_nb.log import History
-from retro_nb.storage import open_array, write_json
-from retro_nb.tokens import bert_folder
+from retro_nb.common.arrays import open_array, write_json
+from retro_nb.common.devices import attention_kernels, compile_in_place
+from retro_nb.model.base import ChunkedLM
+from retro_nb.store.embedding import best_dtype
+from retro_nb.text.tokens import bert_folder
+from retro_nb.training.log import History
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the paper's equations, written out

@@ -37,7 +37,8 @@ from measure import write_results
 from neighbours import speeches_store
 from tqdm.auto import tqdm
 
-from retro_nb.index import (
+from retro_nb.common.arrays import WORK, ArrayWriter, open_array
+from retro_nb.store.index import (
     BLOCK,
     build_index,
     choose_index,
@@ -48,8 +49,7 @@ from retro_nb.index import (
     usual_lists,
     write_index,
 )
-from retro_nb.knn import neighbours, own_ranges
-from retro_nb.storage import WORK, ArrayWriter, open_array
+from retro_nb.store.knn import neighbours, own_ranges
 
 K = 2
 LIKENESS, SPREAD, AROUND = 0.5, 0.9, 20

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from retro_nb.storage import write_json
+from retro_nb.common.arrays import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 operations a second, by datasheet

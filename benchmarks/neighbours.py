@@ -36,13 +36,13 @@ import numpy as np
 from measure import compare, write_results
 from peer import import_reference
 
-from retro_nb import knn
-from retro_nb.chunking import documents_to_chunks_
-from retro_nb.corpus import speeches
-from retro_nb.embedding import chunks_to_embeddings_, get_bert
-from retro_nb.index import recall, rows_of
-from retro_nb.knn import chunks_to_precalculated_knn_
-from retro_nb.storage import WORK, open_array
+from retro_nb.common.arrays import WORK, open_array
+from retro_nb.store import knn
+from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.store.embedding import chunks_to_embeddings_, get_bert
+from retro_nb.store.index import recall, rows_of
+from retro_nb.store.knn import chunks_to_precalculated_knn_
+from retro_nb.text.speeches import speeches
 
 K, EXTRA = 2, 10
 CHECKED = 1000  # chunks whose neighbours are compared with brute force in double precision

@@ -33,13 +33,14 @@ import numpy as np
 from growth import peak_memory
 from measure import RESULTS, cpu_name, where
 
-from retro_nb.chunking import documents_to_chunks_
-from retro_nb.corpus import Document, digest
-from retro_nb.embedding import bert_fingerprint, chunks_to_embeddings_
-from retro_nb.index import BLOCK, exact_search, innermost, recall, rows_of, search, usual_lists
-from retro_nb.knn import own_ranges
-from retro_nb.storage import WORK, ArrayWriter, open_array, plain, write_json
-from retro_nb.tokens import get_tokenizer
+from retro_nb.common.arrays import WORK, ArrayWriter, open_array, plain, write_json
+from retro_nb.common.digests import digest
+from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.store.embedding import bert_fingerprint, chunks_to_embeddings_
+from retro_nb.store.index import BLOCK, exact_search, innermost, recall, rows_of, search, usual_lists
+from retro_nb.store.knn import own_ranges
+from retro_nb.text.document import Document
+from retro_nb.text.tokens import get_tokenizer
 
 K, M = 10, 64  # neighbours, tokens of a chunk
 ASKED, TIMED, REPEATS = 2000, 1000, 3

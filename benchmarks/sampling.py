@@ -20,7 +20,8 @@ from peer import import_reference
 from torch import Tensor, nn
 from training import LARGE, corrected_reference, pair
 
-from retro_nb import RETRO, generate, graphs, gumbel_sample, top_k, transformer
+from retro_nb import RETRO, generate, gumbel_sample, top_k
+from retro_nb.model import cuda_graphs, transformer
 
 CLS, SEP, V, M, K = 101, 102, 30522, 64, 2
 SMALL = dict(
@@ -190,7 +191,7 @@ def remarks(rows: list[Comparison], more: dict) -> list[str]:
 @torch.inference_mode()
 def parts(ours: RETRO, fetch: Fetch, tokens: int, repeats: int = 200) -> dict[str, float]:
     """Milliseconds of what a token is made of, at batch 1, and of making a recording."""
-    recordings, record = [], graphs.record
+    recordings, record = [], cuda_graphs.record
 
     def watch(*args):
         started = time.perf_counter()
@@ -200,7 +201,7 @@ def parts(ours: RETRO, fetch: Fetch, tokens: int, repeats: int = 200) -> dict[st
 
     token = torch.full((1, 1), CLS, device="cuda")
     state = ours.start_decoding(1, capacity=tokens + 1)
-    with patch.object(graphs, "record", watch):
+    with patch.object(cuda_graphs, "record", watch):
         for position in range(M + 6):
             near = fetch(token.expand(1, M)) if (position + 1) % M == 0 else None
             logits = ours.decode(token, state, near)

@@ -28,10 +28,10 @@ import torch
 import yaml
 from measure import Comparison, write_results
 
-from retro_nb.commands import processes
-from retro_nb.embedding import chunks_to_embeddings_
-from retro_nb.log import History, read_log
-from retro_nb.storage import write_json
+from retro_nb.common.arrays import write_json
+from retro_nb.lab.commands import processes
+from retro_nb.store.embedding import chunks_to_embeddings_
+from retro_nb.training.log import History, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 GPUS = torch.cuda.device_count()

@@ -5,7 +5,7 @@ of a step goes.
 
 Both sides start from the same weights and do the whole step: forward, loss, backward, AdamW. On a CPU in
 float32; on a GPU under bfloat16 autocast, each at the batch that serves it best. Checked first: with its
-query positions put right (see tests/test_parity.py), the reference's loss and gradients are ours.
+query positions put right (see tests/model/test_parity.py), the reference's loss and gradients are ours.
 """
 
 import itertools
@@ -26,9 +26,9 @@ from peer import import_reference
 from torch import Tensor
 
 from retro_nb import RETRO, RETRODataset, get_optimizer, speeches
-from retro_nb.chunking import documents_to_chunks_
-from retro_nb.devices import can_compile, compile_in_place
-from retro_nb.flops import flops_per_token
+from retro_nb.common.devices import can_compile, compile_in_place
+from retro_nb.planning.flops import flops_per_token
+from retro_nb.store.chunking import documents_to_chunks_
 
 V, M, K = 30522, 64, 2
 SMALL = dict(

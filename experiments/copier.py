@@ -16,7 +16,7 @@ import numpy as np
 from evidence import RESULTS, Experiment, read_recipe
 
 from retro_nb import RETRO, knn_to_retrieved_chunks
-from retro_nb.storage import write_json
+from retro_nb.common.arrays import write_json
 
 LONGEST = 3  # tokens that are looked up
 WEIGHTS = np.linspace(0, 0.9, 46)

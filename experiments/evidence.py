@@ -33,13 +33,13 @@ import yaml
 from evidence_store import CORPORA, FOUND, SEEDS, SHARED, SHARES, build_store, built_with
 
 from retro_nb import RETRO, RETRODataset, fit
-from retro_nb.evaluation import MODES, bytes_of_chunks, found_twins, score, token_losses
-from retro_nb.evidence import RESULTS
-from retro_nb.index import NO_NEIGHBOUR
-from retro_nb.pretrained import INCLUDED
-from retro_nb.settings import cast
-from retro_nb.storage import ROOT, open_array, write_json, writing
-from retro_nb.training import of_documents, without_documents
+from retro_nb.common.arrays import ROOT, open_array, write_json, writing
+from retro_nb.lab.settings import cast
+from retro_nb.measure.evaluation import MODES, bytes_of_chunks, found_twins, score, token_losses
+from retro_nb.measure.results import RESULTS
+from retro_nb.model.pretrained import INCLUDED
+from retro_nb.store.index import NO_NEIGHBOUR
+from retro_nb.training.training import of_documents, without_documents
 
 RUNS = ROOT / "runs" / "evidence"
 MODELS = ("retro", "baseline")

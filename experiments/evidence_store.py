@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from retro_nb import RETRO, TrainingWrapper, almanac, docstrings, speeches
-from retro_nb.chunking import special_ids, store_tokenizer
-from retro_nb.evaluation import fact_tokens
-from retro_nb.index import NO_NEIGHBOUR, exact_search
-from retro_nb.leakage import overlaps
-from retro_nb.storage import open_array, write_json
-from retro_nb.training import hold_out
+from retro_nb.common.arrays import open_array, write_json
+from retro_nb.measure.evaluation import fact_tokens
+from retro_nb.measure.leakage import overlaps
+from retro_nb.store.chunking import special_ids, store_tokenizer
+from retro_nb.store.index import NO_NEIGHBOUR, exact_search
+from retro_nb.training.training import hold_out
 
 CORPORA: dict[str, Callable] = {"almanac": almanac, "speeches": speeches, "docstrings": docstrings}
 FOUND = 16  # neighbours that are looked up

@@ -33,9 +33,9 @@ from evidence_store import SEEDS
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from retro_nb import RETROfit, fit, get_tokenizer, retrofit
-from retro_nb.backbone import load_backbone
-from retro_nb.storage import ROOT, write_json
-from retro_nb.training import of_documents
+from retro_nb.common.arrays import ROOT, write_json
+from retro_nb.model.backbone import load_backbone
+from retro_nb.training.training import of_documents
 
 RUNS = ROOT / "runs" / "retrofit"
 MODELS = ("baseline", "retrofit-tenth", "retrofit", "scratch-tenth", "scratch")

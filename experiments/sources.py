@@ -38,11 +38,11 @@ from sources_search import mixed
 from sources_store import FOUND, MEMORY, RETRIEVERS, SHARES, Packed, build_store, built_with, pack, rows_of
 
 from retro_nb import RETRO, RETRODataset, fit
-from retro_nb.evaluation import MODES, bytes_of_chunks, score, token_losses
-from retro_nb.evidence import RESULTS
-from retro_nb.pretrained import INCLUDED
-from retro_nb.storage import ROOT, open_array, write_json
-from retro_nb.training import of_documents
+from retro_nb.common.arrays import ROOT, open_array, write_json
+from retro_nb.measure.evaluation import MODES, bytes_of_chunks, score, token_losses
+from retro_nb.measure.results import RESULTS
+from retro_nb.model.pretrained import INCLUDED
+from retro_nb.training.training import of_documents
 
 RUNS = ROOT / "runs" / "code"
 STEPS = ("prepare", "build", "train", "test", "knnlm", "collect", "export")

@@ -8,7 +8,7 @@ from typing import Any
 from sources_results import bits, finished
 from sources_store import read_documents
 
-from retro_nb.storage import replacing
+from retro_nb.common.arrays import replacing
 
 MODEL = "box"
 LARGEST = 45_000_000  # bytes of the weights

@@ -15,7 +15,7 @@ import torch
 from evidence import is_retrieval
 
 from retro_nb import RETRO
-from retro_nb.flops import flops_per_token
+from retro_nb.planning.flops import flops_per_token
 
 
 class Kind(NamedTuple):
@@ -58,7 +58,7 @@ def parameters(retro: RETRO, retrieves: bool) -> int:
 
 
 def cost(recipe: dict[str, Any], model: str) -> dict[str, float]:
-    """Parameters, and floating-point operations a token (retro_nb.flops) in training and in use."""
+    """Parameters, and floating-point operations a token (retro_nb.planning.flops) in training and in use."""
     retrieves = MODELS[model].retrieves
     with torch.device("meta"):
         retro = build_model(recipe, model, recipe["tokenizer"])

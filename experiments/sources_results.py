@@ -10,8 +10,8 @@ import numpy as np
 from sources_models import COMPARED, MODELS, cost, settings_of
 from sources_store import copied, read_documents
 
-from retro_nb.evaluation import RESAMPLES
-from retro_nb.storage import write_json
+from retro_nb.common.arrays import write_json
+from retro_nb.measure.evaluation import RESAMPLES
 
 ABOUT_RUN = ("seed", "parameters", "seconds", "tokens", "device", "torch", "valid", "curves")
 COPIED = {"<10 %": (0, 0.1), "10-50 %": (0.1, 0.5), "50-80 %": (0.5, 0.8), ">=80 %": (0.8, 1.01)}

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Float32, Int, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retro_nb.index import NO_NEIGHBOUR
-from retro_nb.tokens import SpecialIds
+from retro_nb.store.index import NO_NEIGHBOUR
+from retro_nb.text.tokens import SpecialIds
 
 GROUP = 64
 TILES = {"cuda": (2048, 2**17), "cpu": (256, 2**14)}  # queries and database chunks compared at a time

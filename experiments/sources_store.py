@@ -33,7 +33,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from retro_nb import get_tokenizer, knn_to_retrieved_chunks, train_tokenizer
-from retro_nb.chunking import (
+from retro_nb.common.arrays import open_array, write_json, writing
+from retro_nb.common.digests import digest
+from retro_nb.store.chunking import (
     ChunkedDocument,
     Tokens,
     document_tokens,
@@ -42,13 +44,12 @@ from retro_nb.chunking import (
     tokens_to_chunks,
     write_chunks,
 )
-from retro_nb.corpus import Document, digest
-from retro_nb.duplicates import Pair, grams_of, near_duplicates
-from retro_nb.embedding import best_device, chunks_to_embeddings_
-from retro_nb.index import NO_NEIGHBOUR
-from retro_nb.sources import code
-from retro_nb.storage import open_array, write_json, writing
-from retro_nb.tokens import SpecialIds, TextTokenizer
+from retro_nb.store.embedding import best_device, chunks_to_embeddings_
+from retro_nb.store.index import NO_NEIGHBOUR
+from retro_nb.text.document import Document
+from retro_nb.text.duplicates import Pair, grams_of, near_duplicates
+from retro_nb.text.sources import code
+from retro_nb.text.tokens import SpecialIds, TextTokenizer
 
 M = 64  # tokens in a chunk
 FOUND = 16  # neighbours that are looked up

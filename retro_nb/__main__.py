@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from retro_nb import commands
-from retro_nb.evaluation import MODES
-from retro_nb.storage import launched
+from retro_nb.common.arrays import launched
+from retro_nb.lab import commands
+from retro_nb.measure.evaluation import MODES
 
 SURVEY = """Report on a corpus before any long work: what is in it, what a build will take here, what to mend first.
 
@@ -128,9 +128,9 @@ def _build(said: argparse.Namespace) -> None:
 
 def _use_notebooks(said: argparse.Namespace) -> int:
     """Run, sweep or refresh; the exit code. Imported here, papermill is not needed where models are trained."""
-    from retro_nb.experiments import results_table, run
-    from retro_nb.refresh import refresh
-    from retro_nb.sweep import run_sweep
+    from retro_nb.lab.refresh import refresh
+    from retro_nb.lab.runner import results_table, run
+    from retro_nb.lab.sweep import run_sweep
 
     if said.command == "refresh":
         return _report(refresh(said.notebooks))

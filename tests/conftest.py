@@ -9,14 +9,16 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core; and no warning about forks in DataLoader workers
+# The programs that tests start find what lies beside this file, as the tests do (`pythonpath` in pyproject.toml).
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from retro_nb.corpus import Document
-from retro_nb.tokens import bert_folder, train_tokenizer
+from retro_nb.text.document import Document
+from retro_nb.text.tokens import bert_folder, train_tokenizer
 
 
 def pytest_configure() -> None:
@@ -139,7 +141,7 @@ def run_apart() -> Callable[..., list[int]]:
     They are forks of a server that has imported the heavy modules once: real processes, at 0.1 s each.
     """
     context = multiprocessing.get_context("forkserver")
-    heavy = ["pytest", "hypothesis", "retro_nb.embedding", "transformers.models.bert.modeling_bert"]
+    heavy = ["pytest", "hypothesis", "retro_nb.store.embedding", "transformers.models.bert.modeling_bert"]
     context.set_forkserver_preload(heavy)
 
     def run(function: Callable, *args: object, processes: int = 1) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_nb.storage import ROOT
+from retro_nb.common.arrays import ROOT
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")

@@ -23,17 +23,10 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "retro_nb"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, CONTRACTS = PYPROJECT["project"], PYPROJECT["tool"]["importlinter"]["contracts"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-
-# Data flows one way: a module imports only from those before it.
-ORDER = """extras storage devices manifest corpus tables towns libraries sources opening duplicates tokens chunking
-embedding index knn costs counting survey editing updating cluster dataset linear graphs layers kernels loss transformer
-presets pretrained chunked model backbone retrofit flops scale retrieval sampling log runs checkpoints training
-evaluation wrapper leakage reading evidence plotting lesson settings commands experiments sweep refresh
-__main__""".split()
-
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
     found = [Requirement(line) for line in lines]
@@ -117,13 +110,6 @@ def test_make_help_lists_every_target():
 # the package
 
 
-def modules() -> dict[str, Path]:
-    """Every module by the name it has in ORDER; the files of a subpackage share its name."""
-    return {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE} | {
-        path.name: path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"
-    }
-
-
 def imported(path: Path) -> list[str]:
     """Full names of the modules that a file imports, at any depth of its code."""
     found = []
@@ -136,21 +122,18 @@ def imported(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", modules())
-def test_a_module_imports_only_from_those_before_it(name):
-    own = Path(name).parts[0].removesuffix(".py")
-    assert own in ORDER, f"{name} has no place in ORDER: put it where its data comes in"
-    for module in imported(modules()[name]):
-        if module.startswith("retro_nb."):
-            other = module.split(".")[1]
-            assert other == own or ORDER.index(other) < ORDER.index(own), f"{name} imports {module}"
+def test_modules_say_what_they_are_and_keep_annotations_alive():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+        assert "from __future__ import annotations" not in text, f"{path}: jaxtyping could not check its shapes"
 
 
-@pytest.mark.parametrize("name", modules())
-def test_a_module_says_what_it_is_and_keeps_annotations_alive(name):
-    text = modules()[name].read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
-    assert "from __future__ import annotations" not in text, f"{name}: jaxtyping could not check its shapes"
+def test_every_room_has_a_place_in_the_order_of_imports():
+    (layers,) = (each["layers"] for each in CONTRACTS if each["type"] == "layers")
+    placed = {name.strip().removeprefix("retro_nb.") for layer in layers for name in layer.split("|")}
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    assert placed == rooms - {"__init__", "__pycache__"}
 
 
 @pytest.mark.parametrize("name", sorted(retro_nb.__all__))
@@ -164,5 +147,5 @@ def test_a_public_name_has_a_docstring(name):
 
 
 def test_every_module_imports():
-    for name in ORDER:
-        importlib.import_module(f"retro_nb.{name}")
+    for path in PACKAGE.rglob("*.py"):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))

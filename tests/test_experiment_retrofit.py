@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retro_nb import RETROfit, embedding, pretrained
-from retro_nb.evidence import results
-from retro_nb.storage import ROOT
+from retro_nb import RETROfit
+from retro_nb.common.arrays import ROOT
+from retro_nb.measure.results import results
+from retro_nb.model import pretrained
+from retro_nb.store import embedding
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_nb import RETRO, code, get_tokenizer
-from retro_nb.chunking import documents_to_chunks_, special_ids
-from retro_nb.duplicates import near_duplicates
-from retro_nb.leakage import shared_runs
-from retro_nb.storage import ROOT
-from retro_nb.tokens import SpecialIds
+from retro_nb.common.arrays import ROOT
+from retro_nb.measure.leakage import shared_runs
+from retro_nb.store.chunking import documents_to_chunks_, special_ids
+from retro_nb.text.duplicates import near_duplicates
+from retro_nb.text.tokens import SpecialIds
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")

@@ -13,9 +13,9 @@ from hypothesis import given as given_values
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from retro_nb import experiments, refresh, sweep
 from retro_nb.__main__ import main
-from retro_nb.settings import cast, read_annotation, read_yaml
+from retro_nb.lab import refresh, runner, sweep
+from retro_nb.lab.settings import cast, read_annotation, read_yaml
 
 PRESETS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
 
@@ -53,8 +53,8 @@ def project(tmp_path, monkeypatch):
     write_notebook(home / "notebooks" / "00_first.ipynb", PARAMETERS, BODY)
     write_notebook(home / "notebooks" / "10_late.ipynb", "steps: int = 3  # steps", "assert steps < 9")
     elsewhere.mkdir()
-    monkeypatch.setattr(experiments, "NOTEBOOKS", home / "notebooks")
-    monkeypatch.setattr(experiments, "RUNS", home / "runs")
+    monkeypatch.setattr(runner, "NOTEBOOKS", home / "notebooks")
+    monkeypatch.setattr(runner, "RUNS", home / "runs")
     monkeypatch.chdir(elsewhere)
     yield home
     assert not list(elsewhere.iterdir()), "something was written into the working directory"
@@ -76,10 +76,10 @@ def metrics(folder: Path) -> dict:
 def test_notebooks_by_stem_number_path_and_series(project):
     first, late = sorted((project / "notebooks").glob("*.ipynb"))
     for name in ("00_first", "00", "0", str(first)):
-        assert experiments.find_notebooks([name]) == [first]
-    assert experiments.find_notebooks(["10", "tutorial"]) == [late, first]
+        assert runner.find_notebooks([name]) == [first]
+    assert runner.find_notebooks(["10", "tutorial"]) == [late, first]
     with pytest.raises(ValueError, match=r"no notebook '05'.*00_first, 10_late"):
-        experiments.find_notebooks(["05"])
+        runner.find_notebooks(["05"])
 
 
 GOOD = [
@@ -138,7 +138,7 @@ def test_an_impossible_cast_is_an_error(value, kind):
 
 def given(project, parameters: str, **values) -> dict:
     path = write_notebook(project / "notebooks" / "20_own.ipynb", parameters)
-    return experiments.choose_parameters([path], given=values)[0]
+    return runner.choose_parameters([path], given=values)[0]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_what_is_no_notebook_is_named(project):
     for content in ("{", "[]", "[" * 100_000, '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"20_own\.ipynb cannot be read as a notebook"):
-            experiments.choose_parameters([path], given={"x": 1})
+            runner.choose_parameters([path], given={"x": 1})
 
 
 @given_values(st.recursive(
@@ -273,23 +273,23 @@ def test_yaml_of_everyday_is_read(project):
 
 
 def test_presets_hold_the_series_parameters(project):
-    notebooks = experiments.find_notebooks(["tutorial"])
+    notebooks = runner.find_notebooks(["tutorial"])
     values = preset(project, "seed: 1\nlr: 1e-4\nsteps: 5\n")
-    first, late = experiments.choose_parameters(notebooks, values, {"seed": "2"})
+    first, late = runner.choose_parameters(notebooks, values, {"seed": "2"})
     assert first == {"seed": 2, "lr": 1e-4} and late == {"steps": 5}
-    assert experiments.choose_parameters(notebooks[:1], values) == [{"seed": 1, "lr": 1e-4}]
+    assert runner.choose_parameters(notebooks[:1], values) == [{"seed": 1, "lr": 1e-4}]
 
 
 def test_a_corpus_is_a_path_from_where_the_command_is_given(project, monkeypatch):
     (project / "speeches").mkdir()
     (project / "my.jsonl").touch()
     monkeypatch.chdir(project)
-    notebooks = experiments.find_notebooks(["00"])
+    notebooks = runner.find_notebooks(["00"])
     kept = ["speeches", "hf:my.jsonl", "no_such_folder/", str(project / "my.jsonl")]
     moved = {"./speeches": str(project / "speeches"), "my.jsonl": str(project / "my.jsonl")}
     for given, meant in {**moved, **{name: name for name in kept}}.items():
-        assert experiments.choose_parameters(notebooks, given={"corpus": given}) == [{"corpus": meant}]
-    assert experiments.choose_parameters(notebooks, preset(project, "corpus: my.jsonl")) == [
+        assert runner.choose_parameters(notebooks, given={"corpus": given}) == [{"corpus": meant}]
+    assert runner.choose_parameters(notebooks, preset(project, "corpus: my.jsonl")) == [
         {"corpus": moved["my.jsonl"]}
     ]
 
@@ -318,7 +318,7 @@ def test_a_bad_parameter_is_named_before_anything_runs(project, text, given, mes
 
 
 def test_run_one_notebook(project, capsys):
-    folder, (result,) = experiments.run(["00"], preset(project, "lr: 1e-4"), {"seed": "3", "layers": "[0,2]"})
+    folder, (result,) = runner.run(["00"], preset(project, "lr: 1e-4"), {"seed": "3", "layers": "[0,2]"})
     assert result.status == "done" and result.peak_mb > 10 and result.seconds > 0
     assert "100%|" in capsys.readouterr().err
     assert metrics(folder) == result.metrics == {"loss": 4e-4, "layers": [0, 2], "text": "speeches"}
@@ -344,7 +344,7 @@ def test_a_failing_notebook_is_reported_and_the_others_go_on(project, capsys):
 
 
 def test_the_command_works_from_anywhere_with_the_lesson_helpers(tmp_path):
-    use = 'from retro_nb.lesson import start\nrun = start(seed, out_dir)\nrun.save_metrics({"twice": 2 * seed})'
+    use = 'from retro_nb.lab.lesson import start\nrun = start(seed, out_dir)\nrun.save_metrics({"twice": 2 * seed})'
     path = write_notebook(tmp_path / "a b" / "own.ipynb", PARAMETERS, use)
     environment = os.environ | {"RETRO_NB_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "retro_nb", "run", os.path.relpath(path, tmp_path), "-p", "seed", "4"]
@@ -356,20 +356,20 @@ def test_the_command_works_from_anywhere_with_the_lesson_helpers(tmp_path):
 
 
 def test_new_folders_never_collide(project, monkeypatch):
-    monkeypatch.setattr(experiments.time, "strftime", lambda form: "now")
-    names = [experiments._new_folder("-x").name for _ in range(3)]
+    monkeypatch.setattr(runner.time, "strftime", lambda form: "now")
+    names = [runner._new_folder("-x").name for _ in range(3)]
     assert names == ["now-x", "now-x_2", "now-x_3"]
 
 
 def test_the_terminals_table_is_narrow_and_index_json_has_all(tmp_path):
     metrics = {"text": "word " * 99, "layers": [1] * 99, "ok": True, "a": 1, "b": 1 / 3, "c": 10**6, "d": 2.0}
     results = [
-        experiments.Result("05_training", "done", 123.4, 1234, "", metrics),
-        experiments.Result("06_sampling", "failed", 1.0, 1, "cell 3: ValueError: " + "long " * 99),
+        runner.Result("05_training", "done", 123.4, 1234, "", metrics),
+        runner.Result("06_sampling", "failed", 1.0, 1, "cell 3: ValueError: " + "long " * 99),
     ]
-    table = experiments.results_table(results)
+    table = runner.results_table(results)
     assert "| a 1, b 0.3333, c 1000000 " in table and max(map(len, table.splitlines())) <= 120
-    experiments.write_index(tmp_path, results)
+    runner.write_index(tmp_path, results)
     written = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert "[05_training](05_training/05_training.ipynb)" in written and max(map(len, written.splitlines())) <= 160
     stored = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["notebooks"]
@@ -378,15 +378,15 @@ def test_the_terminals_table_is_narrow_and_index_json_has_all(tmp_path):
 
 def test_parameters_with_an_equals_sign(project, monkeypatch):
     seen = []
-    result = experiments.Result("00_first", "done", 1.0, 1)
-    monkeypatch.setattr(experiments, "run", lambda *said: seen.append(said) or (project, [result]))
+    result = runner.Result("00_first", "done", 1.0, 1)
+    monkeypatch.setattr(runner, "run", lambda *said: seen.append(said) or (project, [result]))
     assert main(["run", "00", "-p", "seed=3", "-p", "corpus", "a=b", "-p", "layers=[1, 2]"]) == 0
     assert seen == [(["00"], None, {"seed": "3", "corpus": "a=b", "layers": "[1, 2]"})]
 
 
 def test_a_table_keeps_one_line_a_row():
     rows = [{"a": 1 / 3, "b": "two\nlines | bar"}, {"a": None, "b": "x"}]
-    header, rule, first, second = experiments.markdown_table(rows).splitlines()
+    header, rule, first, second = runner.markdown_table(rows).splitlines()
     assert first == "| 0.3333 | two lines \\| bar |" and len({len(header), len(rule), len(first), len(second)}) == 1
 
 
@@ -418,9 +418,9 @@ def test_a_sweep_survives_a_failed_point_resumes_and_draws(project, capsys):
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def fake_results(losses: list[float | None]) -> list[experiments.Result]:
+def fake_results(losses: list[float | None]) -> list[runner.Result]:
     return [
-        experiments.Result("00_first", "failed" if loss is None else "done", 1.0, 1, "", {"loss": loss})
+        runner.Result("00_first", "failed" if loss is None else "done", 1.0, 1, "", {"loss": loss})
         for loss in losses
     ]
 
@@ -447,7 +447,7 @@ def test_one_line_for_each_other_name_and_names_on_the_axis(project):
 
 
 def test_a_metric_that_is_no_number_is_a_failure_that_names_the_others(project, monkeypatch):
-    result = experiments.Result("00_first", "done", 1.0, 1, "", {"text": "no"})
+    result = runner.Result("00_first", "done", 1.0, 1, "", {"text": "no"})
     monkeypatch.setattr(sweep, "execute", lambda *_: result)
     (project / "runs" / "sweep-mine").mkdir(parents=True)
     _, results = sweep.run_sweep(sweep_file(project, "[0]", metric="lost"))
@@ -511,11 +511,11 @@ def test_refresh_replaces_what_succeeds_by_its_normal_form(project):
 # a real notebook
 
 
-@pytest.mark.skipif(not experiments.series(), reason="no notebooks yet")
+@pytest.mark.skipif(not runner.series(), reason="no notebooks yet")
 def test_the_first_lesson_runs_with_parameters_and_leaves_metrics(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    tiny = experiments.NOTEBOOKS.parent / "experiments" / "tiny.yaml"
-    folder, (result,) = experiments.run(["00"], tiny, {"seed": "1"})
+    monkeypatch.setattr(runner, "RUNS", tmp_path)
+    tiny = runner.NOTEBOOKS.parent / "experiments" / "tiny.yaml"
+    folder, (result,) = runner.run(["00"], tiny, {"seed": "1"})
     assert result.status == "done", result.error
     assert metrics(folder) == result.metrics != {}
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["seed"] == 1
@@ -523,18 +523,18 @@ def test_the_first_lesson_runs_with_parameters_and_leaves_metrics(tmp_path, monk
 
 def test_a_point_of_the_sweeps_of_memory(tmp_path, monkeypatch):
     """Three new towns and a single neighbour: the included model reads the facts that it is told."""
-    monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    notebook = experiments.NOTEBOOKS.parent / "experiments" / "memory.ipynb"
-    _, (result,) = experiments.run([str(notebook)], None, {"towns": "3", "k": "1"})
+    monkeypatch.setattr(runner, "RUNS", tmp_path)
+    notebook = runner.NOTEBOOKS.parent / "experiments" / "memory.ipynb"
+    _, (result,) = runner.run([str(notebook)], None, {"towns": "3", "k": "1"})
     assert result.status == "done", result.error
     assert result.metrics["facts"] > 60 and result.metrics["finds"] > 0.5 and result.metrics["nats"] < 1
 
 
-@pytest.mark.skipif(len(experiments.series()) < 7, reason="the series is not complete yet")
+@pytest.mark.skipif(len(runner.series()) < 7, reason="the series is not complete yet")
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_the_presets_fit_the_series(path):
     if path.stem.startswith("sweep_"):
         plan = sweep.read_sweep(path)
         assert sweep.point_folder(plan, plan.points[0]).parent.name == path.stem.replace("_", "-")
     elif not path.stem.startswith(("train_", "evidence", "retrofit", "sources")):  # other tests read those
-        assert any(experiments.choose_parameters(experiments.series(), path))
+        assert any(runner.choose_parameters(runner.series(), path))

@@ -40,8 +40,8 @@ def in_a_folder_of_texts(tmp_path, monkeypatch, tiny_bert):
     for seed, name in enumerate(["a.txt", "b.txt", "deeper/c.txt"]):
         words = np.random.default_rng(seed).choice(WORDS, 70)
         (tmp_path / "text_folder" / name).write_text(" ".join(words))
-    default = retro_nb.tokens.bert_folder
-    for module in (retro_nb.tokens, retro_nb.embedding):
+    default = retro_nb.text.tokens.bert_folder
+    for module in (retro_nb.text.tokens, retro_nb.store.embedding):
         monkeypatch.setattr(module, "bert_folder", lambda bert=None: default(bert or tiny_bert))
 
 

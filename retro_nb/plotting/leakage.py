@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.lib.stride_tricks import sliding_window_view
 
-from retro_nb.chunking import document_tokens
-from retro_nb.corpus import Document
-from retro_nb.leakage import shared_runs
+from retro_nb.measure.leakage import shared_runs
+from retro_nb.measure.reading import pieces
 from retro_nb.plotting.evaluation import CONDITIONS
 from retro_nb.plotting.style import COLOURS
-from retro_nb.reading import pieces
+from retro_nb.store.chunking import document_tokens
+from retro_nb.text.document import Document
 
 # A model's line, where colours cannot be told apart.
 LINES = {

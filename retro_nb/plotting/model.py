@@ -13,8 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from retro_nb.layers import rotary
-from retro_nb.model import RETRO
+from retro_nb.model.layers import rotary
+from retro_nb.model.retro import RETRO
 from retro_nb.plotting.style import COLOURS, SEQUENTIAL, arrow, blank, box
 
 PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB", "model": "#D3EDE4", "muted": "#EDEDED"}

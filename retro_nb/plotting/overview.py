@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from retro_nb.common.arrays import ROOT, replacing
 from retro_nb.plotting.style import COLOURS, arrow, blank, box, use_style
-from retro_nb.storage import ROOT, replacing
 
 # The picture's example: a message to Congress of 1801, and the years of what its chunks find.
 CHUNKS = (

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from retro_nb.plotting.style import COLOURS
-from retro_nb.retrieval import Passage
+from retro_nb.store.retrieval import Passage
 
 PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB"}
 

@@ -1,6 +1,6 @@
 """The look that all figures share, and the map of the series."""
 
-from retro_nb.extras import extra
+from retro_nb.common.extras import extra
 
 with extra("notebooks"):
     import matplotlib

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from retro_nb.costs import Step
+from retro_nb.planning.costs import Step
+from retro_nb.planning.survey import Survey, as_size, as_time
 from retro_nb.plotting.style import COLOURS
-from retro_nb.survey import Survey, as_size, as_time
 
 DOES = {"chunk": "cut into chunks", "embed": "embed", "index": "index", "search": "search neighbours"}
 LEAST = 0.01  # seconds: shorter bars would have no length on a logarithmic axis

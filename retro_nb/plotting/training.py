@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from retro_nb.log import History
 from retro_nb.plotting.style import COLOURS
+from retro_nb.training.log import History
 
 
 def losses(

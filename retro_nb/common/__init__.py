@@ -1,0 +1,1 @@
+"""Files and arrays on disk, processes, devices: what every other room uses."""

@@ -1,0 +1,388 @@
+"""Arrays on disk: written atomically, opened read-only.
+
+Every file is written under a temporary name and moved into place when it is whole and on the disk, so a reader
+never meets half a file, and a failed write or a machine's crash leaves the previous one alone.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path, PureWindowsPath
+from typing import IO, Any
+
+import numpy as np
+
+PathLike = str | os.PathLike
+
+
+def _root() -> Path:
+    if home := os.environ.get("RETRO_NB_HOME"):
+        return Path(home)
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "pyproject.toml").exists() else Path.home() / ".cache" / "retro_nb"
+
+
+ROOT = _root()  # the checkout, or a cache folder when the package is installed on its own
+WORK = ROOT / "data" / "work"
+# Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
+CHECKSUM_LIMIT = 2**30
+CHECKSUM_BLOCK = 2**22
+
+
+# names and records of files
+
+
+def inside(folder: PathLike, name: Any) -> Path:
+    """The path of a file in `folder` that a JSON file names. Every file name read from JSON passes through here.
+
+    Raises:
+        ValueError: the name is not that of an entry of the folder itself (it has a separator, a drive, or is ".."), or
+            the entry is a symbolic link to something elsewhere.
+    """
+    plain_name = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
+    if not plain_name or name != Path(name).name or name != PureWindowsPath(name).name:
+        raise ValueError(f"{name!r:.80} is not the name of a file in {folder}")
+    path = Path(folder) / name
+    if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        raise ValueError(f"{path} is a symbolic link to {os.path.realpath(path)}, which is not in {folder}")
+    return path
+
+
+def file_record(path: PathLike, *, whole: bool = False) -> dict:
+    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, unless `whole`, of evenly spaced blocks of it."""
+    size = Path(path).stat().st_size
+    blocks = -(-size // CHECKSUM_BLOCK)
+    most = blocks if whole else CHECKSUM_LIMIT // CHECKSUM_BLOCK
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in range(blocks) if blocks <= most else np.linspace(0, blocks - 1, most).astype(np.int64):
+            file.seek(int(block) * CHECKSUM_BLOCK)
+            checksum.update(file.read(CHECKSUM_BLOCK))
+    return {"bytes": size, "sha256" if blocks <= most else "sample_sha256": checksum.hexdigest()}
+
+
+def read_json(path: PathLike) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error})") from error
+
+
+# writing
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around a write to `path`: turn a bare "No space left on device" into an error with file and mend."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno or errno.EIO,
+            f"could not write {path}: {reason}. What was there before is untouched; free some space, or "
+            f"choose another folder, and run again: finished work is kept",
+        ) from error
+
+
+def settle(path: PathLike) -> None:
+    """Wait until a file, or which files a folder has, is on the disk: so that a machine's crash does not lose it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot do this for a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def move_settled(source: PathLike, target: PathLike) -> None:
+    """Move what is on the disk over `target`, so that after a machine's crash either is there as a whole."""
+    os.replace(source, target)
+    settle(Path(target).parent)
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it over `path` if the block succeeds, delete it if not.
+
+    It is on the disk before it is moved. Its name has the process's number, so that no two processes write into
+    one file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link that came with the folder would be written through
+    try:
+        yield temporary
+        with naming(path):
+            settle(temporary)
+            move_settled(temporary, path)
+    finally:
+        with suppress(OSError):  # nothing is left to delete, or the disk has become read-only
+            temporary.unlink()
+
+
+@contextmanager
+def writing(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
+    """Like `replacing`, with the temporary file open."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        with naming(path):
+            file = open(temporary, mode, **options)
+        try:
+            yield file
+            with naming(path):
+                file.flush()
+        finally:
+            with suppress(OSError):  # closing tries again to write what a full disk did not take
+                file.close()
+
+
+def plain(value: Any) -> Any:
+    """`value` as it comes back from JSON: a tuple is a list, NumPy's numbers are Python's, a path is a string."""
+    return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else os.fspath(x)))
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    path = Path(path)
+    # A file name that is not UTF-8 holds halves of characters: they become \\udcxx, which JSON reads back.
+    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, naming(path):
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The opening of a `.npy` file: equally long for any number of rows, because numpy pads it."""
+    file = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+class ArrayWriter:
+    """Append rows to a `.npy` file whose length is not known beforehand.
+
+    Use it as a context manager: the file appears under its name only when the block ends without an error.
+    The header says how many rows there are and is written again at the end.
+    """
+
+    def __init__(self, path: PathLike, dtype: Any, row_shape: tuple[int, ...] = ()) -> None:
+        self.path, self.dtype, self.row_shape = Path(path), np.dtype(dtype), row_shape
+        self.row_bytes = self.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+        self.rows = 0
+
+    def __enter__(self) -> "ArrayWriter":
+        self._writing = writing(self.path)
+        self._file = self._writing.__enter__()
+        self._file.write(_header(self.dtype, (0, *self.row_shape)))
+        self._start = self._file.tell()
+        return self
+
+    def append(self, rows: np.ndarray) -> None:
+        """Append rows of shape (any, *row_shape)."""
+        with naming(self.path):
+            self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
+        self.rows += len(rows)
+
+    def flush(self) -> None:
+        """Write everything out, the number of rows too: only the move is then left to do."""
+        with naming(self.path):
+            self._file.seek(0)
+            self._file.write(_header(self.dtype, (self.rows, *self.row_shape)))
+            self._file.seek(0, os.SEEK_END)
+            self._file.flush()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is not None:
+            return self._writing.__exit__(*error)
+        with ExitStack() as stack:
+            stack.push(self._writing)
+            self.flush()
+        return None
+
+
+def launched() -> tuple[int, int]:
+    """Which process of a launch this is, and how many there are: of `accelerate launch` or torchrun; else (0, 1)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tell(value: Any = None) -> Any:
+    """Give process 0's value to every process of the launch; each waits here for it."""
+    processes = launched()[1]
+    if processes == 1:
+        return value
+    import torch  # these are not for a process that is alone
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    joined = PartialState(cpu=not torch.cuda.is_available()).num_processes  # it joins them unless that has been done
+    if joined != processes:
+        raise RuntimeError(f"{processes} processes were launched, but PartialState knows {joined}: give it cpu=True")
+    return broadcast_object_list([value])[0]
+
+
+class ResumableRows:
+    """The rows of a `.npy` file computed block by block, by one process or several; a kill costs at most a block.
+
+    Finished blocks lie in `<path>.partial`. Beside it, `<path>.progress` is a note: a line with the settings that the
+    blocks were computed with, for other settings start afresh, and then a 1 for each row that is there and a 0 for
+    each that is not. Once all are there, a last line has the file's record (`file_record`): after a kill, the file
+    under `path` is taken for these rows only if it is that one. Plain writes, not a memory map, because a full disk
+    kills a process that writes through a map.
+
+    Args:
+        path, shape, dtype, settings: the file, its content, and all that the content depends on.
+        shared: all processes of a launch make the file together. Each makes these rows, gets a share of the
+            blocks, and waits in `finish` for the others. They have to see one another's writes at once, as the
+            processes of one host do.
+    """
+
+    def __init__(
+        self, path: PathLike, shape: tuple[int, ...], dtype: Any, settings: dict, *, shared: bool = False
+    ) -> None:
+        self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.progress = self.path.with_name(self.path.name + ".progress")
+        self.settings = plain({"shape": self.shape, "dtype": self.dtype.str, "settings": settings})
+        self.about = (json.dumps(self.settings) + "\n").encode()
+        self.header = _header(self.dtype, self.shape)
+        self.rank, self.processes = launched() if shared else (0, 1)
+        self._looked = self.processes > 1  # what is shared was begun before it was divided
+
+    def _offset(self, row: int) -> int:
+        return len(self.header) + row * self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+
+    def _marks(self) -> np.ndarray | None:
+        """Whether each row is there; None where nothing is, or something else."""
+        if self.partial.is_symlink() or self.progress.is_symlink():  # `ResumableRows` makes none
+            return None
+        try:
+            note = self.progress.read_bytes()
+            rows, _, record = note.removeprefix(self.about).partition(b"\n")
+            marks = np.frombuffer(rows, np.uint8) == ord("1")
+            if not note.startswith(self.about) or len(marks) != self.shape[0]:
+                return None
+            if marks.all() and not self.partial.exists():  # killed after the move
+                return marks if record == _record_line(self.path) else None
+            last = int(marks.nonzero()[0].max(initial=-1))
+            return marks if self.partial.stat().st_size >= self._offset(last + 1) else None
+        except OSError:
+            return None
+
+    @property
+    def done(self) -> int:
+        """How many rows are there."""
+        marks = self._marks()
+        return 0 if marks is None else int(marks.sum())
+
+    def _begin(self) -> None:
+        self.progress.unlink(missing_ok=True)  # it may be about other rows, which these will overwrite
+        self.partial.unlink(missing_ok=True)
+        with naming(self.partial), open(self.partial, "xb") as file:
+            file.write(self.header)
+        self._note(b"0" * self.shape[0])
+
+    def _note(self, rows: bytes) -> None:
+        with writing(self.progress) as file, naming(self.progress):
+            file.write(self.about + rows)
+
+    def blocks(self, block: int) -> Iterator[slice]:
+        """The slices of at most `block` rows that are still to do; of shared rows, the share of this process."""
+        marks = self._marks()
+        if marks is None:
+            marks = np.zeros(self.shape[0], bool)
+            if self.processes > 1 and self.rank == 0:
+                self._begin()
+        starts = range(0, self.shape[0], block)
+        missing = [slice(i, min(i + block, self.shape[0])) for i in starts if not marks[i : i + block].all()]
+        if self.processes > 1:
+            missing = tell(missing)[self.rank :: self.processes]  # all divide the same list
+        return iter(missing)
+
+    def write(self, rows: slice, values: np.ndarray) -> None:
+        """Store one block, in any order, and mark its rows."""
+        if not self._looked and self._marks() is None:
+            self._begin()
+        self._looked = True  # the note has a mark for each row: not to be read again and again
+        with naming(self.partial), open(self.partial, "r+b") as file:
+            file.seek(self._offset(rows.start))
+            file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        with naming(self.progress), open(self.progress, "r+b") as file:
+            file.seek(len(self.about) + rows.start)
+            file.write(b"1" * (rows.stop - rows.start))
+
+    def finish(self) -> None:
+        """Move the finished array into place. The note stays until `cached` has recorded the array."""
+        if not self.shape[0] and self.rank == 0:
+            self._begin()
+        while self.processes > 1 and self.progress.exists() and self.done < self.shape[0]:
+            time.sleep(0.02)  # and not in a barrier, which a launch may let wait for ten minutes only
+        if self.rank == 0 and self.partial.exists():
+            self._note(b"1" * self.shape[0] + b"\n" + _record_line(self.partial))
+            with naming(self.path):
+                move_settled(self.partial, self.path)
+
+
+def _record_line(path: Path) -> bytes:
+    return json.dumps(file_record(path)).encode()
+
+
+# reading
+
+
+def open_array(path: PathLike, *, dtype: Any = np.int32, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Open an array read-only, without loading it.
+
+    Args:
+        path: a `.npy` file (under any name), or a raw memory map as the reference implementation writes.
+        dtype: what a raw file holds; a `.npy` file says so itself.
+        shape: the rows wanted and the shape of each. A raw file needs it; a `.npy` file is held to it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, corrupt, or holds something of another shape.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, f"there is no array at {path}: build it first", str(path))
+    with open(path, "rb") as file:
+        has_header = file.read(6) == np.lib.format.MAGIC_PREFIX
+    if not has_header:
+        return _open_raw(path, np.dtype(dtype), shape)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy reads the header as Python: damage shows as many kinds of error
+        raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and build it again") from error
+    if shape is not None and (array.shape[1:] != tuple(shape[1:]) or array.shape[:1] < tuple(shape[:1])):
+        raise ValueError(f"{path} has shape {array.shape}, wanted {tuple(shape)}: build it again for these settings")
+    return array if shape is None else array[: shape[0]]
+
+
+def _open_raw(path: Path, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.ndarray:
+    size = path.stat().st_size
+    needed = None if shape is None else dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if needed is None or size < needed:
+        raise ValueError(
+            f"{path} has no .npy header and {size} bytes; as raw {dtype} of shape {shape} it would need "
+            f"{needed}: it is truncated, corrupt, or something else; delete it and build it again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=tuple(shape))

@@ -1,0 +1,351 @@
+"""What was built, with which settings: a folder's `manifest.json`.
+
+A changed setting rebuilds what depends on it and says so, an unchanged one costs nothing, and a file that was
+damaged since is found out. A manifest may come from somebody else: nothing outside its folder is read, written or
+deleted through it (`storage.inside`), and one of a newer format is refused.
+"""
+
+import glob
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from retro_nb.common.arrays import PathLike, file_record, inside, launched, plain, read_json, tell, write_json
+from retro_nb.common.digests import digest
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+STAGING = "update"  # a folder within a store's: the store as it will be
+READY = "ready.json"  # in there, once it is whole: what goes when it is moved
+
+
+def reprocess_requested() -> bool:
+    """Whether the environment says REPROCESS=1: build everything again, whatever the manifest says."""
+    return os.environ.get("REPROCESS", "").lower() in ("1", "t", "true")
+
+
+def check_writable(folder: PathLike) -> None:
+    """Meet a read-only folder at the door rather than after an hour of work.
+
+    Raises:
+        PermissionError: naming the folder and the mend.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            error.errno,
+            f"the work folder {folder} has to be built but cannot be written ({error.strerror}): build it "
+            f"where you may write, with the same settings, or pass another work_dir",
+        ) from error
+
+
+def read_manifest(folder: PathLike) -> dict:
+    """What a folder's manifest says of each array in it; empty where there is none or a damaged one.
+
+    Raises:
+        ValueError: it is of a newer format than this version knows.
+    """
+    return _read(Path(folder))[0]
+
+
+def _read(folder: Path) -> tuple[dict, str | None]:
+    """A folder's manifest, and what is wrong with it if it is there and damaged."""
+    try:
+        manifest = read_json(inside(folder, MANIFEST))
+    except FileNotFoundError:
+        return {}, None
+    except (OSError, ValueError) as error:
+        return {}, str(error)
+    known = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(known, int) and known > MANIFEST_FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST} is of format {known}, and this version of retro_nb knows formats up to "
+            f"{MANIFEST_FORMAT}: update retro_nb, or choose another folder. Nothing was changed in this one"
+        )
+    try:
+        arrays = manifest["arrays"]
+        if known != MANIFEST_FORMAT or manifest["sha256"] != digest(arrays, 64):
+            return {}, "its checksum is another"
+        _check_records(folder, arrays)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return {}, repr(error) if isinstance(error, KeyError) else str(error)
+    return arrays, None
+
+
+def _check_records(folder: Path, arrays: dict[str, dict]) -> None:
+    """Raise an error unless each array has settings, statistics and records of files that lie in the folder."""
+    for array, record in arrays.items():
+        for name in (array, *record["files"]):
+            inside(folder, name)
+        if not all(isinstance(record[part], dict) for part in ("settings", "stats", "files")):
+            raise TypeError(f"the record of {array} is no record")
+        if not all(isinstance(about["bytes"], int) for about in record["files"].values()):
+            raise TypeError(f"the files of {array} have no sizes")
+
+
+def _write_manifest(folder: Path, arrays: dict) -> None:
+    arrays = dict(sorted(arrays.items()))  # the same bytes in whichever order they were built
+    write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "arrays": arrays, "sha256": digest(arrays, 64)})
+
+
+def array_key(path: PathLike) -> str:
+    """A short identity of an array: of its content; where that is too large to read, of its settings too.
+
+    So it is with an array of which a part lies in a file named after it (an index's lists).
+    """
+    path = Path(path)
+    content, record = file_record(path), read_manifest(path.parent).get(path.name, {})
+    whole = "sha256" in content and not any(name.startswith(f"{path.name}.") for name in record.get("files", ()))
+    return digest([content, None if whole else record.get("settings")])
+
+
+def intact(path: PathLike) -> bool:
+    """Whether an array and all files that go with it are as they were recorded."""
+    path = Path(path)
+    record = read_manifest(path.parent).get(path.name)
+    files = {inside(path.parent, name): about for name, about in record["files"].items()} if record else {}
+    return bool(files) and all(file.is_file() and file_record(file) == about for file, about in files.items())
+
+
+@contextmanager
+def _locked(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
+    """Hold a folder's lock, since two notebooks may want one array at once; yield whether it is held.
+
+    It is not once `done` says that another process has done the work: that process may hold the lock for the next
+    array by then, and wait for this one to take its share of it.
+    """
+    lock = FileLock(folder / ".lock")
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            if done():
+                yield False
+                return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+# a store replaced by another
+
+
+def replace_store(folder: PathLike, gone: Sequence[str] = ()) -> None:
+    """Move the whole store in the folder's STAGING over its own; the arrays named in `gone` go with what they had.
+
+    What else the folder's manifest knows stays as it is.
+
+    Raises:
+        FileNotFoundError: there is none to be moved.
+    """
+    staging = Path(folder) / STAGING
+    read_manifest(folder)  # one of a newer format is refused before anything is written
+    if not read_manifest(staging):
+        raise FileNotFoundError(f"no store in {staging} is ready to take the place of that in {folder}")
+    write_json(staging / READY, {"gone": list(gone)})
+    finish_replacement(folder)
+
+
+def finish_replacement(folder: PathLike) -> None:
+    """Go on with a `replace_store` that was stopped while it moved files; nothing to do where none was.
+
+    A replacement that is damaged is left alone, with a warning.
+
+    Raises:
+        ValueError: a manifest is of a newer format than this version knows.
+    """
+    folder = Path(folder)
+    if _replacement(folder) is None:
+        return
+    check_writable(folder)
+    with _locked(folder, lambda: _replacement(folder) is None) as held:
+        if not held or (replacement := _replacement(folder)) is None:
+            return
+        (staged, gone), arrays, staging = replacement, read_manifest(folder), folder / STAGING
+        replaced = {file for name in (*gone, *staged) if name in arrays for file in arrays[name]["files"]}
+        moves = {file for record in staged.values() for file in record["files"]}
+        _tidy((inside(folder, name) for name in {*gone, *staged, *moves} | replaced), unfinished=True)
+        for name in moves:
+            if inside(staging, name).exists():  # else it was moved before the stop
+                os.replace(inside(staging, name), inside(folder, name))
+        for name in replaced - moves:
+            inside(folder, name).unlink(missing_ok=True)
+        _write_manifest(folder, {name: record for name, record in arrays.items() if name not in gone} | staged)
+        (staging / READY).unlink()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replacement(folder: Path) -> tuple[dict, list[str]] | None:
+    """What the store that is to be moved into a folder holds, and which arrays go; None where there is none."""
+    if not os.path.lexists(folder / STAGING / READY):
+        return None
+    try:
+        gone = read_json(inside(inside(folder, STAGING), READY))["gone"]
+        gone = [inside(folder, name).name for name in gone]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        staged, damage = {}, f"{READY}: {error}"
+    else:
+        staged, damage = _read(folder / STAGING)
+    try:
+        for name in (file for record in staged.values() for file in record["files"]):
+            inside(folder, name)
+    except ValueError as error:
+        staged, damage = {}, str(error)
+    if staged:
+        return staged, gone
+    warnings.warn(
+        f"the update in {folder / STAGING} is damaged and left out ({damage or f'no {MANIFEST}'}): delete that folder",
+        stacklevel=4,
+    )
+    return None
+
+
+# what is built once
+
+
+def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | None:
+    """Why an array and the files that go with it cannot be used as they are; None if they can."""
+    arrays, damage = _read(path.parent)
+    if path.name not in arrays:
+        return f"{MANIFEST} is corrupt ({damage})" if damage else f"{MANIFEST} has no record of it"
+    was, files = arrays[path.name]["settings"], arrays[path.name]["files"]
+    for name in [*settings, *was]:
+        if was.get(name) != settings.get(name):
+            return f"{name} was {was.get(name)!s:.80} and is {settings.get(name)!s:.80}"
+    others = {name: inside(path.parent, name) for name in files if name not in outputs}
+    for name, file in (outputs | others).items():
+        if not file.is_file() or name not in files:
+            return f"{name} is gone" if name in files else f"{MANIFEST} has no record of {name}"
+        if file.stat().st_size != files[name]["bytes"] or file_record(file) != files[name]:
+            return f"{name} is truncated or corrupt"
+    return None
+
+
+def _left_behind(files: Iterable[Path], *, unfinished: bool) -> list[Path]:
+    """What killed builds of files left beside them; with `unfinished`, the blocks to go on from as well."""
+    endings = ("*.tmp", "partial", "progress") if unfinished else ("*.tmp",)
+    return [left for file in files for end in endings for left in file.parent.glob(f"{glob.escape(file.name)}.{end}")]
+
+
+def _left_beside_whole(files: Sequence[Path]) -> list[Path]:
+    """The same where the files are whole. Blocks that wait, with their note, for a build with other settings stay."""
+    notes = [file for file in files if not file.with_name(f"{file.name}.partial").exists()]
+    return [*_left_behind(files, unfinished=False), *(each for each in map(_note, notes) if each.exists())]
+
+
+def _note(file: Path) -> Path:
+    return file.with_name(f"{file.name}.progress")
+
+
+def _tidy(files: Iterable[Path], *, unfinished: bool) -> None:
+    for file in _left_behind(files, unfinished=unfinished):
+        file.unlink(missing_ok=True)
+
+
+def _tidy_whole(path: Path, settings: dict, outputs: dict[str, Path]) -> None:
+    """Where an array is whole: delete what a kill left behind just before its builder would have done so."""
+    files = [*outputs.values(), path.parent / MANIFEST]
+    if not _left_beside_whole(files):
+        return
+    with suppress(OSError, Timeout):  # a folder that cannot be written; another process builds, and will tidy
+        with FileLock(path.parent / ".lock", timeout=0):
+            if _why_stale(path, settings, outputs) is None:
+                for left in _left_beside_whole(files):
+                    left.unlink(missing_ok=True)
+
+
+def cached(
+    path: PathLike,
+    settings: dict,
+    build: Callable[[], dict],
+    *,
+    files: tuple[PathLike, ...] = (),
+    force_reprocess: bool = False,
+    shared: bool = False,
+) -> dict:
+    """Build an array unless it is there already, whole and made with these settings.
+
+    Args:
+        path: the array; its folder holds the manifest.
+        settings: everything the content depends on (see `plain` for what JSON makes of it).
+        build: writes `path` and `files`, returns statistics.
+        files: what else `build` writes.
+        force_reprocess: build in any case and from the beginning, as does REPROCESS=1 in the environment.
+        shared: where several processes were launched together, all of them run `build`, each for its part (see
+            `ResumableRows`). Else one builds and the others wait for it.
+
+    Processes launched together all have to call this if it is shared or forced.
+
+    Returns:
+        The statistics, of this build or of the one that made the files.
+
+    Raises:
+        PermissionError: it has to be built and the folder is read-only.
+        ValueError: the folder's manifest is of a newer format than this version knows.
+    """
+    read_manifest(Path(path).parent)  # by every process: none waits for one that was refused
+    force = force_reprocess or reprocess_requested()
+    asked = Path(path), plain(settings), files, force
+    rank, processes = launched()
+    if processes == 1 or not (shared or force):
+        return _build_if_stale(*asked, build)
+    begun, stats = [], None
+
+    def begin() -> dict:
+        if shared:
+            begun.append(tell(True))
+        return build()
+
+    if rank == 0:  # it decides, and holds the lock for all
+        stats = _build_if_stale(*asked, begin)
+    if shared and not begun and tell(False):
+        build()
+    return tell(stats)
+
+
+def _build_if_stale(
+    path: Path, settings: dict, files: tuple[PathLike, ...], force: bool, build: Callable[[], dict]
+) -> dict:
+    folder = path.parent
+    finish_replacement(folder)
+    outputs = {_recorded_name(file, folder): Path(file) for file in (path, *files)}
+    if not force and _why_stale(path, settings, outputs) is None:
+        _tidy_whole(path, settings, outputs)
+        return read_manifest(folder)[path.name]["stats"]
+    check_writable(folder)
+    with _locked(folder, lambda: not force and _why_stale(path, settings, outputs) is None) as held:
+        if not held:
+            return read_manifest(folder)[path.name]["stats"]
+        reason = "asked for (REPROCESS=1, force_reprocess)" if force else _why_stale(path, settings, outputs)
+        if reason is None:
+            return read_manifest(folder)[path.name]["stats"]
+        arrays = read_manifest(folder)
+        if path.exists() or path.name in arrays:
+            warnings.warn(f"building {path.name} again: {reason}", stacklevel=4)
+        damaged = not force and arrays.get(path.name, {}).get("settings") == settings
+        _tidy((*outputs.values(), folder / MANIFEST), unfinished=force or damaged)
+        if damaged:  # forgotten at once: from here on, an unfinished build is one of the mended array
+            _write_manifest(folder, {name: record for name, record in arrays.items() if name != path.name})
+        stats = plain(build())
+        record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
+        _write_manifest(folder, read_manifest(folder) | {path.name: record})
+        _tidy(outputs.values(), unfinished=True)
+    return stats
+
+
+def _recorded_name(file: PathLike, folder: Path) -> str:
+    """A file's name in the manifest. That of a file in another folder is no path: only its builder knows the place."""
+    name = os.path.relpath(file, folder)
+    return quote(name, safe="") if os.path.dirname(name) else name

@@ -1,0 +1,316 @@
+"""The commands `survey`, `build`, `train`, `evaluate`: a corpus to neighbours, these to a model, both to bits per byte.
+
+Their settings are the arguments of the functions that do the work, by the same names: `TrainingWrapper` and the
+index functions (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
+and some of the corpora's. A YAML file holds them flat, `name: value`.
+
+`build` and `train` run in one process, or in several that `accelerate launch` starts. Then all take part in
+embedding and training, and the first alone does the rest.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from inspect import Parameter
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from retro_nb.common.arrays import ROOT, plain, replacing
+from retro_nb.lab.lesson import Run
+from retro_nb.lab.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
+from retro_nb.measure.evaluation import bytes_of_chunks, evaluate
+from retro_nb.model.retro import RETRO
+from retro_nb.planning.survey import Survey, survey
+from retro_nb.store.cluster import build_store
+from retro_nb.store.embedding import best_device
+from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
+from retro_nb.text.opening import NAMED, OPTIONS, recognise
+from retro_nb.text.tokens import PAD_ID, get_tokenizer
+from retro_nb.training.log import History
+from retro_nb.training.runs import FREE_SETTINGS, check_settings, only_run
+from retro_nb.training.training import fit
+from retro_nb.training.wrapper import TrainingWrapper, as_corpus, document_numbers, trained_tokenizer
+
+Settings = dict[str, Any]
+
+# the settings, and what they are without a word
+
+
+def _own(name: str, kind: Any, default: Any) -> Parameters:
+    return {name: Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)}
+
+
+LIMITS: dict[str, Parameters] = {  # of the corpora that have a name
+    "speeches": parameters(NAMED["speeches"], "max_documents", "max_chars"),
+    "almanac": parameters(NAMED["almanac"], "towns"),
+    "docstrings": parameters(NAMED["docstrings"], "packages", "min_chars"),
+    "code": parameters(NAMED["code"], "packages", "min_bytes", "max_bytes"),
+}
+READING: Parameters = {}  # of those in files
+for option, default in OPTIONS.items():
+    READING |= _own(option, str | None if option == "encoding" else str, default)
+CORPUS = _own("corpus", str, "speeches") | READING
+for limits in LIMITS.values():
+    CORPUS |= limits
+DATABASE = (
+    _own("knn", int, 2)
+    | _own("chunk_size", int, parameters(RETRO)["chunk_size"].default)
+    | parameters(TrainingWrapper, "keep_out", "glob", "max_chunks", "max_seqs", "work_dir", "bert", "tokenizer")
+    | parameters(chunks_to_precalculated_knn_, "max_similarity")
+    | parameters(chunks_to_index_and_embed, "index", "max_index_memory_usage", "use_cls_repr")
+)
+MODEL = parameters(RETRO)
+FIT = parameters(TrainingWrapper.fit, "valid_share")
+FIT |= parameters(fit, without=("retro", "train", "valid", "measure", "progress"))
+BUILD = CORPUS | DATABASE | parameters(RETRO, "max_seq_len")
+TRAIN = CORPUS | DATABASE | MODEL | FIT
+MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir"}  # when a run goes on
+
+
+def choose_settings(command: str, file: Path | None = None, given: dict[str, Any] | None = None) -> Settings:
+    """All settings of a command: what is given wins over the file, and the file over the functions' defaults.
+
+    One file serves both commands: `build` leaves out what only `train` knows.
+
+    Raises:
+        ValueError: an unknown name, with the closest known one, or a value of another type.
+    """
+    known, given = {"build": BUILD, "train": TRAIN}[command], given or {}
+    values = {} if file is None else read_yaml(file)
+    refuse_unknown(values, TRAIN, str(file), "train")
+    refuse_unknown(given, known, "-p", command)
+    values = {name: value for name, value in (values | given).items() if name in known}
+    settings = {name: parameter.default for name, parameter in known.items()} | read_as_declared(values, known)
+    _check_corpus(settings)
+    if command == "train":
+        settings |= {name: value for name, value in _vocabulary(settings).items() if name not in values}
+        if (settings["steps"] is None) == (settings["epochs"] is None):
+            raise ValueError("how long? Pass either steps or epochs, e.g. -p steps 1000")
+        stem = "train" if file is None else file.stem
+        settings["out_dir"] = settings["out_dir"] or str(ROOT / "runs" / stem)
+    return plain(settings)  # as it comes back from settings.yaml
+
+
+def _vocabulary(settings: Settings) -> dict[str, int]:
+    """What the model has to know of the tokenizer."""
+    named = settings["tokenizer"]
+    if isinstance(named, int):  # still to be trained
+        return {"num_tokens": named, "pad_id": PAD_ID}
+    tokenizer = get_tokenizer(settings["bert"] if named is None else named)
+    return {"num_tokens": tokenizer.size, "pad_id": tokenizer.ids.pad}
+
+
+def _check_corpus(settings: Settings) -> None:
+    name = settings["corpus"]
+    for owner, limits in LIMITS.items():
+        for limit, parameter in limits.items():
+            if limit not in LIMITS.get(name, {}) and settings[limit] != parameter.default:
+                raise ValueError(f"{limit} is {settings[limit]}, but corpus {name} has none: only {owner} has")
+    recognise(name, glob=settings["glob"], **_of(settings, READING))
+
+
+def _of(settings: Settings, *groups: Parameters) -> Settings:
+    """The settings that belong to these functions."""
+    return {name: settings[name] for group in groups for name in group}
+
+
+# several processes
+
+
+@contextmanager
+def processes() -> Iterator[PartialState]:
+    """Join the processes that `accelerate launch` has started; alone if it has not.
+
+    They wait for one another as long as it takes: chunking a large corpus takes the first one hours.
+    """
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus > 0:
+        raise ValueError(f"{here} processes, but {gpus} GPU(s) on this machine: launch one process for each GPU")
+    state = PartialState(cpu=not gpus, timeout=timedelta(days=30))
+    yield state
+    state.destroy_process_group()
+
+
+# the commands
+
+
+def choose_corpus(settings: Settings) -> tuple[Any, Path]:
+    """The corpus that the settings mean, and the folder of its database."""
+    name, folder = settings["corpus"], settings["work_dir"]
+    named = NAMED[name](**_of(settings, LIMITS[name])) if name in NAMED else None
+    corpus, default = as_corpus(name if named is None else named, settings["glob"], **_of(settings, READING))
+    return corpus, default if folder is None else Path(folder)
+
+
+def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
+    """Build whatever is missing for this model; every process calls it."""
+    corpus, folder = choose_corpus(settings)
+    database = _of(settings, DATABASE) | {"work_dir": folder}
+    return TrainingWrapper(retro=retro, documents_path=corpus, progress=progress, **database)
+
+
+def survey_corpus(settings: Settings, seconds: float | int = 20) -> Survey:
+    """What a corpus holds and what `build` will take, without `max_chunks` and `max_seqs`, which end it sooner.
+
+    Args:
+        settings: from `choose_settings("build", …)`.
+        seconds: read no longer than so.
+    """
+    corpus, folder = choose_corpus(settings)
+    same = ("chunk_size", "knn", "tokenizer", "bert", "index", "max_index_memory_usage")
+    sizes = {name: settings[name] for name in same} | {"seq_len": settings["max_seq_len"]}
+    return survey(corpus, work_dir=folder, seconds=seconds, **sizes)
+
+
+def describe(wrapper: TrainingWrapper) -> str:
+    """What was built, in one line."""
+    stats = wrapper.stats
+    counts = f"{stats['docs']} documents, {stats['chunks']} chunks, {stats['seqs']} sequences"
+    return f"{counts}, {stats['k']} neighbours a chunk (recall {stats['recall']:.3f}), in {wrapper.work_dir}"
+
+
+def build(settings: Settings) -> TrainingWrapper:
+    """Chunk, embed, index and search a corpus, as `train` with the same settings will want it.
+
+    Args:
+        settings: from `choose_settings("build", …)`.
+    """
+    with processes() as here:
+        with torch.device("meta"):  # sizes alone: a model without memory
+            sizes = _of(settings, parameters(RETRO, "max_seq_len", "chunk_size"))
+            retro = RETRO(**_vocabulary(settings), **sizes)
+        wrapper = _wrap(retro, settings, here.is_main_process)
+        if here.is_main_process:
+            print(describe(wrapper), flush=True)
+        return wrapper
+
+
+def build_on_cluster(settings: Settings, workers: int = 2, address: str | None = None) -> TrainingWrapper:
+    """The same as `build`, by the workers of a Ray cluster (see `cluster.build_store`).
+
+    Args:
+        settings: from `choose_settings("build", …)`.
+        workers: how many work at once.
+        address: of a running cluster; None for one on this machine.
+    """
+    corpus, folder = choose_corpus(settings)
+    named, bert = settings["tokenizer"], settings["bert"]
+    if isinstance(named, int):
+        tokenizer = trained_tokenizer(corpus, folder / "tokenizer", named, progress=True)
+    else:
+        tokenizer = get_tokenizer(named or bert)
+    same = ("chunk_size", "knn", "max_chunks", "max_seqs", "bert", "use_cls_repr", "max_similarity", "index")
+    build_store(
+        corpus,
+        folder,
+        tokenizer,
+        workers=workers,
+        address=address,
+        seq_len=settings["max_seq_len"],
+        keep_out=partial(document_numbers, settings["keep_out"]),
+        max_index_memory_usage=settings["max_index_memory_usage"],
+        **{name: settings[name] for name in same},
+    )
+    os.environ.pop("REPROCESS", None)  # that has been done: what follows finds everything built
+    return build(settings)
+
+
+def train(settings: Settings) -> tuple[TrainingWrapper, History]:
+    """Train a model on a corpus, building first what is missing; the same call goes on after a stop.
+
+    It leaves in `out_dir`: settings.yaml, log.jsonl, checkpoints/, then metrics.json and the trained model, as
+    `RETRO.from_pretrained(out_dir)` reads it.
+
+    Args:
+        settings: from `choose_settings("train", …)`.
+
+    Returns:
+        The corpus with the trained model, and the log.
+
+    Raises:
+        ValueError: a setting of `fit` is out of range, or `out_dir` holds a run with other settings.
+        BlockingIOError: another run is training in `out_dir`.
+    """
+    check_settings(_of(settings, FIT))
+    _check_same_run(settings)
+    with processes() as here, only_run(here, settings["out_dir"]):
+        main, out_dir = here.is_main_process, Path(settings["out_dir"])
+        run = Run(settings["seed"], here.device, out_dir, settings)
+        torch.manual_seed(settings["seed"])
+        wrapper = _wrap(RETRO(**_of(settings, MODEL)), settings, main)
+        if main:
+            print(describe(wrapper), flush=True)
+            _write_settings(settings)
+        history = wrapper.fit(progress=main, **_of(settings, FIT))
+        if main:
+            wrapper.retro.save_pretrained(out_dir)
+            metrics = run.save_metrics(_metrics(wrapper, history, here.num_processes))
+            losses = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "valid_loss") if name in metrics)
+            print(f"{metrics['steps']} steps, {losses}, in {out_dir}")
+        return wrapper, history
+
+
+def evaluate_run(
+    folder: Path,
+    baseline: Path | None = None,
+    modes: Sequence[str] = ("on", "off", "shuffled"),
+    given: Settings | None = None,
+) -> dict[str, Any]:
+    """Measure what a run of `train` has learnt on the documents that it held out (see `evaluation.evaluate`).
+
+    Args:
+        folder: the run's out_dir: its model, and in settings.yaml its corpus.
+        baseline: the out_dir of a model trained without retrieval on the same documents.
+        modes: the first is what the others are compared with.
+        given: settings that differ from the run's, such as knn.
+
+    Raises:
+        ValueError: the run held out no document, or a setting is unknown.
+    """
+    settings = choose_settings("train", folder / "settings.yaml", given)
+    if settings["valid_share"] == 0:
+        raise ValueError(f"{folder} was trained on all documents (valid_share 0): there is nothing to measure it on")
+    device = best_device()
+    retro = RETRO.from_pretrained(folder, device)
+    models = {mode: (retro, mode) for mode in modes}
+    if baseline is not None:
+        models["baseline"] = (RETRO.from_pretrained(baseline, device), "off")
+    wrapper = _wrap(retro, settings, progress=True)
+    documents = wrapper.held_out(settings["valid_share"], settings["seed"])
+    sizes = bytes_of_chunks(wrapper.work_dir / "chunks.npy")
+    found = evaluate(models, wrapper.ds, documents, sizes, batch_size=settings["batch_size"])
+    return {"run": str(folder), "corpus": settings["corpus"], "knn": settings["knn"], **found}
+
+
+def _check_same_run(settings: Settings) -> None:
+    """Refuse other settings than those of the run in `out_dir`, before hours are spent on building."""
+    file = Path(settings["out_dir"]) / "settings.yaml"
+    begun = any(file.parent.glob("checkpoints/step-*"))  # else there is nothing to go on with
+    if not (settings["resume"] and begun and file.exists()):
+        return
+    for name, before in read_yaml(file).items():
+        if name not in MAY_CHANGE and settings.get(name, before) != before:
+            raise ValueError(
+                f"{file} says {name} {before}, not {settings[name]}: say the same to go on with that run, "
+                f"-p resume false to start over, or -p out_dir with another folder"
+            )
+
+
+def _write_settings(settings: Settings) -> None:
+    out_dir = Path(settings["out_dir"])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with replacing(out_dir / "settings.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _metrics(wrapper: TrainingWrapper, history: History, processes: int) -> dict[str, Any]:
+    last = history[-1]
+    names = ("loss", "valid_loss", "tokens", "tokens_per_second")
+    counts = {"steps": last["step"], "parameters": wrapper.retro.num_parameters(), "processes": processes}
+    return counts | {name: last[name] for name in names if name in last} | {"training_seconds": last["seconds"]}

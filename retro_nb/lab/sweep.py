@@ -1,0 +1,192 @@
+"""Sweeps: one notebook over a grid of parameters, a table of its metrics, and a plot.
+
+A sweep file says which notebook, the parameters all points share, the grid, and what to look at:
+
+    notebook: 05_training
+    parameters: {steps: 40}
+    grid: {k: [0, 1, 2, 4], seed: [0, 1, 2]}
+    metric: valid_loss
+    x: k
+
+A point is known by its parameters: its folder carries their hash, so that a sweep that was stopped, or whose
+grid has grown, runs only what is missing.
+"""
+
+import csv
+import itertools
+import math
+import re
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from retro_nb.common.arrays import read_json, replacing
+from retro_nb.common.digests import digest
+from retro_nb.common.extras import extra
+from retro_nb.lab import runner
+from retro_nb.lab.runner import Result, choose_parameters, execute, find_notebooks, markdown_table
+from retro_nb.lab.settings import read_yaml
+
+with extra("notebooks"):
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says; `points` holds the whole parameters of each point, cast to their types."""
+
+    name: str
+    notebook: Path
+    metric: str
+    x: str
+    axes: list[str]  # the grid's names
+    points: list[dict[str, Any]]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        ValueError: a key or parameter that is missing, unknown, or of another type.
+    """
+    content, complaints = read_yaml(path), []
+    wanted = ("notebook", "parameters", "grid", "metric", "x")
+    if missing := [name for name in wanted if name not in content]:
+        complaints.append(f"missing: {', '.join(missing)}")
+    if strange := [str(name) for name in content if name not in wanted]:
+        complaints.append(f"not known: {', '.join(strange)}")
+    if complaints:
+        raise ValueError(f"{path}: {'; '.join(complaints)}; see experiments/sweep_neighbours.yaml")
+    grid, x, base = content["grid"], content["x"], content["parameters"] or {}
+    if not isinstance(base, dict):
+        raise ValueError(f"{path}: parameters is {base!r:.80}: let it map names to values, such as {{steps: 40}}")
+    if not isinstance(content["metric"], str):
+        raise ValueError(f"{path}: metric is {content['metric']!r:.80}: let it be a name, such as valid_loss")
+    if not isinstance(grid, dict) or not all(values and isinstance(values, list) for values in grid.values()):
+        raise ValueError(f"{path}: grid maps names to lists of values, such as {{k: [0, 2], seed: [0, 1]}}")
+    if x not in list(grid):
+        raise ValueError(f"{path}: x is {x!r:.80}, but the grid varies {', '.join(grid)}: let x be one of these")
+    named = str(content["notebook"])
+    beside = path.parent / named  # a notebook that is given by its path lies beside the sweep
+    notebooks = find_notebooks([str(beside) if named.endswith(".ipynb") and beside.is_file() else named])
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    points = [choose_parameters(notebooks, given=base | point)[0] for point in combinations]
+    return Sweep(path.stem.removeprefix("sweep_"), notebooks[0], content["metric"], x, list(grid), points)
+
+
+def point_folder(sweep: Sweep, point: dict[str, Any]) -> Path:
+    """Where a point lies: readable by its place in the grid, unique by the hash of all its parameters."""
+    said = re.sub(r"[^\w=,.+-]", "_", ",".join(f"{name}={point[name]}" for name in sweep.axes))
+    identity = digest([sweep.notebook.stem, point], 10)
+    return runner.RUNS / f"sweep-{sweep.name}" / f"{said[:80]}-{identity}"
+
+
+def _finished(folder: Path) -> Result | None:
+    with suppress(OSError, ValueError, TypeError):
+        result = Result(**read_json(folder / "result.json"))
+        return result if result.status == "done" and isinstance(result.metrics, dict) else None
+    return None
+
+
+def run_sweep(path: Path) -> tuple[Path, list[Result]]:
+    """Run the points of a sweep that are not finished yet, then write its table and plot.
+
+    A point that fails, or leaves no number under the metric's name, is reported and does not stop the rest;
+    what failed is tried again the next time.
+
+    Returns:
+        The sweep's folder, with points.csv, table.md and plot.png, and a result for each point.
+
+    Raises:
+        ValueError: the file cannot be used; nothing has run then.
+    """
+    sweep = read_sweep(path)
+    results = []
+    with tqdm(sweep.points, unit="point", miniters=0, mininterval=1) as bar:
+        for point in bar:
+            folder = point_folder(sweep, point)
+            bar.set_description(", ".join(f"{name} {point[name]}" for name in sweep.axes))
+            result = _finished(folder)
+            if result is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                result = execute(sweep.notebook, folder, point, lambda _: bar.update(0))  # the clock goes on
+            value = result.metrics.get(sweep.metric)
+            if result.status == "done" and (isinstance(value, bool) or not isinstance(value, int | float)):
+                known = ", ".join(result.metrics) or "none"
+                result.status, result.error = "failed", f"no number {sweep.metric!r} in its metrics: {known}"
+            results.append(result)
+    folder = runner.RUNS / f"sweep-{sweep.name}"
+    _write_points(sweep, results, folder / "points.csv")
+    summary = summarise(sweep, results)
+    with replacing(folder / "table.md") as temporary:
+        text = f"# {sweep.name}: {sweep.metric}\n\n{markdown_table(summary)}\n"
+        temporary.write_text(text, encoding="utf-8")
+    with replacing(folder / "plot.png") as temporary:
+        draw(sweep, summary).savefig(temporary, format="png", dpi=120)
+    return folder, results
+
+
+def _write_points(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
+    columns = [*sweep.axes, sweep.metric, "status", "seconds", "peak_mb", "error"]
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for point, result in zip(sweep.points, results, strict=True):
+            value = result.metrics.get(sweep.metric)
+            outcome = [value, result.status, result.seconds, result.peak_mb, result.error]
+            writer.writerow([*(point[name] for name in sweep.axes), *outcome])
+
+
+def summarise(sweep: Sweep, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row for each place in the grid without its seeds: mean, standard deviation over the seeds, count.
+
+    The deviation is the sample's (n − 1), None for fewer than two seeds; the mean is None where all failed.
+    """
+    axes = [name for name in sweep.axes if name != "seed" or name == sweep.x]
+    groups: dict[str, list[float]] = defaultdict(list)
+    places: dict[str, dict[str, Any]] = {}
+    for point, result in zip(sweep.points, results, strict=True):
+        place = {name: point[name] for name in axes}
+        places[str(place)] = place
+        if result.status == "done":
+            groups[str(place)].append(result.metrics[sweep.metric])
+    rows = []
+    for key, place in places.items():
+        values = groups[key]
+        mean = statistics.fmean(values) if values else None
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(place | {sweep.metric: mean, "std": deviation, "n": len(values)})
+    return rows
+
+
+def draw(sweep: Sweep, summary: Sequence[dict[str, Any]]) -> Figure:
+    """The metric against x: a line for each combination of the grid's other names, bars for the deviation."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    values = [row[sweep.x] for row in summary]
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    labels = list(dict.fromkeys(map(str, values)))
+    others = [name for name in sweep.axes if name not in (sweep.x, "seed")]
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in summary:
+        if row[sweep.metric] is not None:
+            lines[", ".join(f"{name} {row[name]}" for name in others)].append(row)
+    for label, rows in lines.items():
+        places = [row[sweep.x] if numeric else labels.index(str(row[sweep.x])) for row in rows]
+        bars = [row["std"] or math.nan for row in rows]
+        axes.errorbar(places, [row[sweep.metric] for row in rows], bars, marker="o", capsize=3, label=label)
+    if not numeric:
+        axes.set_xticks(range(len(labels)), labels)
+    elif min(values) > 0 and max(values) >= 100 * min(values):
+        axes.set_xscale("log")
+    axes.set(xlabel=sweep.x, ylabel=sweep.metric, title=f"{sweep.name} ({sweep.notebook.stem})")
+    if others:
+        axes.legend()
+    return figure

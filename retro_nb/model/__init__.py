@@ -1,0 +1,1 @@
+"""RETRO, RETROfit, and sampling from both."""

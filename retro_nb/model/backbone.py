@@ -1,0 +1,184 @@
+"""Hugging Face language models, seen as RETROfit sees them: layers with a place to read in (notebook 09).
+
+Shapes: b batch, n sequence length, d width.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from retro_nb.common.arrays import PathLike
+from retro_nb.model.pretrained import find_included
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTIONS, SECOND_NORMS = ("self_attn", "attn", "attention"), ("post_attention_layernorm", "ln_2")
+SAMPLED = 16  # weights by which a language model is known again
+ROUNDING = 2**-8  # how far bfloat16 may move a weight, as a share of it
+
+Read = Callable[[int, Tensor], Tensor]  # a layer's number and h (b n d): what the layer reads (b n d)
+
+
+class Block(NamedTuple):
+    """A layer of a language model, and the parts of it that RETROfit has to do with."""
+
+    layer: nn.Module
+    attention: nn.Module
+    second_norm: nn.Module  # between attention and feed-forward
+
+
+def blocks(backbone: nn.Module) -> list[Block]:
+    """The layers of a Hugging Face language model, tried on two tokens.
+
+    Raises:
+        ValueError: they are not made as RETROfit needs them.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(backbone).__name__
+    if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is None:
+        raise ValueError(f"{name} is no Hugging Face causal language model: load one by AutoModelForCausalLM")
+    lists = (part for part in backbone.base_model.children() if isinstance(part, nn.ModuleList))
+    found = [_block(layer) for layer in next(lists, ())]
+    if not found or None in found:
+        raise ValueError(
+            f"{name} is not a row of layers with {' or '.join(ATTENTIONS)} and {' or '.join(SECOND_NORMS)}: "
+            f"pass a decoder like GPT-2, Llama, Mistral or Qwen"
+        )
+    _try(backbone, found)
+    return found
+
+
+def _block(layer: nn.Module) -> Block | None:
+    parts = [
+        next((getattr(layer, each) for each in names if hasattr(layer, each)), None)
+        for names in (ATTENTIONS, SECOND_NORMS)
+    ]
+    return None if None in parts else Block(layer, *parts)
+
+
+@torch.no_grad()
+def _try(backbone: "PreTrainedModel", blocks: list[Block]) -> None:
+    """Whether h = x + attention(x) is what the second half of a layer gets, and the logits are a linear map."""
+    seen: dict[str, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple, named: dict) -> None:
+        seen["h"] = hidden_states(args, named)
+
+    def add(number: int, h: Tensor) -> Tensor:
+        seen["expected"] = h
+        return torch.zeros_like(h)
+
+    name, was_training = type(backbone).__name__, backbone.training
+    ids = torch.tensor([[0, 1]], device=backbone.device)
+    with ExitStack() as stack:
+        stack.callback(backbone.train, was_training)
+        hook = blocks[0].second_norm.register_forward_pre_hook(note, with_kwargs=True)
+        stack.callback(hook.remove)
+        stack.enter_context(reading({1: blocks[0]}, add))
+        logits = backbone.eval()(input_ids=ids, use_cache=False).logits
+        hidden = backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.allclose(seen["h"], seen["expected"]):
+        raise ValueError(
+            f"{name} does not add its attention to the input of the layer and go on from there (parallel or "
+            f"normalised branches): there is no place for chunked cross-attention. Pass e.g. a GPT-2, Llama or Qwen"
+        )
+    head = backbone.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not torch.equal(head(hidden), logits):
+        raise ValueError(f"the logits of {name} are not a linear map of its last layer, as RETROfit needs them")
+
+
+def hidden_states(args: tuple, named: dict) -> Tensor:
+    return args[0] if args else named["hidden_states"]
+
+
+def hooks(block: Block, read: Callable[[Tensor], Tensor]) -> tuple[RemovableHandle, RemovableHandle]:
+    """While these are there, what `read` makes of h = x + attention(x) joins the attention's output."""
+    entered: list[Tensor] = []
+
+    def enter(layer: nn.Module, args: tuple, named: dict) -> None:
+        entered[:] = [hidden_states(args, named)]
+
+    def leave(attention: nn.Module, args: tuple, output: tuple) -> tuple:
+        attended, *others = output
+        return attended + read(entered[0] + attended), *others
+
+    return block.layer.register_forward_pre_hook(enter, with_kwargs=True), block.attention.register_forward_hook(leave)
+
+
+@contextmanager
+def reading(blocks: dict[int, Block], read: Read) -> Iterator[None]:
+    """While this runs, the layers read after their self-attention; afterwards they are as before."""
+    with ExitStack() as stack:
+        for number, block in blocks.items():
+            for hook in hooks(block, partial(read, number)):
+                stack.callback(hook.remove)
+        yield
+
+
+# where it comes from
+
+
+def load_backbone(name: PathLike) -> "PreTrainedModel":
+    """A causal language model by its folder, its name among those that come with the project, or its hub name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(find_included(name))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"there is no language model {str(name)!r} on this machine: pass a folder, or set HF_HUB_OFFLINE=0 and "
+            f"have a network"
+        ) from error
+    model.config.name_or_path = str(name)
+    return model
+
+
+def identity(backbone: "PreTrainedModel", frozen: bool) -> dict[str, Any]:
+    """What a language model is known again by: name, architecture and, if it stays as it is, some of its weights."""
+    architecture = json.loads(backbone.config.to_json_string())  # with names for keys, as it is read again
+    for name in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"):
+        architecture.pop(name, None)  # what says no more, or may change
+    name = backbone.config.name_or_path
+    return {"name": name, "architecture": architecture, "sample": _sample(backbone) if frozen else None}
+
+
+def restore(known: dict[str, Any]) -> "PreTrainedModel":
+    """The language model of this `identity`; with new weights if those are not its own any more."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if known["sample"]:
+        return load_backbone(known["name"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known["architecture"]))
+    model.config.name_or_path = known["name"]
+    return model
+
+
+def check_same(backbone: "PreTrainedModel", known: dict[str, Any]) -> None:
+    """Raise a ValueError if this is not the language model of this `identity`.
+
+    What only one of the two configurations has is passed over: another version of transformers has other names.
+    """
+    own, there = identity(backbone, frozen=known["sample"] is not None), known["architecture"]
+    same = all(value == there.get(name, value) for name, value in own["architecture"].items())
+    if not same or (known["sample"] and not np.allclose(own["sample"], known["sample"], rtol=ROUNDING, atol=1e-7)):
+        raise ValueError(f"this {type(backbone).__name__} is not {known['name'] or 'the one'} that the weights are for")
+
+
+def _sample(backbone: "PreTrainedModel") -> list[float]:
+    """Compared with a tolerance: the weights may be held in 16 bits another time."""
+    weights = list(backbone.parameters())
+    picked = np.linspace(0, len(weights) - 1, SAMPLED).astype(int)
+    return [float(weights[i].detach().flatten()[-1]) for i in picked]

@@ -1,0 +1,117 @@
+"""Cross-entropy of a linear output layer, without ever holding the logits of all tokens (notebook 05).
+
+One token's logits are v numbers, 30,522 for BERT's word pieces: those of a batch take more memory than all the
+activations of a small model, and writing and reading them more time than its layers. But each token's loss
+and its derivative need that token's logits alone. So the tokens are taken a block at a time, and of a block
+only three things are kept: its loss, and the derivatives by its input and by the weights.
+
+Shapes: t tokens, d width, v vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from retro_nb.common.devices import can_compile
+
+# Logits held at once: on a CPU what its cache nearly holds, on a GPU enough to keep it busy (0.5 GB in float32).
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
+# A GPU multiplies twice as fast if the table's rows are filled up to a multiple of this.
+EVEN = {"cpu": 1, "cuda": 64}
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
+) -> Float[Tensor, ""]:
+    """The sum over tokens of cross_entropy(x @ weight.T + bias, targets), in nats.
+
+    Under autocast the matrices are multiplied in its type; the softmax is at least float32 in any case. It
+    has first derivatives only.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def token_cross_entropy(
+    x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
+) -> Float[Tensor, " t"]:
+    """cross_entropy(x @ weight.T + bias, targets) of each token, in nats and float32, a block at a time."""
+    block = _tokens_at_once(x, weight)
+    pairs = zip(x.split(block), targets.split(block), strict=True)
+    return torch.cat(
+        [F.cross_entropy(F.linear(some, weight, bias).float(), target, reduction="none") for some, target in pairs]
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """∂loss/∂logits = softmax − one-hot is known with the loss, so the forward pass computes the derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, with_gradients: bool
+    ) -> Tensor:
+        w, b = _even(weight, x), _even(bias, x, value=float("-inf"))  # words that never come
+        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        learns = with_gradients and any(ctx.needs_input_grad[1:3])  # the output layer may be frozen
+        dx = torch.zeros_like(x)
+        dw, db = (torch.zeros_like(t, dtype=total.dtype) if learns else None for t in (w, b))
+        block = _tokens_at_once(x, w)
+        softmax_loss = _fused_softmax_loss() if x.is_cuda and can_compile("cuda") else _softmax_loss
+        with torch.autocast(x.device.type, enabled=False):
+            for x_block, target, dx_block in zip(x.split(block), targets.split(block), dx.split(block), strict=True):
+                loss, slope = softmax_loss(F.linear(x_block, w, b), target)
+                total += loss
+                if with_gradients:
+                    torch.mm(slope, w, out=dx_block)
+                if learns:
+                    dw += slope.T @ x_block
+                    db += slope.sum(dim=0, dtype=db.dtype)
+        if learns:
+            dw, db = dw[: len(weight)].to(weight.dtype), db[: len(bias)].to(bias.dtype)
+        ctx.save_for_backward(dx, dw, db)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, db = ctx.saved_tensors
+        return *(None if t is None else t * upstream.to(t.dtype) for t in (dx, dw, db)), None, None
+
+
+def _tokens_at_once(x: Tensor, weight: Tensor) -> int:
+    """How many tokens' logits are held at a time."""
+    return max(1, LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"]) // len(weight))
+
+
+def _even(table: Tensor, x: Tensor, value: float = 0.0) -> Tensor:
+    """`table` in x's type, with rows of `value` up to an even number of them."""
+    rows = -len(table) % EVEN.get(x.device.type, 1)
+    return F.pad(table.to(x.dtype), (0, 0) * (table.ndim - 1) + (0, rows), value=value)
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of a block, and its derivative by the logits; the logits' memory may be used up."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = exact.amax(dim=-1, keepdim=True)
+    asked = exact.gather(-1, targets[:, None])
+    exact = exact.sub_(top).exp_()
+    mass = exact.sum(dim=-1, keepdim=True)
+    loss = (mass.log() + top - asked).sum()
+    # The word that came has p − 1: tiny once it is expected, and rounded only after the subtraction.
+    surprise = (asked - top).exp_() / mass - 1
+    slope = exact.div_(mass).to(logits.dtype)
+    return loss, slope.scatter_(-1, targets[:, None], surprise.to(logits.dtype))
+
+
+@lru_cache
+def _fused_softmax_loss() -> Callable:
+    """`_softmax_loss` in a few kernels instead of ten: on a GPU each reads and writes all logits."""
+    return torch.compile(_softmax_loss, dynamic=True)

@@ -1,0 +1,110 @@
+"""Weights in and out: safetensors with a config, and the reference implementation's state dict."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from retro_nb.common.arrays import ROOT, PathLike, replacing, write_json
+
+INCLUDED = ROOT / "data" / "checkpoints"  # models that come with the project
+
+# Regular expressions from the names of retro-pytorch's parameters to ours.
+RETRO_PYTORCH_NAMES = [
+    (r"^to_decoder_model_dim\.", "to_dec_dim."),
+    (r"(layers\.\d+)\.0\.", r"\1.attn."),
+    (r"(layers\.\d+)\.1\.", r"\1.cross_attn."),
+    (r"(layers\.\d+)\.2\.", r"\1.ff."),
+    (r"\.fn\.cross_attn\.", ".fn.attn."),
+    (r"\.fn\.ff\.", ".fn.net."),
+]
+
+
+def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A retro-pytorch state dict under our names."""
+    weights = {}
+    for name, value in state_dict.items():
+        if name.endswith("inv_freq"):
+            continue  # rotary frequencies, computed here
+        if name.replace(".weight", ".gamma") in state_dict:  # the weight of a gated RMSNorm is its gate
+            name = name.replace(".weight", ".gate")
+        for theirs, ours in RETRO_PYTORCH_NAMES:
+            name = re.sub(theirs, ours, name)
+        weights[name] = value
+    return weights
+
+
+def plain_config(arguments: dict) -> dict:
+    """The constructor's arguments as JSON can hold them."""
+    config = {key: value for key, value in arguments.items() if key not in ("self", "__class__")}
+    for key, value in config.items():
+        if isinstance(value, type):
+            config[key] = value.__name__
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            config[key] = list(value)
+    return config
+
+
+def _kind(name: str) -> str:
+    return f"retro_nb.{name}"
+
+
+def _read_config(path: Path, name: str) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model") != _kind(name):
+        raise ValueError(f"{path} is not the configuration of a {name} saved with save_pretrained")
+    return config
+
+
+def save(weights: nn.Module, config: dict, name: str, folder: str | Path) -> None:
+    """Write a model of the class `name`: model.safetensors and config.json, each whole or not at all."""
+    config = {"model": _kind(name), **config}
+    with replacing(Path(folder) / "model.safetensors") as temporary:
+        save_model(weights, str(temporary), metadata={"config": json.dumps(config)})
+    write_json(Path(folder) / "config.json", config)
+
+
+def find_included(name: PathLike) -> PathLike:
+    """The folder of that name among the models that are included; anything else as it is."""
+    return INCLUDED / name if (INCLUDED / name).is_dir() and not Path(name).is_dir() else name
+
+
+def load_weights(weights: nn.Module, folder: str | Path, device: str | torch.device = "cpu") -> None:
+    """Fill a module with the weights that `save` wrote of one like it."""
+    load_model(weights, Path(folder) / "model.safetensors", device=str(device))
+
+
+def load(
+    build: Callable[[dict], nn.Module], name: str, folder: str | Path, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The model that `save` wrote, made by `build(config)`, in evaluation mode; errors as `from_pretrained`."""
+    folder = Path(find_included(folder))
+    if not folder.is_dir():
+        names = ", ".join(sorted(path.name for path in INCLUDED.glob("*/"))) or "none"
+        raise FileNotFoundError(f"{folder} is no folder with a model, nor the name of an included one ({names})")
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: save_pretrained({str(folder)!r}) writes it")
+    config = _read_config(config_path, name)
+    try:
+        with safe_open(weights_path, "pt") as weights:
+            saved_with = json.loads((weights.metadata() or {}).get("config", "null"))
+        if saved_with != config:
+            raise ValueError("they were saved with another configuration")
+        model = build({key: value for key, value in config.items() if key != "model"})
+        load_weights(model.own_weights, folder, device)
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{weights_path} does not hold the weights of the model in {config_path}: {error}. Save both "
+            f"again with save_pretrained"
+        ) from error
+    return model.to(device).eval()

@@ -1,0 +1,323 @@
+"""Writing with RETRO: token by token, with new neighbours at the end of every chunk (notebook 06).
+
+Shapes: b batch, n sequence length, m chunk length, l chunks, k neighbours, r retrieved tokens per neighbour,
+v vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from retro_nb.model.base import ChunkedLM
+from retro_nb.model.cuda_graphs import Recording, can_record
+from retro_nb.text.tokens import EOS_ID
+
+FetchNeighbours = Callable[[Tensor, int], Tensor]  # (b, m) tokens of a chunk, its number -> (b, k, r)
+OnToken = Callable[[int, Tensor], object]  # position, (b,) tokens
+HOTTEST = 1e30  # highest temperature: times Gumbel noise, which is below 17, it is still a float32
+MEND = (
+    "nothing can be drawn where a logit is NaN or ∞, or where all are −∞. Load a checkpoint whose weights are finite, "
+    "compute in float32 if a smaller type overflows, or let the filter keep a token"
+)
+
+
+def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tensor, "*b v"]:
+    """Keep the likeliest tokens, −inf for the others.
+
+    Args:
+        logits: scores of the v tokens.
+        thres: share of the vocabulary to filter out, 0 … 1. round((1 − thres) · v) tokens stay, at least one.
+    """
+    _check_share(thres)
+    values, tokens = logits.topk(max(1, round((1 - thres) * logits.shape[-1])), sorted=False)
+    return torch.full_like(logits, float("-inf")).scatter(-1, tokens, values)
+
+
+def top_p(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tensor, "*b v"]:
+    """Keep the smallest set of tokens whose probabilities sum to 1 − thres or more (nucleus sampling).
+
+    Args:
+        logits: scores of the v tokens.
+        thres: share of the probability to filter out, 0 … 1: 0.1 keeps 90 % of it. At least one token stays.
+    """
+    _check_share(thres)
+    if thres == 0:  # rounding must not cost the least likely tokens
+        return logits
+    values, tokens = logits.sort(descending=True, stable=True)
+    probabilities = values.softmax(dim=-1)
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    mass_before[..., 0] = -1  # the likeliest token always stays
+    values = values.masked_fill(mass_before >= 1 - thres, float("-inf"))
+    return torch.empty_like(logits).scatter(-1, tokens, values)
+
+
+def _check_share(thres: float | int) -> None:
+    if not 0 <= thres <= 1:
+        raise ValueError(f"thres {thres} is the share to filter out: pass a number from 0 (nothing) to 1")
+
+
+def gumbel_sample(
+    t: Float[Tensor, "..."], temperature: float | int = 1.0, dim: int = -1, generator: torch.Generator | None = None
+) -> Int[Tensor, "..."]:
+    """Draw from softmax(t / temperature) along `dim`: the argmax after adding Gumbel noise.
+
+    Temperature 0 is the plain argmax. `generator` (on t's device) makes the draw reproducible.
+
+    Raises:
+        ValueError: a temperature outside 0 … 1e30.
+        FloatingPointError: on a CPU, a score is NaN or ∞, or all scores to choose from are −∞. A GPU is not
+            made to wait for this check; `generate` has its own.
+    """
+    _check_temperature(temperature)
+    tokens, possible = draw(t, temperature, dim, _uniform(t, temperature, generator))
+    if t.is_cpu and not possible.all():
+        row = (~possible).nonzero()[0].tolist()
+        raise FloatingPointError(f"the scores of row {row} of {list(possible.shape)} are not finite: {MEND}")
+    return tokens
+
+
+def _uniform(
+    t: Float[Tensor, "*b v"], temperature: float | int, generator: torch.Generator | None
+) -> Float[Tensor, "..."]:
+    """Random numbers from 0 to 1 of t's shape, a single one where greedy choice needs none."""
+    return torch.rand(t.shape if temperature > 0 else (), generator=generator, device=t.device)
+
+
+def draw(
+    t: Float[Tensor, "..."], temperature: float | int, dim: int, uniform: Float[Tensor, "..."]
+) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
+    """The tokens that are drawn, and whether they could be.
+
+    Where scores are NaN or ∞, argmax chooses one of these; where all are −∞, it has no other. So the score of the
+    token that is drawn tells of every fault, and no further look at all v scores is needed.
+    """
+    noisy = t
+    if temperature > 0:  # log 0 is never drawn; a division by a temperature of 1e-40 would overflow
+        noisy = t.float().sub(uniform.clamp(min=1e-30).log_().neg_().log_(), alpha=temperature)
+    tokens = noisy.argmax(dim=dim, keepdim=True)
+    return tokens.squeeze(dim), t.gather(dim, tokens).isfinite().squeeze(dim)
+
+
+def _check_temperature(temperature: float | int) -> None:
+    if not 0 <= temperature <= HOTTEST:
+        raise ValueError(
+            f"temperature {temperature} is not in 0 … {HOTTEST:g}: pass 0 for greedy, 1 to sample the model as it is"
+        )
+
+
+def generate(
+    retro: ChunkedLM,
+    prompt: Int[Tensor, "b _"],
+    fetch_neighbours: FetchNeighbours | None = None,
+    *,
+    retrieved: Int[Tensor, "b l k r"] | None = None,
+    prompt_lengths: Int[Tensor, " b"] | None = None,
+    max_new_tokens: int | None = None,
+    filter_fn: Callable[..., Tensor] = top_k,
+    filter_thres: float | int = 0.9,
+    temperature: float | int = 1.0,
+    generator: torch.Generator | None = None,
+    eos_id: int | None = None,
+    on_token: OnToken | None = None,
+) -> Int[Tensor, "b _"]:
+    """Continue the prompts, one token at a time, in evaluation mode.
+
+    Each row ends at the first `eos_id` that it generates itself, after max_new_tokens, or at the model's
+    max_seq_len; what follows in the row is padding. Prompts are kept as they are, whatever they hold.
+
+    Args:
+        prompt: (b, p) with 1 ≤ p ≤ max_seq_len.
+        fetch_neighbours: gets a completed chunk (b, m) and its number (from 0), returns its neighbours
+            (b, k, r). Called once a chunk, when a token follows it. Rows that have ended hold padding there.
+        retrieved: neighbours of the prompt's first l chunks, used as they are. Chunks that neither this nor
+            fetch_neighbours covers get all-padding neighbours. With neither given, nothing is ever read.
+        prompt_lengths: (b,) for prompts of different lengths, each padded at its end. A longer prompt goes on
+            being read while shorter rows are already being written.
+        max_new_tokens: for each row, counted from its own prompt's end.
+        filter_fn, filter_thres: top_k or top_p and the share that it filters out.
+        temperature: 0 is greedy, 1 samples the model as it is.
+        generator: noise for all rows is drawn at every step, so a row's text does not depend on when the
+            others end. On a GPU up to 15 steps more are drawn than were needed.
+        eos_id: what ends a text: of the model's own tokenizer if it has one, else BERT's [SEP].
+        on_token: called with every new position and its (b,) tokens, as they come.
+
+    Returns:
+        (b, n), prompt included, as long as the longest row.
+
+    Raises:
+        ValueError: an empty prompt or one longer than max_seq_len, lengths outside the prompt, `retrieved`
+            for chunks that the shortest prompt does not complete, a temperature outside 0 … 1e30.
+        FloatingPointError: the logits of a row that is being written hold NaN or ∞, or nothing but −∞. On a GPU
+            this is seen up to 15 tokens later, as it is looked for together with the rows' ends.
+    """
+    _check_temperature(temperature)
+    if filter_fn in (top_k, top_p):
+        _check_share(filter_thres)
+    if eos_id is None:
+        eos_id = EOS_ID if retro.tokenizer is None else retro.tokenizer.ids.eos
+    prompt = prompt.to(retro.to_logits.weight.device)
+    lengths, ends = _row_limits(retro, prompt, prompt_lengths, max_new_tokens)
+    seq = _room(prompt, lengths, int(ends.max()), retro.pad_id)
+    neighbours = _neighbours(retro, seq, fetch_neighbours, retrieved, shortest=int(lengths.min()))
+    state = retro.start_decoding(len(seq), capacity=seq.shape[1], retrieval=neighbours is not None)
+    rows = _Rows(seq, lengths, ends, torch.full_like(ends, seq.shape[1]), retro.pad_id, eos_id)
+    choose = partial(rows.write, partial(filter_fn, thres=filter_thres), temperature)
+    recording = Recording() if filter_fn in (top_k, top_p) else None
+    positions, position, stop = torch.arange(seq.shape[1], device=seq.device), int(lengths.min()), seq.shape[1]
+    patience = 1 if on_token is not None else _patience(retro, seq)
+
+    with _evaluating(retro):
+        while position < stop:
+            for begin, end in retro.pieces(state.length, position):  # the prompt at first, then one token
+                chunk_ends = (begin + 1) % retro.chunk_size == 0
+                found = neighbours(begin // retro.chunk_size) if neighbours and chunk_ends else None
+                logits = retro.decode(seq[:, begin:end], state, found)[:, -1]
+
+            inputs = logits, _uniform(logits, temperature, generator), positions[position : position + 1]
+            recording.play(choose, *inputs) if recording and can_record(logits) else choose(*inputs)
+            if position % patience == patience - 1:
+                stop = rows.look()
+            if on_token is not None:
+                on_token(position, seq[:, position])
+            position += 1
+    return seq[:, : rows.look()]
+
+
+@dataclass
+class _Rows:
+    """The texts that are being written. All of it changes in place, so that a GPU can replay `write`."""
+
+    seq: Int[Tensor, "b n"]
+    lengths: Int[Tensor, " b"]  # of the prompts
+    ends: Int[Tensor, " b"]  # where each row ends, as far as is known
+    failed: Int[Tensor, " b"]  # where each row's logits were first not finite
+    pad_id: int
+    eos_id: int
+
+    def write(
+        self,
+        filtered: Callable[[Tensor], Tensor],
+        temperature: float | int,
+        logits: Float[Tensor, "b v"],
+        uniform: Float[Tensor, "*_"],
+        position: Int[Tensor, " 1"],
+    ) -> Int[Tensor, "b 1"]:
+        """Draw tokens from the filtered logits and put them at `position`; return what then stands there."""
+        token, possible = draw(filtered(logits), temperature, -1, uniform)
+        in_prompt, ended = position < self.lengths, self.ends <= position
+        self.failed.copy_(self.failed.where(possible | in_prompt | ended, self.failed.minimum(position)))
+        token = token.masked_fill(ended, self.pad_id)
+        there = self.seq.index_select(1, position).where(rearrange(in_prompt, "b -> b 1"), rearrange(token, "b -> b 1"))
+        self.seq.index_copy_(1, position, there)
+        self.ends.copy_(self.ends.where(in_prompt | (token != self.eos_id), self.ends.minimum(position + 1)))
+        return there
+
+    def look(self) -> int:
+        """Where the last row ends, as far as is known; a GPU waits once for this and for what has failed.
+
+        Raises:
+            FloatingPointError: a row could not be written on.
+        """
+        stop, where = torch.stack((self.ends.max(), self.failed.min())).tolist()
+        if where < stop:
+            row = int(self.failed.argmin())
+            raise FloatingPointError(f"the logits of row {row} at position {where} are not finite: {MEND}")
+        return stop
+
+
+def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Tensor, "b _"]:
+    """Prompts with so much padding before them that they end with a chunk.
+
+    Then the first token that is written reads what was retrieved for the whole prompt, however short it is: the
+    paper's recipe for answering questions (§4.3). Prompts of different lengths come padded at their ends, and end
+    together. It is for models that do not attend to padding before a text, which is what `retrofit` makes.
+    """
+    prompt = F.pad(prompt, (-prompt.shape[1] % chunk_size, 0), value=pad_id)
+    return prompt.gather(1, (prompt != pad_id).byte().argsort(dim=1, stable=True))  # padding first, else as it is
+
+
+@contextmanager
+def _evaluating(retro: ChunkedLM) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the mode is what it was."""
+    was_training = retro.training
+    retro.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        retro.train(was_training)
+
+
+def _row_limits(
+    retro: ChunkedLM, prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"] | None, max_new_tokens: int | None
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """Of each row: how many tokens are its prompt, and at how many it ends at the latest."""
+    b, p = prompt.shape
+    if not b or not p:
+        raise ValueError(f"the prompt has shape {(b, p)}: it needs one token at least, such as [CLS] (101)")
+    if p > retro.seq_len:
+        raise ValueError(f"the prompt holds {p} tokens, the model takes {retro.seq_len}: keep its last ones")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is negative: pass 0 or more, or None for no limit")
+    lengths = torch.full((b,), p, device=prompt.device) if lengths is None else lengths.to(prompt.device)
+    if int(lengths.min()) < 1 or int(lengths.max()) > p:
+        raise ValueError(f"prompt_lengths {lengths.tolist()} must lie in 1 … {p}, the width of the prompt")
+    new = retro.seq_len if max_new_tokens is None else max_new_tokens
+    return lengths, (lengths + new).clamp(max=retro.seq_len)
+
+
+def _patience(retro: ChunkedLM, seq: Int[Tensor, "b n"]) -> int:
+    """After how many tokens to look whether all rows have ended, and always before neighbours are fetched.
+
+    A look makes a GPU wait. Without, some padding too many is written behind the rows and cut away.
+    """
+    return 1 if seq.is_cpu else math.gcd(16, retro.chunk_size)
+
+
+def _room(prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"], n: int, pad_id: int) -> Int[Tensor, "b {n}"]:
+    """The prompts at the beginning of rows of n tokens, the rest padding."""
+    seq = F.pad(prompt.long(), (0, n - prompt.shape[1]), value=pad_id)  # a negative number cuts
+    positions = torch.arange(n, device=prompt.device)
+    return seq.masked_fill(positions >= rearrange(lengths, "b -> b 1"), pad_id)
+
+
+def _neighbours(
+    retro: ChunkedLM,
+    seq: Int[Tensor, "b n"],
+    fetch: FetchNeighbours | None,
+    given: Int[Tensor, "b l k r"] | None,
+    shortest: int,
+) -> Callable[[int], Tensor] | None:
+    """A function from a chunk's number to its neighbours (b, k, r); None for no retrieval at all."""
+    if fetch is None and given is None:
+        return None
+    m, l = retro.chunk_size, 0 if given is None else given.shape[1]
+    if l > shortest // m:
+        raise ValueError(
+            f"retrieved holds the neighbours of {l} chunks, but the shortest prompt ({shortest} tokens) "
+            f"completes {shortest // m} of {m} tokens: pass retrieved[:, :{shortest // m}]"
+        )
+
+    def neighbours(u: int) -> Tensor:
+        if u < l:
+            found = given[:, u]
+        elif fetch is None:
+            found = torch.full_like(seq[:, :1, None], retro.pad_id).expand(-1, 1, m)
+        else:
+            found = fetch(seq[:, u * m : (u + 1) * m], u)
+        if found.ndim != 3 or len(found) != len(seq):
+            raise ValueError(
+                f"the neighbours of chunk {u} have shape {tuple(found.shape)}: fetch_neighbours must return "
+                f"(b, k, r) with b = {len(seq)}"
+            )
+        return found.to(seq.device)
+
+    return neighbours

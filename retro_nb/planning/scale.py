@@ -1,0 +1,225 @@
+"""What a corpus of any size takes: bytes, hours and comparisons, by arithmetic (notebook 11).
+
+A corpus of 2.4 million tokens is searched exactly in seconds; the paper's has 1.8 trillion. What is exact here are
+counts and bytes, which tests hold against files that were written. Hours are counts divided by a rate: rates are
+measured, on some machine, and are arguments (`embedding_rates`, `search_rates` read those of benchmarks/results).
+How good a search is cannot be computed: the recall at a million vectors is measured (`recall_runs`), and what it
+would be at 28 billion is not known here.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retro_nb.common.arrays import ROOT, PathLike
+from retro_nb.planning.costs import HEADER, index_bytes
+from retro_nb.store.chunking import MOST_CHUNKS
+from retro_nb.store.index import choose_index
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Figure(NamedTuple):
+    """A number out of the paper, with the place where it stands."""
+
+    value: float
+    what: str
+    where: str
+
+
+# Borgeaud et al. 2021, arXiv 2112.04426.
+NOT_NOTED = "sizes of the indexes; the section was not noted"
+PAPER = {
+    "tokens": Figure(1792e9, "tokens of MassiveText, all of them the database", "table 4"),
+    "keys": Figure(28e9, "chunks of 64 tokens, each with a key", "table 4"),
+    "training tokens": Figure(600e9, "tokens of the database in training", "§2.1"),
+    "evaluation tokens": Figure(1.75e12, "tokens of the database in evaluation", "§2.1"),
+    "bytes": Figure(93e12, "bytes of the index of MassiveText", NOT_NOTED),
+    "Wikipedia's tokens": Figure(4e9, "tokens of Wikipedia as a database", "table 4"),
+    "Wikipedia's keys": Figure(0.06e9, "chunks of Wikipedia", "table 4"),
+    "Wikipedia's bytes": Figure(215e9, "bytes of its index", NOT_NOTED),
+    "kNN-LM's bytes": Figure(15e12, "bytes of an index of Wikipedia with a key for each token", NOT_NOTED),
+    "query seconds": Figure(0.010, "to query the database of 2 trillion tokens, with SCaNN", "§2.3"),
+}
+
+
+# a plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A corpus with the settings on which its bytes depend.
+
+    tokens, documents   all tokens, start and end included, and how many documents they make
+    chunk_size          m
+    dim                 d, of the vectors: 384 for MiniLM, 768 for bert-base
+    knn                 k
+    token_bytes         2 for a vocabulary of up to 65,536, else 4
+    index               a factory string; None for the choice of `choose_index`
+
+    Raises ValueError for a number below 1, more documents than tokens, or ids of other than 2 or 4 bytes.
+    """
+
+    tokens: int
+    documents: int = 1
+    chunk_size: int = 64
+    dim: int = 384
+    knn: int = 2
+    token_bytes: int = 2
+    index: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "documents", "chunk_size", "dim", "knn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is less than 1: pass a positive number")
+        if self.documents > self.tokens:
+            raise ValueError(f"{self.documents} documents of {self.tokens} tokens: each has one token at least")
+        if self.token_bytes not in (2, 4):
+            raise ValueError(f"token_bytes {self.token_bytes}: 2 for a vocabulary of up to 65,536, else 4")
+
+    @cached_property
+    def chunks(self) -> int:
+        """⌈(L − 1) / m⌉ for a document of L tokens. Each further document leaves half a chunk empty, on average."""
+        m = self.chunk_size
+        whole = -(-int(self.tokens - self.documents) // m) + int((self.documents - 1) * (m - 1) / (2 * m))
+        return max(int(self.documents), whole)
+
+    @cached_property
+    def spec(self) -> str:
+        """The index's factory string."""
+        return self.index or choose_index(self.chunks, self.dim)
+
+    @property
+    def lists(self) -> int:
+        """How many lists the index has; 0 for one that is no inverted file."""
+        found = re.search(r"\bIVF(\d+)", self.spec)  # to make one of half a million lists, to count them, takes long
+        return int(found[1]) if found else 0
+
+    # bytes
+
+    @property
+    def fits_int32(self) -> bool:
+        """Whether int32 can name every chunk. This project's files hold int32; beyond, they would need int64."""
+        return self.chunks <= MOST_CHUNKS
+
+    @cached_property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of each file of a store, by its name, with ids as wide as they need to be.
+
+        Exact for the number of chunks, except for an index that compresses (its tables: some kB, see `index_bytes`).
+        Left out are what does not grow with the tokens alone: the titles, the tokenizer, an id a sequence.
+        """
+        count, id_bytes = self.chunks, 4 if self.fits_int32 else 8
+        rows = {
+            "chunks.npy": (self.chunk_size + 1) * self.token_bytes,  # the next token, too
+            "chunks.spans.npy": 2 * 8,
+            "chunks.bytes.npy": 4,
+            "doc_ids.npy": 4 if self.documents <= MOST_CHUNKS else 8,
+            "chunks.embedded.npy": 4 * self.dim,
+            "chunks.knn.npy": id_bytes * self.knn,
+        }
+        return {name: HEADER + count * row for name, row in rows.items()} | {
+            "knn.index": index_bytes(self.spec, count, self.dim)
+        }
+
+    # hours
+
+    def embedding_hours(self, chunks_per_second: float | int, gpus: int = 1) -> float:
+        """Hours to embed all chunks on so many GPUs, each of this rate, if they share the work without loss."""
+        return self.chunks / (chunks_per_second * gpus) / 3600
+
+    def comparisons(self, nprobe: int = 64) -> float:
+        """Vectors that a query is compared with: all; of an inverted file the lists' centres and `nprobe` lists."""
+        if not self.lists:
+            return float(self.chunks)
+        return self.lists + self.chunks * min(1.0, nprobe / self.lists)
+
+    def flops_per_query(self, nprobe: int = 64) -> float:
+        """Floating-point operations of a query: 2·d for each comparison. (PQ does a look-up a byte instead.)"""
+        return 2 * self.dim * self.comparisons(nprobe)
+
+    def query_seconds(self, comparisons_per_second: float | int, nprobe: int = 64) -> float:
+        """Seconds that a machine of this rate takes for a query, of many asked together."""
+        return self.comparisons(nprobe) / comparisons_per_second
+
+    def neighbour_hours(
+        self, comparisons_per_second: float | int, nprobe: int = 64, machines: int = 1
+    ) -> float:
+        """Hours for the neighbours of all chunks; each machine asks a share of them, of an index of its own."""
+        return self.chunks * self.query_seconds(comparisons_per_second, nprobe) / machines / 3600
+
+
+def papers_plan(index: str | None = None) -> Plan:
+    """The paper's database as this project would store it: keys of bert-base's width, ids of 4 bytes."""
+    return Plan(int(PAPER["tokens"].value), dim=768, token_bytes=4, index=index)
+
+
+# what was measured
+
+
+def embedding_rates(folder: PathLike = RESULTS) -> dict[str, float]:
+    """Chunks a second that one processor embedded, by what it was: "embedding, GPU, MiniLM, bfloat16, NVIDIA …"."""
+    rates = {}
+    for name in ("embedding-cpu", "embedding-avx512-cpu", "embedding-gpu"):
+        record = _results(name, "embedding", folder)
+        for row in record["comparisons"]:
+            rates[f"{row['what']}, {record['device']}"] = row["ours"]
+    return rates
+
+
+def embedding_rate(part: str, folder: PathLike = RESULTS) -> float:
+    """The first of `embedding_rates` with this in its name, such as "GPU, bert-base".
+
+    Raises:
+        ValueError: none has.
+    """
+    rates = embedding_rates(folder)
+    for name, rate in rates.items():
+        if part in name:
+            return rate
+    raise ValueError(f"no rate was measured for {part!r}, but for: {'; '.join(rates)}. Say a part of one of these")
+
+
+def recall_runs(folder: PathLike = RESULTS) -> list[dict[str, Any]]:
+    """What each kind of index took and found at a million vectors: bytes_per_vector, trials of effort and recall."""
+    return _results("recall-cpu", "recall", folder)["runs"]
+
+
+def search_rates(folder: PathLike = RESULTS) -> dict[str, float]:
+    """Comparisons a second of Flat and of each inverted file, at the greatest effort that was measured.
+
+    On one machine, all cores, in batches: see `cpu` and `settings` in benchmarks/results/recall-cpu.json.
+    """
+    settings, rates = _results("recall-cpu", "recall", folder)["settings"], {}
+    for run in recall_runs(folder):
+        last, spec = run["trials"][-1], run["index"]
+        if spec == "Flat" or "IVF" in spec:
+            plan = Plan(settings["chunks"] * 64 + 1, dim=settings["width"], index=spec)
+            rates[spec] = plan.comparisons(last["effort"] or 1) / (last["ms_per_query"] / 1000)
+    return rates
+
+
+def search_rate(spec: str, folder: PathLike = RESULTS) -> float:
+    """Comparisons a second of the index that was measured and keeps its vectors as this one does.
+
+    Raises:
+        ValueError: none of this kind was measured.
+    """
+    rates, kept = search_rates(folder), spec.rsplit(",", 1)[-1]
+    for measured, rate in rates.items():
+        if ("IVF" in measured) == ("IVF" in spec) and measured.rsplit(",", 1)[-1] == kept:
+            return rate
+    raise ValueError(f"no index like {spec!r} was measured, but {', '.join(rates)}: take one of these kinds")
+
+
+def _results(name: str, benchmark: str, folder: PathLike) -> dict[str, Any]:
+    path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is not there: measure with `python benchmarks/{benchmark}.py` in a checkout of the project "
+            f"(a package that is installed alone has no results), or pass a rate of your own"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,545 @@
+"""From documents to chunks on disk (notebook 01).
+
+A document is `start tokens end` (BERT: [CLS], [SEP]). It is cut into chunks of m tokens, and each chunk is stored
+with one token more, the first of the next chunk: a sequence of l chunks then has the l·m + 1 tokens that training
+needs as input and label. A row of the chunk array is therefore m + 1 ids, padded at the document's end.
+
+    tokens   t0 t1 t2 t3 t4 t5 t6        m = 3
+    chunk 0  t0 t1 t2 | t3
+    chunk 1  t3 t4 t5 | t6               t6 is stored already: it does not get a chunk of its own
+"""
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64, Integer
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tqdm.auto import tqdm
+
+from retro_nb.common.arrays import ArrayWriter, PathLike, naming, writing
+from retro_nb.common.manifest import MANIFEST, cached, read_manifest
+from retro_nb.text.document import Document
+from retro_nb.text.files import text_folder
+from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, get_tokenizer
+
+# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. They are
+# cut where a tokenizer begins a new word in any case, so that no token changes. BERT does before white space, ASCII
+# punctuation and Chinese characters; most others do at least before a space between two words, which SAMPLE tries.
+PIECE_CHARACTERS = 50_000
+PIECES_AT_ONCE = 16
+BERTS_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
+SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
+MOST_CHUNKS = 2**31 - 1  # of a store, whose sequences and neighbours are int32
+SAMPLE = "one two 3 four 56 7 é ж 中 x"
+
+
+# one document
+
+
+class Tokens(NamedTuple):
+    """A stretch of a document's tokens: ids and, for each, the characters [start, end) it came from."""
+
+    ids: Int32[np.ndarray, " n"]
+    spans: Int64[np.ndarray, "n 2"]
+
+
+class Chunks(NamedTuple):
+    """Some chunks of a document: m + 1 ids each, and the characters [start, end) of the first m."""
+
+    rows: Int32[np.ndarray, "c m_plus_1"]
+    spans: Int64[np.ndarray, "c 2"]
+
+
+@lru_cache(maxsize=8)
+def _boundary(tokenizer: TextTokenizer) -> re.Pattern | None:
+    """Where texts may be cut; None for a tokenizer that splits words neither as BERT's nor at every space."""
+    backend = tokenizer.backend
+    boundary = BERTS_BOUNDARY if isinstance(backend.pre_tokenizer, BertPreTokenizer) else SPACE_BETWEEN_WORDS
+    if boundary is SPACE_BETWEEN_WORDS:
+        parts = re.split(f"(?={boundary.pattern})", SAMPLE)
+        if _words(backend, SAMPLE) != [word for part in parts for word in _words(backend, part)]:
+            return None
+    for added in backend.get_added_tokens_decoder().values():  # a word of its own may reach over a boundary
+        reaches = added.single_word or added.lstrip or added.rstrip or boundary.search(added.content)
+        if reaches and not added.special:  # special ones are not looked for in a text
+            return None
+    return boundary
+
+
+def _words(backend: Tokenizer, text: str) -> list[str]:
+    """What a tokenizer splits a text into before it looks for tokens in each."""
+    normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal)] if backend.pre_tokenizer else [normal]
+
+
+def _pieces(text: str, word_boundary: re.Pattern | None) -> Iterator[tuple[int, str]]:
+    """Cut a text between words into (offset, piece). A piece is longer than meant only if its last word is."""
+    start = 0
+    while start < len(text):
+        boundary = word_boundary and word_boundary.search(text, start + PIECE_CHARACTERS)
+        stop = boundary.start() if boundary else len(text)
+        yield start, text[start:stop]
+        start = stop
+
+
+def document_tokens(text: str, *, tokenizer: PathLike | TextTokenizer | None = None) -> Iterator[Tokens]:
+    """The tokens of one document in order, a few hundred thousand characters at a time: start, text, end.
+
+    A document without a single token yields nothing. A tokenizer that does not split at spaces (Llama 2's, say)
+    gets the whole document at once.
+    """
+    tokenizer = get_tokenizer(tokenizer)
+    ids_of, pieces, begun = tokenizer.ids, _pieces(text, _boundary(tokenizer)), False
+    while batch := list(islice(pieces, PIECES_AT_ONCE)):
+        # Half a character (a lone surrogate) has no UTF-8: it is read as "?".
+        whole = [piece.encode("utf-8", "replace").decode() for _, piece in batch]
+        encodings = tokenizer.backend.encode_batch(whole, add_special_tokens=False)
+        ids = np.concatenate([np.asarray(e.ids, dtype=np.int32) for e in encodings])
+        if not len(ids):
+            continue
+        spans = np.concatenate(
+            [
+                np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + offset
+                for encoding, (offset, _) in zip(encodings, batch, strict=True)
+            ]
+        )
+        if not begun:
+            begun = True
+            yield Tokens(np.array([ids_of.sos], np.int32), np.array([[spans[0, 0]] * 2], np.int64))
+        yield Tokens(ids, spans)
+    if begun:
+        yield Tokens(np.array([ids_of.eos], np.int32), np.array([[spans[-1, 1]] * 2], np.int64))
+
+
+def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int, pad_id: int = PAD_ID) -> Iterator[Chunks]:
+    """Cut a document's tokens into chunks, as they come.
+
+    L tokens give ⌈(L − 1) / m⌉ chunks, one at least: the last token of all is only ever a label, so a token
+    that is already stored as the next token of the chunk before it does not open another.
+
+    Args:
+        tokens: the document's tokens, in stretches of any length.
+        chunk_size: m.
+        pad_id: fills the last chunk.
+    """
+    m, first = chunk_size, True
+    ids, spans = np.empty(0, np.int32), np.empty((0, 2), np.int64)
+    for stretch in tokens:
+        ids, spans = np.concatenate([ids, stretch.ids]), np.concatenate([spans, stretch.spans])
+        whole = max(len(ids) - 1, 0) // m  # chunks whose next token is known
+        if whole:
+            rows = np.lib.stride_tricks.sliding_window_view(ids, m + 1)[: whole * m : m]
+            starts, ends = spans[: whole * m : m, 0], spans[m - 1 : whole * m : m, 1]
+            yield Chunks(rows, np.stack([starts, ends], axis=1))
+            ids, spans, first = ids[whole * m :], spans[whole * m :], False
+    if len(ids) > 1 or (first and len(ids)):
+        own = spans[:m]
+        row = np.pad(ids, (0, m + 1 - len(ids)), constant_values=pad_id)
+        yield Chunks(row[None], np.array([[own[0, 0], own[-1, 1]]], np.int64))
+
+
+def _bytes_between(text: str, edges: list[int]) -> Int32[np.ndarray, " c"]:
+    """Bytes of the text from each edge to the next, in UTF-8."""
+    sizes = [len(text[start:stop].encode("utf-8", "replace")) for start, stop in pairwise(edges)]
+    return np.array(sizes, dtype=np.int32)
+
+
+class ChunkedDocument(NamedTuple):
+    """One document as a store keeps it: what is known of it, and its chunks.
+
+    about     title, source, number of characters, spans of the facts, and a digest of the text, by which a document
+              that has not changed is known again (`retro_nb.store.updating`)
+    replaced  undecodable pieces, as in `Document`
+    rows      m + 1 ids each; none if the text has no token
+    spans     the characters [start, end) of each chunk in the text
+    bytes     of the text from each chunk to the next
+    """
+
+    about: dict
+    replaced: int
+    rows: Integer[np.ndarray, "c m_plus_1"]
+    spans: Int64[np.ndarray, "c 2"]
+    bytes: Int32[np.ndarray, " c"]
+
+    def tokens(self, pad_id: int) -> int:
+        """How many tokens the document has, start and end included."""
+        if not len(self.rows):
+            return 0
+        last = int(self.rows[-1, -1] != pad_id)  # the last token of all, where it is only a label
+        return int(np.count_nonzero(self.rows[:, :-1] != pad_id)) + last
+
+
+def text_digest(text: str) -> str:
+    """Identity of a text."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def describe_document(document: Document) -> dict:
+    """What a store keeps of a document beside its chunks."""
+    return {
+        "title": document.title,
+        "source": document.source,
+        "characters": len(document.text),
+        "digest": text_digest(document.text),
+        "facts": document.facts,
+    }
+
+
+def chunk_document(document: Document, chunk_size: int, tokenizer: TextTokenizer) -> ChunkedDocument:
+    """Cut one document into chunks of m tokens."""
+    stretches = tokens_to_chunks(document_tokens(document.text, tokenizer=tokenizer), chunk_size, tokenizer.ids.pad)
+    parts = [Chunks(rows.astype(tokenizer.dtype), spans) for rows, spans in stretches]
+    rows = np.concatenate([part.rows for part in parts] or [np.empty((0, chunk_size + 1), tokenizer.dtype)])
+    spans = np.concatenate([part.spans for part in parts] or [np.empty((0, 2), np.int64)])
+    sizes = _bytes_between(document.text, [0, *spans[1:, 0].tolist(), len(document.text)][-len(spans) - 1 :])
+    return ChunkedDocument(describe_document(document), document.replaced, rows, spans, sizes)
+
+
+# a corpus
+
+COMPANIONS = ("spans.npy", "bytes.npy", "documents.jsonl", "tokenizer.json")
+
+
+def companion(chunks_path: PathLike, kind: str) -> Path:
+    """Path of a file that goes with a chunk array, e.g. `chunks.spans.npy` with `chunks.npy`."""
+    path = Path(chunks_path)
+    return path.with_name(f"{path.stem}.{kind}")
+
+
+def check_sizes(
+    chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None
+) -> None:
+    """Refuse sizes that no store can have."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")
+    if seq_len < chunk_size or seq_len % chunk_size:
+        nearest = max(chunk_size, round(seq_len / chunk_size) * chunk_size)
+        raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
+    for name, limit in (("max_chunks", max_chunks), ("max_seqs", max_seqs)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} {limit} leaves nothing: pass 1 or more, or None for no limit")
+
+
+class _ChunkFiles:
+    """The files of a chunked corpus, written a document at a time."""
+
+    def __init__(
+        self,
+        chunks_path: Path,
+        seqs_path: Path,
+        doc_ids_path: Path,
+        chunk_size: int,
+        seq_len: int,
+        tokenizer: TextTokenizer,
+    ):
+        self.tokenizer, self.pad_id = tokenizer, tokenizer.ids.pad
+        self.chunks_per_seq = seq_len // chunk_size
+        self.chunks = ArrayWriter(chunks_path, tokenizer.dtype, (chunk_size + 1,))
+        self.spans = ArrayWriter(companion(chunks_path, "spans.npy"), np.int64, (2,))
+        self.bytes = ArrayWriter(companion(chunks_path, "bytes.npy"), np.int32)
+        self.doc_ids = ArrayWriter(doc_ids_path, np.int32)
+        self.seqs = ArrayWriter(seqs_path, np.int32)
+        self._writers = (self.chunks, self.spans, self.bytes, self.doc_ids, self.seqs)
+        self.documents_path = companion(chunks_path, "documents.jsonl")
+        self.tokenizer_path = companion(chunks_path, "tokenizer.json")
+        self.documents = 0
+
+    def __enter__(self) -> "_ChunkFiles":
+        with ExitStack() as stack:
+            for writer in self._writers:
+                stack.enter_context(writer)
+            # A file name that is not UTF-8 is a title with halves of characters: \\udcxx, which JSON reads back.
+            titles = writing(self.documents_path, "w", encoding="utf-8", errors="backslashreplace")
+            self._titles = stack.enter_context(titles)
+            rules = stack.enter_context(writing(self.tokenizer_path, "w", encoding="utf-8"))
+            with naming(self.tokenizer_path):
+                rules.write(self.tokenizer.backend.to_str())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is not None:
+            return self._stack.__exit__(*error)
+        with self._stack:  # all are written out before the first is moved: a full disk changes none
+            for writer in self._writers:
+                writer.flush()
+            with naming(self.documents_path):
+                self._titles.flush()
+        return None
+
+    def append(self, document: ChunkedDocument) -> None:
+        """Write one document with its chunks."""
+        first, count = self.chunks.rows, len(document.rows)
+        if first + count > MOST_CHUNKS:
+            raise ValueError(
+                f"a store numbers its chunks in 32 bits, up to {MOST_CHUNKS}: {document.about['title']!r} has no room; "
+                f"pass max_chunks={MOST_CHUNKS}, or divide the corpus into several stores"
+            )
+        self.chunks.append(document.rows)
+        self.spans.append(document.spans)
+        self.bytes.append(document.bytes)
+        self.doc_ids.append(np.full(count, self.documents))
+        self.seqs.append(np.arange(first, first + count, self.chunks_per_seq))
+        about = document.about | {"chunks": [first, first + count]}
+        with naming(self.documents_path):
+            self._titles.write(json.dumps(about, ensure_ascii=False) + "\n")
+        self.documents += 1
+
+
+def documents_to_chunks_(
+    documents: Iterable[Document],
+    *,
+    chunks_memmap_path: PathLike,
+    seqs_memmap_path: PathLike,
+    doc_ids_memmap_path: PathLike,
+    chunk_size: int = 64,
+    seq_len: int = 2048,
+    max_chunks: int | None = None,
+    max_seqs: int | None = None,
+    tokenizer: PathLike | TextTokenizer | None = None,
+    force_reprocess: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Chunk a corpus to disk, one document at a time; memory does not grow with the corpus.
+
+    Written are the chunks (one row of m + 1 ids each, uint16 if the vocabulary fits, else int32), the index of the
+    first chunk of each sequence (int32), the document of each chunk (int32) and, beside the chunks, for provenance,
+    `*.spans.npy` (the characters of each chunk in its document, int64 pairs), `*.bytes.npy` (bytes of the text from
+    each chunk to the next, int32: those of a document add up to its text's), `*.documents.jsonl` (title, source,
+    chunks) and `*.tokenizer.json`, so that the ids can be read wherever the arrays go (`store_tokenizer`).
+    A sequence is l = n/m consecutive chunks of one document. Nothing is done if the files are there already,
+    made with the same settings.
+
+    Args:
+        documents: a corpus of `retro_nb.text`, or any iterable of `Document`.
+        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: the files to write.
+        chunk_size: m, tokens.
+        seq_len: n, tokens; a multiple of m.
+        max_chunks, max_seqs: stop before the first document that would exceed either, with a warning.
+        tokenizer: a Hugging Face tokenizer by folder or name, or one from `get_tokenizer`; None for BERT's.
+        force_reprocess: build again in any case.
+        progress: show a progress bar.
+
+    Returns:
+        `chunks`, `docs`, `seqs`, `tokens` (start and end included), `vocabulary` (v) and `special_ids` of the
+        tokenizer, `empty_docs` (documents without a token, which are skipped), `replaced_characters` (undecodable
+        bytes; of both a warning names the first document) and `complete` (false if a maximum stopped it).
+
+    Raises:
+        ValueError: n is not a multiple of m; no document has a token; the first one exceeds a maximum.
+        OSError: a file cannot be written; its name and the reason are told, and what was there is still there.
+    """
+    tokenizer = get_tokenizer(tokenizer)
+
+    def cut() -> Iterator[ChunkedDocument]:
+        for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
+            yield chunk_document(document, chunk_size, tokenizer)
+
+    return write_chunks(
+        cut,
+        documents,
+        [chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path],
+        tokenizer,
+        chunk_size=chunk_size,
+        seq_len=seq_len,
+        max_chunks=max_chunks,
+        max_seqs=max_seqs,
+        force_reprocess=force_reprocess,
+    )
+
+
+def chunk_settings(
+    documents: Iterable[Document],
+    tokenizer: TextTokenizer,
+    chunk_size: int,
+    seq_len: int,
+    max_chunks: int | None,
+    max_seqs: int | None,
+) -> dict:
+    """Everything that the chunks of a corpus depend on, as the manifest has it."""
+    fingerprint = getattr(documents, "fingerprint", None)
+    return {
+        "corpus": fingerprint() if fingerprint else None,
+        "tokenizer": tokenizer.fingerprint,
+        "chunk_size": chunk_size,
+        "seq_len": seq_len,
+        "max_chunks": max_chunks,
+        "max_seqs": max_seqs,
+    }
+
+
+def write_chunks(
+    cut: Callable[[], Iterable[ChunkedDocument]],
+    documents: Iterable[Document],
+    paths: Sequence[PathLike],
+    tokenizer: TextTokenizer,
+    *,
+    chunk_size: int,
+    seq_len: int,
+    max_chunks: int | None = None,
+    max_seqs: int | None = None,
+    force_reprocess: bool = False,
+) -> dict:
+    """What `documents_to_chunks_` does, whoever cuts the documents.
+
+    Args:
+        cut: called if they have to be cut; gives them in order.
+        documents: where they come from.
+        paths: the files for chunks, sequences and document ids.
+        tokenizer: what the chunks are made of.
+        chunk_size, seq_len, max_chunks, max_seqs, force_reprocess: as there.
+    """
+    check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
+    paths = [Path(path) for path in paths]
+    settings = chunk_settings(documents, tokenizer, chunk_size, seq_len, max_chunks, max_seqs)
+
+    def build() -> dict:
+        with _ChunkFiles(*paths, chunk_size, seq_len, tokenizer) as files:
+            stats, said = _write_all(files, cut(), documents, max_chunks, max_seqs)
+        remarks.extend(said)
+        return {**stats, "vocabulary": tokenizer.size, "special_ids": tokenizer.ids._asdict()}
+
+    remarks: list[str] = []
+    stats = cached(
+        paths[0],
+        settings,
+        build,
+        files=(*paths[1:], *(companion(paths[0], kind) for kind in COMPANIONS)),
+        # A bare iterable cannot say whether it is still the same corpus.
+        force_reprocess=force_reprocess or settings["corpus"] is None,
+    )
+    for remark in remarks:  # here, so that they name the line of documents_to_chunks_'s caller
+        warnings.warn(remark, stacklevel=3)
+    return stats
+
+
+def _write_all(
+    files: _ChunkFiles,
+    chunked: Iterable[ChunkedDocument],
+    documents: Iterable[Document],
+    max_chunks: int | None,
+    max_seqs: int | None,
+) -> tuple[dict, list[str]]:
+    """Write all documents; the statistics, and what the caller should be warned of."""
+    tokens, replaced, complete, empty, undecodable, remarks = 0, 0, True, [], [], []
+    for document in chunked:
+        source = document.about["source"]
+        if not len(document.rows):
+            empty.append(source)
+        else:
+            seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
+            limit = min(max_chunks or math.inf, files.chunks.rows + seqs_left * files.chunks_per_seq)
+            if files.chunks.rows + len(document.rows) > limit:
+                complete = False
+                remarks.append(_stopped(document.about["title"], files, max_chunks, max_seqs))
+                break
+            files.append(document)
+            tokens += document.tokens(files.pad_id)
+        replaced += document.replaced
+        if document.replaced:
+            undecodable.append(source)
+    if not files.documents:
+        where, first = getattr(documents, "folder", type(documents).__name__), f", first {empty[0]}" if empty else ""
+        raise ValueError(f"no text to chunk in {where}: {len(empty)} documents, none with a token{first}")
+    if empty:
+        remarks.append(f"documents without a token, left out: {len(empty)}, first {empty[0]}")
+    if undecodable:
+        remarks.append(
+            f"{replaced} undecodable bytes became U+FFFD in {len(undecodable)} documents, first in {undecodable[0]}: "
+            f"save them as UTF-8, or pass text_folder(…, encoding=None), which looks for each file's encoding"
+        )
+    counts = {"chunks": files.chunks.rows, "docs": files.documents, "seqs": files.seqs.rows, "tokens": tokens}
+    return counts | {"empty_docs": len(empty), "replaced_characters": replaced, "complete": complete}, remarks
+
+
+def _stopped(title: str, files: _ChunkFiles, max_chunks: int | None, max_seqs: int | None) -> str:
+    limits = f"max_chunks {max_chunks}, max_seqs {max_seqs}"
+    if not files.documents:
+        raise ValueError(f"{limits}: the first document, {title!r}, has more; raise the limit")
+    return (
+        f"{limits}: stopped before {title!r}, which does not fit; {files.documents} documents with "
+        f"{files.chunks.rows} chunks are in. Raise the limit, or leave it out, for the whole corpus"
+    )
+
+
+def text_folder_to_chunks_(
+    *,
+    folder: PathLike,
+    chunks_memmap_path: PathLike,
+    seqs_memmap_path: PathLike,
+    doc_ids_memmap_path: PathLike,
+    chunk_size: int = 64,
+    seq_len: int = 2048,
+    glob: str = "**/*.txt",
+    max_chunks: int | None = None,
+    max_seqs: int | None = None,
+    **options: object,
+) -> dict:
+    """Chunk a folder of text files to disk: `documents_to_chunks_` of `text_folder(folder, glob)`."""
+    return documents_to_chunks_(
+        text_folder(folder, glob),
+        chunks_memmap_path=chunks_memmap_path,
+        seqs_memmap_path=seqs_memmap_path,
+        doc_ids_memmap_path=doc_ids_memmap_path,
+        chunk_size=chunk_size,
+        seq_len=seq_len,
+        max_chunks=max_chunks,
+        max_seqs=max_seqs,
+        **options,
+    )
+
+
+def read_documents(chunks_memmap_path: PathLike) -> list[dict]:
+    """What is known of each document of a chunk array, by its number: title, source, chunks, characters, digest of the
+    text, facts."""
+    path = companion(chunks_memmap_path, "documents.jsonl")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: it is written with the chunks; chunk the corpus again")
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def special_ids(chunks_memmap_path: PathLike) -> SpecialIds:
+    """The ids in a chunk array that are no text, from its manifest; BERT's for an array without, as the reference's.
+
+    Raises:
+        ValueError: the array has a tokenizer of its own, but the manifest does not know it.
+    """
+    path = Path(chunks_memmap_path)
+    recorded = read_manifest(path.parent).get(path.name, {}).get("stats", {}).get("special_ids")
+    if recorded:
+        return SpecialIds(**recorded)
+    if companion(path, "tokenizer.json").exists():
+        where = path.parent / MANIFEST
+        raise ValueError(f"{where} does not say which ids in {path.name} are special: copy it too, or chunk again")
+    return BERTS_IDS
+
+
+def store_fingerprint(chunks_memmap_path: PathLike) -> str | None:
+    """The fingerprint of the tokenizer that a chunk array was made with; None for an array without a manifest."""
+    path = Path(chunks_memmap_path)
+    return read_manifest(path.parent).get(path.name, {}).get("settings", {}).get("tokenizer")
+
+
+def store_tokenizer(chunks_memmap_path: PathLike, otherwise: PathLike | None = None) -> TextTokenizer:
+    """The tokenizer of a chunk array, as it was saved with it; for an array without, `get_tokenizer(otherwise)`."""
+    file = companion(chunks_memmap_path, "tokenizer.json")
+    if not file.exists():
+        return get_tokenizer(otherwise)
+    return _read_tokenizer(file, file.stat().st_mtime_ns, special_ids(chunks_memmap_path))
+
+
+@lru_cache(maxsize=4)
+def _read_tokenizer(file: Path, changed: int, ids: SpecialIds) -> TextTokenizer:
+    return TextTokenizer(Tokenizer.from_file(str(file)), ids)

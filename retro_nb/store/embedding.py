@@ -1,0 +1,466 @@
+"""Chunks become vectors by a frozen BERT (notebook 02).
+
+The key of a chunk is BERT(N) averaged over time (paper, §2.3). What is indexed (`chunks_to_embeddings_`) and what
+is asked for (`embed_chunks`) are framed alike, `[CLS] the chunk's words [SEP]`, and averaged alike. The reference
+frames them differently, so that a chunk lies at a distance from itself and may find other neighbours.
+"""
+
+import hashlib
+import os
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from retro_nb.common.arrays import PathLike, ResumableRows, launched, open_array
+from retro_nb.common.devices import send
+from retro_nb.common.manifest import array_key, cached
+from retro_nb.store.chunking import read_documents, special_ids, store_tokenizer
+from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, bert_folder, get_tokenizer, padded
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+
+class Sizes(NamedTuple):
+    """How many chunks a processor takes at a time."""
+
+    batch: int  # chunks in a forward pass: enough to be busy, few enough for a CPU's cache
+    block: int  # chunks written together: what a killed build has to do again
+    ahead: int  # blocks begun while an earlier one is still to be written: so that a GPU never waits for the disk
+
+
+ON_CPU, ON_GPU = Sizes(32, 1024, ahead=0), Sizes(2048, 8192, ahead=2)
+
+
+def sizes_on(device: torch.device) -> Sizes:
+    """How many chunks this device takes at a time."""
+    return ON_GPU if device.type == "cuda" else ON_CPU
+
+
+def best_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU. Processes launched together have one GPU each."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32.
+
+    A CPU without AVX512-BF16 or AMX runs bfloat16 too, several times slower than float32.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+        native = device.type == "cpu" and any(check() for check in checks if check)
+    return torch.bfloat16 if native else torch.float32
+
+
+def get_bert(bert: PathLike | None = None, device: torch.device | str | None = None) -> "BertModel":
+    """A frozen BERT in eval mode (see `tokens.bert_folder` for what may be named), loaded once."""
+    return _load_bert(bert_folder(bert), _weights(bert), torch.device(device or best_device()))
+
+
+Weights = tuple[tuple[str, int, int], ...]
+
+
+def _weights(bert: PathLike | None) -> Weights:
+    """Name, size and time of change of the files with a BERT's weights; none if it lies in no folder here."""
+    folder = Path(bert_folder(bert))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return tuple((str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files)
+
+
+@lru_cache(maxsize=2)
+def _load_bert(source: str, weights: Weights, device: torch.device) -> "BertModel":
+    """`weights` is there so that files that have changed are loaded again."""
+    from transformers import AutoModel  # takes seconds: only where a BERT is really wanted
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its report on the pooler, which is not used here, says nothing
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(source, add_pooling_layer=False)
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device=device, dtype=best_dtype(device)).eval().requires_grad_(False)
+
+
+def bert_fingerprint(bert: PathLike | None = None) -> str:
+    """Identity of a BERT: the SHA-256 of its weights, or its name if it lies in no folder here."""
+    weights = _weights(bert)
+    return _hash_weights(weights) if weights else bert_folder(bert)
+
+
+@lru_cache(maxsize=4)
+def _hash_weights(weights: Weights) -> str:
+    checksum = hashlib.sha256()
+    for name, *_ in weights:
+        checksum.update(Path(name).read_bytes())
+    return checksum.hexdigest()[:16]
+
+
+@torch.no_grad()
+def bert_embed(
+    token_ids: Int[Tensor, "b n"],
+    return_cls_repr: bool = False,
+    eps: float = 1e-8,
+    pad_id: int | float = PAD_ID,
+    *,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+) -> Float[Tensor, "b d"]:
+    """BERT's representation of token ids that begin with [CLS], in float32 on the CPU.
+
+    Args:
+        token_ids: rows of ids, padded on the right.
+        return_cls_repr: the last hidden state of [CLS] instead of the mean over the other tokens.
+        eps: keeps the mean of a row without tokens at 0.
+        pad_id: marks what is not attended and not averaged.
+        bert: which BERT (see `tokens.bert_folder`).
+        device: where to run it; this process's GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the rows are longer than the BERT's positions, or an id is outside its vocabulary.
+        FloatingPointError: a vector is not finite.
+    """
+    model = get_bert(bert, device)
+    if not token_ids.numel():
+        return torch.zeros(len(token_ids), model.config.hidden_size)
+    _check_ids(model.config, token_ids.shape[1], int(token_ids.min()), int(token_ids.max()))
+    mask = token_ids != pad_id
+    mask = None if mask.all() else mask.to(model.device)
+    vectors = _vectors(model, token_ids.to(model.device), mask, return_cls_repr, eps).cpu()
+    check_vectors(vectors.numpy())
+    return vectors
+
+
+def check_vectors(
+    vectors: Float[np.ndarray, "b d"], first: int = 0, chunks_memmap_path: PathLike | None = None
+) -> None:
+    """Refuse vectors that are not finite: no distance to them means anything.
+
+    Args:
+        vectors: of some rows.
+        first: the number of the first row.
+        chunks_memmap_path: the chunk array whose rows they are, which knows the documents.
+
+    Raises:
+        FloatingPointError: naming the rows, and the document of the first of them.
+    """
+    bad = first + np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if not len(bad):
+        return
+    where = f"of {len(bad)} row(s), the first of them row {bad[0]}"
+    if chunks_memmap_path is not None:
+        where = f"of {len(bad)} chunk(s), the first of them chunk {bad[0]} of {chunks_memmap_path}"
+        with suppress(FileNotFoundError):  # an array of the reference knows no documents
+            for number, document in enumerate(read_documents(chunks_memmap_path)):
+                if document["chunks"][0] <= bad[0] < document["chunks"][1]:
+                    where += f", in document {number}, {document['title']!r}"
+    raise FloatingPointError(
+        f"the BERT gives vectors that are not finite: {where}. Nothing of them was stored. Load or download the BERT "
+        f'again, try device="cpu", or leave the document out'
+    )
+
+
+def _check_ids(config: Any, length: int, lowest: int, highest: int) -> None:
+    """Rows of so many ids from `lowest` to `highest` must be some that a BERT can read."""
+    if length > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"{length} tokens in a row, but this BERT has {limit} positions: shorten it")
+    if not 0 <= lowest <= highest < config.vocab_size:
+        last = config.vocab_size - 1
+        raise ValueError(f"ids from {lowest} to {highest}, but this BERT knows 0 to {last}: same tokenizer?")
+
+
+def _vectors(
+    model: "BertModel", ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, cls: bool, eps: float = 1e-8
+) -> Float[Tensor, "b d"]:
+    """What `bert_embed` returns, on the model's device; no mask means that nothing is padding.
+
+    Without a mask attention is faster. Nothing here waits for a GPU.
+    """
+    attended = None
+    if mask is not None:
+        attended = mask.clone()
+        attended[:, :1] = True  # a row of padding alone would leave the softmax nothing to sum over
+        attended = torch.where(rearrange(attended, "b n -> b 1 1 n"), 0.0, torch.finfo(model.dtype).min)
+        attended = attended.to(model.dtype)  # added to the scores
+    hidden = model(input_ids=ids, attention_mask=attended).last_hidden_state
+    if cls:
+        return hidden[:, 0].float()
+    if mask is None:
+        return hidden[:, 1:].sum(dim=1, dtype=torch.float32) / (ids.shape[1] - 1 + eps)
+    return masked_mean(hidden.float(), mask, eps)
+
+
+def masked_mean(
+    hidden: Float[Tensor, "b n d"],
+    mask: Bool[Tensor, "b n"],
+    eps: float = 1e-8,
+) -> Float[Tensor, "b d"]:
+    """The mean of the hidden states whose `mask` is true, leaving out the first, which is [CLS]'s.
+
+    `eps` keeps the mean of a row without tokens at 0.
+    """
+    weight = rearrange(mask[:, 1:].float(), "b n -> b n 1")
+    return (hidden[:, 1:] * weight).sum(dim=1) / (weight.sum(dim=1) + eps)
+
+
+def frame_chunks(chunks: Int[Tensor, "b m"], ids: SpecialIds = BERTS_IDS) -> Int[Tensor, "b m_plus_2"]:
+    """`[CLS] words [SEP]` for each chunk, padded on the right.
+
+    Special tokens inside a chunk (the document's own [CLS] and [SEP], padding) are left out first, so that
+    the first, middle and last chunk of a document are framed alike. `ids` are the special ones of another BERT.
+    """
+    words = ~torch.isin(chunks, torch.tensor(ids, device=chunks.device))
+    order = torch.argsort(~words, dim=1, stable=True)  # words to the left, their order kept
+    moved = torch.gather(chunks.masked_fill(~words, ids.pad), 1, order)
+    framed = torch.nn.functional.pad(moved, (1, 1), value=ids.pad)
+    framed[:, 0] = ids.sos
+    end = words.sum(dim=1, keepdim=True) + 1
+    return framed.scatter(1, end, ids.eos)
+
+
+def frames_for_bert(
+    chunks: Int[Tensor, "b m"], tokenizer: TextTokenizer | None = None, *, bert: PathLike | None = None
+) -> Int[Tensor, "b _"]:
+    """Chunks of any tokenizer as a BERT reads them: their ids if it is the BERT's own, else their text anew.
+
+    A text that takes more tokens than the BERT has positions is cut.
+    """
+    berts = get_tokenizer(bert)
+    if tokenizer is None or tokenizer.fingerprint == berts.fingerprint:
+        return frame_chunks(chunks, berts.ids)
+    room = _config(bert).max_position_embeddings - 2
+    texts = [tokenizer.decode(row) for row in chunks.tolist()]
+    rows = [[berts.ids.sos, *row[:room], berts.ids.eos] for row in berts.encode(texts)]
+    return padded(rows, berts.ids.pad)
+
+
+def embed_chunks(
+    chunks: Int[Tensor, "b m"],
+    *,
+    tokenizer: TextTokenizer | None = None,
+    use_cls_repr: bool = False,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+) -> Float[Tensor, "b d"]:
+    """The vectors of chunks, for building an index and for asking it: BERT(N) averaged over time.
+
+    Args:
+        chunks: their ids.
+        tokenizer: what the ids are of; the BERT's if left out. Ids of another one are read as text.
+        use_cls_repr: [CLS] instead of the mean.
+        bert, device: see `bert_embed`.
+    """
+    frames = frames_for_bert(chunks, tokenizer, bert=bert)
+    return bert_embed(frames, use_cls_repr, pad_id=get_tokenizer(bert).ids.pad, bert=bert, device=device)
+
+
+def embedding_dim(bert: PathLike | None = None) -> int:
+    """Width of a BERT's vectors: 384 for the default, 768 for bert-base-cased."""
+    return _config(bert).hidden_size
+
+
+def _config(bert: PathLike | None) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(bert_folder(bert))
+
+
+def flops_per_chunk(config: Any, tokens: int) -> int:
+    """Floating-point operations that a BERT does for a row of so many tokens: of its matrix products alone.
+
+    A product of (a, b) with (b, c) is 2·a·b·c: a multiplication and an addition for each term. A chunk of 64
+    words is framed as 66 tokens.
+
+    Args:
+        config: the BERT's, e.g. `get_bert().config`.
+    """
+    d, inner = config.hidden_size, config.intermediate_size
+    projections = 2 * tokens * d * 4 * d  # queries, keys, values, output
+    attention = 2 * 2 * tokens * tokens * d  # scores, weighted values
+    feed_forward = 2 * 2 * tokens * d * inner
+    return config.num_hidden_layers * (projections + attention + feed_forward)
+
+
+# to disk
+
+
+def _batches(lengths: list[int], longest: int, size: int) -> Iterator[slice]:
+    """Cut rows of ascending lengths into batches; the longest are kept apart, since they need no mask."""
+    shorter = bisect_left(lengths, longest)
+    for first, last in ((0, shorter), (shorter, len(lengths))):
+        for start in range(first, last, size):
+            yield slice(start, min(start + size, last))
+
+
+@torch.inference_mode()
+def _begin_block(
+    model: "BertModel",
+    framed: Int[Tensor, "b n"],
+    pad_id: int,
+    batch_size: int,
+    cls: bool,
+    on_batch: Callable[[int], Any],
+) -> Callable[[], np.ndarray]:
+    """Embed framed chunks. What is returned gives their vectors, and waits for a GPU if need be.
+
+    Chunks of like length go through BERT together, so that hardly any padding does. `on_batch` is told how many
+    are in each batch.
+    """
+    _check_ids(model.config, framed.shape[1], int(framed.min()), int(framed.max()))
+    vectors = []
+    lengths, order = (framed != pad_id).sum(dim=1).sort(stable=True)
+    framed, lengths = send(framed[order], model.device), lengths.tolist()
+    for batch in _batches(lengths, framed.shape[1], batch_size):
+        shortest, longest = lengths[batch.start], lengths[batch.stop - 1]
+        ids = framed[batch, :longest]
+        vectors.append(_vectors(model, ids, None if shortest == longest else ids != pad_id, cls))
+        on_batch(len(ids))
+    vectors = torch.cat(vectors)[send(order.argsort(), model.device)]
+    if vectors.device.type != "cuda":
+        return vectors.numpy
+    fetched = vectors.to("cpu", non_blocking=True)
+    there = torch.cuda.current_stream(vectors.device).record_event()
+
+    def wait() -> np.ndarray:
+        there.synchronize()
+        return fetched.numpy()
+
+    return wait
+
+
+def begin_block(
+    chunks: Integer[np.ndarray, "c m"],
+    tokenizer: TextTokenizer,
+    batch_size: int | None = None,
+    on_batch: Callable[[int], Any] = lambda size: None,
+    *,
+    use_cls_repr: bool = False,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+) -> Callable[[], np.ndarray]:
+    """Begin to embed a block of a store's chunks. What is returned gives the vectors, and waits for a GPU if need be.
+
+    Args:
+        chunks: their ids, of this tokenizer.
+        batch_size: chunks per forward pass; None: as many as suit the device.
+        on_batch: called with the number of chunks in each batch.
+        use_cls_repr, bert, device: see `embed_chunks`.
+    """
+    device = torch.device(device or best_device())
+    frames = frames_for_bert(torch.from_numpy(chunks.astype(np.int32)), tokenizer, bert=bert)
+    batch = batch_size or sizes_on(device).batch
+    return _begin_block(get_bert(bert, device), frames, get_tokenizer(bert).ids.pad, batch, use_cls_repr, on_batch)
+
+
+def embedding_settings(
+    chunks_memmap_path: PathLike, num_chunks: int, bert: PathLike | None, use_cls_repr: bool
+) -> dict:
+    """Everything that the vectors of a chunk array depend on, as the manifest has it."""
+    return {
+        "chunks": array_key(chunks_memmap_path),
+        "num_chunks": num_chunks,
+        "bert": bert_fingerprint(bert),
+        "pooling": "cls" if use_cls_repr else "mean",
+        "tokenizers": [store_tokenizer(chunks_memmap_path, bert).fingerprint, get_tokenizer(bert).fingerprint],
+    }
+
+
+def embedding_stats(num_chunks: int, dim: int, device: torch.device) -> dict:
+    """What the manifest says of vectors: how many, their width, and the type they were computed in."""
+    return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
+
+
+def chunks_to_embeddings_(
+    *,
+    num_chunks: int,
+    chunks_memmap_path: PathLike,
+    embeddings_memmap_path: PathLike,
+    chunk_size: int = 64,
+    embed_dim: int | None = None,
+    batch_size: int | None = None,
+    use_cls_repr: bool = False,
+    pad_id: int | float | None = None,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+    force_reprocess: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Embed every chunk of a chunk array to disk (float32, num_chunks × embed_dim).
+
+    Chunks of another tokenizer than the BERT's are embedded as text. A build that was interrupted goes on where it
+    stopped; one that is finished, with the same chunks, BERT and pooling, is not repeated. Processes that were
+    launched together on a host (`accelerate launch`, torchrun) share the work, and each has to call this.
+
+    Args:
+        num_chunks, chunk_size: shape of the chunk array, without the extra token.
+        chunks_memmap_path, embeddings_memmap_path: the file to read and the file to write.
+        embed_dim: the width expected; the BERT's if left out.
+        batch_size: chunks per forward pass; left out, as many as suit the device.
+        use_cls_repr: [CLS] instead of the mean.
+        pad_id: the id of padding, if it is to be checked: the chunk array says it itself.
+        bert, device: see `bert_embed`.
+
+    Returns:
+        `rows`, `dim`, `dtype` of the computation.
+
+    Raises:
+        ValueError: `embed_dim` is not this BERT's width, the chunk array has another shape, or its rows are
+            longer than the BERT's positions.
+        FloatingPointError: a vector is not finite; the chunk and its document are named, and it is not stored.
+    """
+    dim = embedding_dim(bert)
+    if embed_dim not in (None, dim):
+        raise ValueError(f"embed_dim {embed_dim}, but this BERT gives vectors of {dim}: leave embed_dim out")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: pass 1 or more")
+    if pad_id not in (None, special_ids(chunks_memmap_path).pad):
+        raise ValueError(f"pad_id {pad_id}: this array is padded with {special_ids(chunks_memmap_path).pad}")
+    tokenizer = store_tokenizer(chunks_memmap_path, bert)
+    chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
+    device = torch.device(device or best_device())
+    settings = embedding_settings(chunks_memmap_path, num_chunks, bert, use_cls_repr)
+    sizes = sizes_on(device)
+
+    def store(rows: ResumableRows, block: slice, vectors: np.ndarray) -> None:
+        check_vectors(vectors, block.start, chunks_memmap_path)
+        rows.write(block, vectors)
+
+    def build() -> dict:
+        rows = ResumableRows(embeddings_memmap_path, (num_chunks, dim), np.float32, settings, shared=True)
+        blocks, writes = list(rows.blocks(sizes.block)), deque()
+        total, hidden = sum(block.stop - block.start for block in blocks), not progress or launched()[0] > 0
+        bar = tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden)
+        with bar, ThreadPoolExecutor(1) as writer:
+            for block in blocks:
+                options = {"use_cls_repr": use_cls_repr, "bert": bert, "device": device}
+                vectors = begin_block(chunks[block, :-1], tokenizer, batch_size, bar.update, **options)
+                writes.append(writer.submit(lambda block, vectors: store(rows, block, vectors()), block, vectors))
+                if len(writes) > sizes.ahead:
+                    writes.popleft().result()
+            for write in writes:
+                write.result()
+        rows.finish()
+        return embedding_stats(num_chunks, dim, device)
+
+    return cached(embeddings_memmap_path, settings, build, force_reprocess=force_reprocess, shared=True)

@@ -1,0 +1,219 @@
+"""Live retrieval: neighbours for chunks that are being written, and where they come from (notebook 06).
+
+At build time every chunk of the corpus got its neighbours (`retro_nb.store.knn`). A chunk that the model has just
+written gets them here, through the same embedding and the same index.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Int, Int64
+from torch import Tensor
+
+from retro_nb.common.arrays import PathLike, open_array
+from retro_nb.store.chunking import read_documents, store_tokenizer
+from retro_nb.store.dataset import closing_id, knn_to_retrieved_chunks
+from retro_nb.store.embedding import embed_chunks
+from retro_nb.store.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
+from retro_nb.store.knn import document_ranges
+from retro_nb.text.tokens import TextTokenizer
+
+DocumentName = int | np.integer | str  # its number or its title
+
+
+def nearest_chunks(
+    seq_chunks: Int[Tensor, "b m"],
+    *,
+    knn: int,
+    faiss_index: faiss.Index,
+    exclude: Ranges = (),
+    tokenizer: TextTokenizer | None = None,
+    use_cls_repr: bool = False,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Distances, Neighbours]:
+    """Squared L2 distances and ids of the chunks nearest to these, ranges of ids left out; −1 is no chunk."""
+    ids = seq_chunks.cpu()
+    vectors = embed_chunks(ids, tokenizer=tokenizer, use_cls_repr=use_cls_repr, bert=bert, device=device)
+    return search(faiss_index, vectors.numpy(), knn, exclude=exclude)
+
+
+def knn_chunks_from_seq_chunks(
+    seq_chunks: Int[Tensor, "b m"],
+    *,
+    knn: int,
+    faiss_index: faiss.Index,
+    num_chunks: int,
+    chunk_size: int,
+    chunks_memmap_path: PathLike,
+    doc_ids_memmap_path: PathLike | None = None,
+    **options: Any,
+) -> Int64[Tensor, "b k r"]:
+    """RET(C) for chunks that are being written: embed them, search the index, read N and F of each hit.
+
+    Args:
+        seq_chunks: the chunks' tokens.
+        knn: k.
+        faiss_index: over the chunks at `chunks_memmap_path`, of shape (num_chunks, chunk_size + 1).
+        doc_ids_memmap_path: the document of each chunk, so that F does not run into the next document.
+        **options: `exclude`, `use_cls_repr`, `bert` and `device` of `nearest_chunks`.
+
+    Returns:
+        Their tokens, on the device of `seq_chunks`; padding where there are fewer than k.
+    """
+    tokenizer = store_tokenizer(chunks_memmap_path, options.get("bert"))
+    if doc_ids_memmap_path is None:
+        ends = {"eos_id": closing_id(tokenizer.ids)}
+    else:
+        ends = {"doc_ids": open_array(doc_ids_memmap_path, shape=(num_chunks,))}
+    _, ids = nearest_chunks(seq_chunks, knn=knn, faiss_index=faiss_index, tokenizer=tokenizer, **options)
+    retrieved = knn_to_retrieved_chunks(
+        ids,
+        open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1)),
+        num_chunks=num_chunks,
+        pad_id=tokenizer.ids.pad,
+        **ends,
+    )
+    return torch.from_numpy(retrieved).to(seq_chunks.device)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A retrieved chunk: its id and document, its squared L2 distance, its text N and what follows, F."""
+
+    chunk: int
+    document: int
+    title: str
+    source: str
+    distance: float
+    text: str
+    continuation: str
+
+    def __str__(self) -> str:
+        return f"[{self.title}, d²={self.distance:.2f}] {self.text}"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A chunk of a text, and the neighbours that were retrieved for it: the next chunk reads them."""
+
+    text: str
+    neighbours: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text, the prompt included: its tokens, and chunk by chunk what was retrieved."""
+
+    text: str
+    tokens: tuple[int, ...]
+    passages: tuple[Passage, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Retriever:
+    """The corpus of a build, open for questions: what is near, and what is it?
+
+    Args:
+        faiss_index: over the chunks.
+        knn: k.
+        num_chunks, chunk_size, chunks_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
+        use_cls_repr, bert: how the index was embedded.
+        keep_out: numbers of documents that are never retrieved.
+    """
+
+    def __init__(
+        self,
+        *,
+        faiss_index: faiss.Index,
+        knn: int,
+        num_chunks: int,
+        chunk_size: int,
+        chunks_memmap_path: PathLike,
+        doc_ids_memmap_path: PathLike,
+        use_cls_repr: bool = False,
+        bert: PathLike | None = None,
+        keep_out: Sequence[int] = (),
+    ) -> None:
+        self.index, self.knn, self.chunk_size = faiss_index, knn, chunk_size
+        self.use_cls_repr, self.bert = use_cls_repr, bert
+        self.tokenizer = store_tokenizer(chunks_memmap_path, bert)
+        self.chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
+        self.doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
+        self.documents, self.keep_out = read_documents(chunks_memmap_path), list(keep_out)
+
+    def nearest(
+        self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[DocumentName] = ()
+    ) -> tuple[Distances, Neighbours]:
+        """Squared L2 distances and ids of the nearest chunks, documents named in `exclude` left out."""
+        return nearest_chunks(
+            seq_chunks,
+            knn=self.knn,
+            faiss_index=self.index,
+            exclude=self.excluded(exclude),
+            tokenizer=self.tokenizer,
+            use_cls_repr=self.use_cls_repr,
+            bert=self.bert,
+        )
+
+    def tokens(self, ids: Int[np.ndarray, "b k"]) -> Int64[Tensor, "b k r"]:
+        """N and F of retrieved chunks, as the model reads them; padding where an id is −1."""
+        pad = self.tokenizer.ids.pad
+        return torch.from_numpy(knn_to_retrieved_chunks(ids, self.chunks, pad_id=pad, doc_ids=self.doc_ids))
+
+    def excluded(self, documents: Sequence[DocumentName]) -> list[tuple[int, int]]:
+        """The chunk ids [first, stop) of all these documents, and of those that are always kept out."""
+        if isinstance(documents, str):
+            raise TypeError(f"exclude is the string {documents!r}: pass a list of documents, [{documents!r}]")
+        named = [chunks for document in documents for chunks in self.document_ranges(document)]
+        return document_ranges(self.doc_ids, self.keep_out) + named
+
+    def document_ranges(self, document: DocumentName) -> list[tuple[int, int]]:
+        """Chunk ids [first, stop) of a document by its number, or of all documents with a title.
+
+        Raises:
+            KeyError: there is no such document; names the closest titles.
+        """
+        titles = [about["title"] for about in self.documents]
+        if isinstance(document, str):
+            wanted = [number for number, title in enumerate(titles) if title == document]
+        else:
+            is_number = not isinstance(document, bool) and 0 <= document < len(titles)
+            wanted = [int(document)] if is_number else []
+        if not wanted:
+            near = difflib.get_close_matches(str(document), titles, n=3) or titles[:3]
+            raise KeyError(f"no document {document!r} among {len(titles)}; there are e.g. {near}")
+        return [tuple(self.documents[number]["chunks"]) for number in wanted]
+
+    def neighbour(self, chunk: int, distance: float = float("nan")) -> Neighbour:
+        """What is known of a chunk of the corpus: its document, its text, what follows."""
+        both = self.tokens(np.array([[chunk]]))[0, 0]
+        text, continuation = (self.tokenizer.decode(half) for half in both.split(self.chunk_size))
+        document = int(self.doc_ids[chunk])
+        about = self.documents[document]
+        return Neighbour(chunk, document, about["title"], about["source"], distance, text, continuation)
+
+    def passages(self, tokens: Int[Tensor, " n"], exclude: Sequence[DocumentName] = ()) -> tuple[Passage, ...]:
+        """A text chunk by chunk, each complete chunk with the neighbours that it finds."""
+        l = len(tokens) // self.chunk_size
+        if not l:
+            return self.annotate(tokens, {})
+        found = self.nearest(rearrange(tokens[: l * self.chunk_size], "(l m) -> l m", l=l), exclude)
+        return self.annotate(tokens, dict(enumerate(zip(*found, strict=True))))
+
+    def annotate(self, tokens: Int[Tensor, " n"], found: Mapping[int, tuple]) -> tuple[Passage, ...]:
+        """A text chunk by chunk, with the neighbours that were found for some: (distances, ids) by number."""
+        passages = []
+        for u, part in enumerate(tokens.split(self.chunk_size)):
+            hits = zip(*found.get(u, ((), ())), strict=True)
+            near = (self.neighbour(int(i), float(d)) for d, i in hits if i != NO_NEIGHBOUR)
+            passages.append(Passage(self.tokenizer.decode(part), tuple(near)))
+        return tuple(passages)

@@ -1,0 +1,318 @@
+"""A store: everything that is built of one corpus, in one folder (notebooks 01 to 03).
+
+    store = Store.build(speeches(max_chars=4000), "my_store", StoreSettings(seq_len=512))
+    store = Store.open("my_store")      later, without the corpus
+
+    store.dataset()       sequences with their neighbours, to train on
+    store.retriever()     answers questions about the corpus
+    store.update(corpus)  follows a corpus that has changed
+
+The folder holds chunks, sequences, documents, vectors, index and neighbours (`Files`), the tokenizer, and a manifest that
+says of each what it was made from and with. A changed setting builds again what depends on it, and nothing else.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from jaxtyping import Float, Int
+
+from retro_nb.common.arrays import PathLike, open_array, plain, tell
+from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
+from retro_nb.store.chunking import chunk_settings, documents_to_chunks_, read_documents, store_tokenizer
+from retro_nb.store.dataset import RETRODataset
+from retro_nb.store.embedding import bert_fingerprint
+from retro_nb.store.files import Files, knn_path
+from retro_nb.store.index import read_index
+from retro_nb.store.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
+from retro_nb.store.retrieval import Retriever
+from retro_nb.store.splits import document_numbers
+from retro_nb.store.updating import Update, update_store, why_not
+from retro_nb.text.document import Document
+from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What a store is built with.
+
+    chunk_size, seq_len     m and n, tokens; n is a multiple of m
+    knn                     k, neighbours a chunk
+    tokenizer               cuts the texts: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE with
+                            so many entries, trained on the corpus; None for the BERT's
+    bert                    embeds the chunks, see `tokens.bert_folder`
+    use_cls_repr            a chunk's vector is that of [CLS], not the mean over its tokens
+    index                   a FAISS index-factory string; None for the choice of `choose_index`
+    max_index_memory_usage, current_memory_available    bytes, or "100m": the index takes no more than the smaller
+    max_similarity          leaves out neighbours with a cosine above this (near-duplicates)
+    keep_out                documents that nobody retrieves: their numbers, or a share that `hold_out` draws
+    max_chunks, max_seqs    end the store before the document that would exceed them
+    """
+
+    chunk_size: int = 64
+    seq_len: int = 2048
+    knn: int = 2
+    tokenizer: int | PathLike | TextTokenizer | None = None
+    bert: PathLike | None = None
+    use_cls_repr: bool = False
+    index: str | None = None
+    max_index_memory_usage: str | int | None = None
+    current_memory_available: str | int | None = None
+    max_similarity: float | int | None = None
+    keep_out: float | int | Sequence[int] = ()
+    max_chunks: int | None = None
+    max_seqs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.knn < 1:
+            raise ValueError(f"knn is {self.knn}: it must be at least 1")
+
+    def of_index(self) -> dict[str, Any]:
+        """Those that choose the index."""
+        names = ("index", "max_index_memory_usage", "current_memory_available")
+        return {name: getattr(self, name) for name in names}
+
+
+def choose_tokenizer(
+    settings: StoreSettings, documents: Iterable[Document], folder: PathLike, progress: bool = True
+) -> TextTokenizer:
+    """The tokenizer that the settings mean. One that is to be trained is trained once, while the corpus stays as it is.
+
+    Raises:
+        ValueError: one is to be trained on a corpus that can be read only once.
+    """
+    if not isinstance(settings.tokenizer, int):
+        return get_tokenizer(settings.bert if settings.tokenizer is None else settings.tokenizer)
+    if isinstance(documents, Iterator):
+        raise ValueError(f"a {type(documents).__name__} can be read only once: pass a list, or a tokenizer's folder")
+    folder, size = Path(folder) / "tokenizer", settings.tokenizer
+    fingerprint = getattr(documents, "fingerprint", None)
+    cached(
+        folder / "tokenizer.json",
+        {"corpus": fingerprint() if fingerprint else None, "size": size},
+        lambda: train_tokenizer((each.text for each in documents), folder, size=size, progress=progress),
+        files=(folder / "tokenizer_config.json",),
+        force_reprocess=fingerprint is None,
+    )
+    return get_tokenizer(folder)
+
+
+class Store:
+    """A built store; made by `build` or `open`.
+
+    files       where its arrays lie
+    settings    what it was built with
+    kept_out    numbers of the documents that nobody retrieves
+    tokenizer   what its chunks are cut with
+    stats       counts of documents, chunks, sequences and tokens; the index, its recall, seconds
+    """
+
+    def __init__(self, files: Files, settings: StoreSettings, kept_out: list[int]) -> None:
+        self.files, self.settings, self.kept_out = files, settings, kept_out
+        self.tokenizer = store_tokenizer(files.chunks, settings.bert)
+        self.exclude = document_ranges(self.doc_ids, kept_out)
+        chunk_stats = read_manifest(files.chunks.parent)[files.chunks.name]["stats"]
+        self.stats = {**chunk_stats, **knn_stats(files.chunks, files.index.name, self.exclude)}
+
+    @classmethod
+    def build(
+        cls,
+        documents: Iterable[Document],
+        folder: PathLike,
+        settings: StoreSettings | None = None,
+        *,
+        files: Files | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> "Store":
+        """Build what is missing of a corpus's store: chunk, embed, index and search it.
+
+        What is there already, made with the same settings, is used again; REPROCESS=1 in the environment builds all
+        anew. Where the corpus alone has changed, only its new documents are embedded (`update`). Processes that were
+        launched together share the work, and each has to call this.
+
+        Args:
+            documents: a corpus, or any iterable of `Document` (which cannot say whether it has changed: it is chunked
+                anew).
+            folder: where to.
+            settings: see `StoreSettings`.
+            files: where the arrays lie, if not in `folder` under their usual names.
+            progress: show progress bars.
+            **options: those of `knn.chunks_to_precalculated_knn_` that do not change what is built.
+
+        Raises:
+            ValueError: a setting is out of range, or no document has a token.
+            OSError: a file cannot be written; what was there is untouched.
+        """
+        settings, files = settings or StoreSettings(), files or Files.of(folder)
+        settings = replace(settings, tokenizer=choose_tokenizer(settings, documents, folder, progress))
+        if files == Files.of(folder):
+            _follow(documents, folder, settings, progress)
+        sizes = {name: getattr(settings, name) for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
+        made = documents_to_chunks_(
+            documents, chunks_memmap_path=files.chunks, seqs_memmap_path=files.seqs, doc_ids_memmap_path=files.doc_ids,
+            tokenizer=settings.tokenizer, progress=progress, **sizes,
+        )  # fmt: skip
+        kept_out = document_numbers(settings.keep_out, made["docs"])
+        chunks_to_precalculated_knn_(
+            num_nearest_neighbors=settings.knn, num_chunks=made["chunks"], chunk_size=settings.chunk_size,
+            chunk_memmap_path=files.chunks, doc_ids_memmap_path=files.doc_ids, index_file=files.index.name,
+            keep_out=kept_out, max_similarity=settings.max_similarity, use_cls_repr=settings.use_cls_repr,
+            bert=settings.bert, progress=progress, **settings.of_index(), **options,
+        )  # fmt: skip
+        return cls(files, settings, kept_out)
+
+    @classmethod
+    def open(
+        cls, folder: PathLike, *, bert: PathLike | None = None, keep_out: float | int | Sequence[int] = ()
+    ) -> "Store":
+        """Open a store that was built, without its corpus; nothing is built or changed.
+
+        Args:
+            folder: the store's.
+            bert: the BERT that embedded it, for questions to its `retriever`.
+            keep_out: the documents that its neighbours leave out, as they were named when it was built.
+
+        Raises:
+            FileNotFoundError: there is no whole store, or none whose neighbours leave these documents out.
+            ValueError: another BERT embedded it, or its manifest is damaged or of a newer format.
+        """
+        folder, files = Path(folder), Files.of(folder)
+        finish_replacement(folder)
+        arrays = read_manifest(folder)
+        if missing := [each.name for each in (files.chunks, files.vectors, files.index) if each.name not in arrays]:
+            raise FileNotFoundError(f"{folder} holds no whole store: its manifest has no record of {missing[0]}")
+        kept_out = document_numbers(keep_out, arrays[files.chunks.name]["stats"]["docs"])
+        exclude = document_ranges(open_array(files.doc_ids), kept_out)
+        found = knn_path(files.chunks, exclude).name
+        if found not in arrays:
+            there = sorted(name for name in arrays if name.startswith(f"{files.chunks.stem}.knn"))
+            raise FileNotFoundError(
+                f"{folder} has no neighbours that leave out the documents {kept_out} ({found}), but {there}: pass the "
+                f"keep_out that it was built with"
+            )
+        chunks, vectors, index, neighbours = (
+            arrays[name]["settings"] for name in (files.chunks.name, files.vectors.name, files.index.name, found)
+        )
+        if vectors["bert"] != bert_fingerprint(bert):
+            raise ValueError(f"the store in {folder} was embedded by another BERT ({vectors['bert']}): pass bert=…")
+        sizes = {name: chunks[name] for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
+        settings = StoreSettings(
+            **sizes, knn=neighbours["k"], tokenizer=store_tokenizer(files.chunks, bert), bert=bert,
+            use_cls_repr=vectors["pooling"] == "cls", index=index["index"],
+            max_similarity=neighbours["max_similarity"], keep_out=kept_out,
+        )  # fmt: skip
+        return cls(files, settings, kept_out)
+
+    def __repr__(self) -> str:
+        counts = f"{self.stats['docs']} documents, {self.stats['chunks']} chunks, {self.stats['seqs']} sequences"
+        return f"{counts}, {self.stats['k']} neighbours a chunk (recall {self.stats['recall']:.3f}), in {self.folder}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.files.chunks.parent
+
+    # its arrays
+
+    @property
+    def chunks(self) -> Int[np.ndarray, "c m_plus_1"]:
+        """The tokens of every chunk and, after them, the first of the next; read-only, as the others are."""
+        return open_array(self.files.chunks)
+
+    @property
+    def doc_ids(self) -> Int[np.ndarray, " c"]:
+        """The document of every chunk."""
+        return open_array(self.files.doc_ids)
+
+    @property
+    def vectors(self) -> Float[np.ndarray, "c d"]:
+        """The vector of every chunk."""
+        return open_array(self.files.vectors)
+
+    @property
+    def neighbours(self) -> Int[np.ndarray, "c k"]:
+        """The nearest chunks of other documents, for every chunk; −1 where there is none."""
+        return open_array(knn_path(self.files.chunks, self.exclude))
+
+    @property
+    def documents(self) -> list[dict]:
+        """What is known of each document: title, source, chunks, characters."""
+        return read_documents(self.files.chunks)
+
+    @cached_property
+    def index(self) -> faiss.Index:
+        """The index of the vectors."""
+        return read_index(self.files.index)
+
+    # what reads it
+
+    def dataset(self, k: int | None = None) -> RETRODataset:
+        """Sequences with their neighbours.
+
+        Args:
+            k: how many neighbours of each chunk; all that are stored if left out.
+
+        Raises:
+            ValueError: fewer are stored.
+        """
+        stored = self.stats["k"]
+        if k is not None and not 1 <= k <= stored:
+            raise ValueError(f"k {k}: the store in {self.folder} has {stored} neighbours a chunk; build it with knn={k}")
+        data = RETRODataset(
+            num_chunks=self.stats["chunks"], chunk_size=self.settings.chunk_size, seq_len=self.settings.seq_len,
+            num_sequences=self.stats["seqs"], num_neighbors=stored, chunk_memmap_path=self.files.chunks,
+            chunk_nn_memmap_path=knn_path(self.files.chunks, self.exclude), seq_memmap_path=self.files.seqs,
+            doc_ids_memmap_path=self.files.doc_ids,
+        )  # fmt: skip
+        return data if k in (None, stored) else data.with_neighbours(np.array(data.knns[:, :k]))
+
+    def database(self, k: int | None = None) -> dict[str, Any]:
+        """The arguments by which `Retriever` and `knn_chunks_from_seq_chunks` know it."""
+        return {
+            "knn": k or self.stats["k"], "faiss_index": self.index, "num_chunks": self.stats["chunks"],
+            "chunk_size": self.settings.chunk_size, "chunks_memmap_path": self.files.chunks,
+            "doc_ids_memmap_path": self.files.doc_ids, "use_cls_repr": self.settings.use_cls_repr,
+            "bert": self.settings.bert,
+        }  # fmt: skip
+
+    def retriever(self, k: int | None = None) -> Retriever:
+        """What answers questions about the corpus, with k chunks each: as many as are stored if left out."""
+        return Retriever(**self.database(k), keep_out=self.kept_out)
+
+    def update(self, documents: Iterable[Document], *, progress: bool = True) -> Update:
+        """Follow the corpus, from which documents may have gone and to which others came (see `updating.update_store`).
+
+        Neighbours for a database that keeps documents out are built again by `Store.build`.
+
+        Returns:
+            What was done; as a string, in a sentence.
+        """
+        done = update_store(documents, self.folder, bert=self.settings.bert, progress=progress)
+        self.__dict__.pop("index", None)
+        self.__init__(self.files, self.settings, [])
+        return done
+
+
+def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress: bool) -> None:
+    """Where a store is there and only its corpus has changed, let it follow; else it will be built."""
+    folder, name = Path(folder), Files.of(folder).chunks.name
+    sizes = (settings.chunk_size, settings.seq_len, settings.max_chunks, settings.max_seqs)
+    wanted = chunk_settings(documents, settings.tokenizer, *sizes)
+    how = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
+
+    def changed() -> bool:
+        finish_replacement(folder)
+        recorded = read_manifest(folder).get(name, {}).get("settings", {}).get("corpus")
+        if recorded in (None, plain(wanted["corpus"])) or reprocess_requested():
+            return False
+        return why_not(documents, folder, **how, settings=wanted) is None
+
+    if tell(changed()):
+        update = update_store(documents, folder, bert=settings.bert, progress=progress, **settings.of_index())
+        warnings.warn(f"the corpus has changed: {update}", stacklevel=4)

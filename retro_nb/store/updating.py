@@ -1,0 +1,439 @@
+"""A store follows its corpus: documents come and go, and only what is new is embedded (notebook 10).
+
+What stays the same is taken over from the store as it was: the chunks of every document whose text has not changed,
+their vectors, and the neighbours of every chunk that neither lost one nor has a nearer new one. The result is what
+building the new corpus from nothing gives. (An inverted file keeps its centroids and its effort: it is what filling
+the same trained index anew gives. Neighbours that exact search had to fill in stay, though it might now find others.)
+
+The new store is made in a folder within the old one, step by step, and moved into place at the end: a stop costs at
+most the block that was being worked on, and until then the old store serves. An update that stopped is gone on with
+if it is the same, from the same store to the same corpus; else it is begun anew.
+"""
+
+import hashlib
+import os
+import shutil
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from filelock import FileLock
+from jaxtyping import Int32, Int64
+from tqdm.auto import tqdm
+
+from retro_nb.common.arrays import (
+    ArrayWriter,
+    PathLike,
+    ResumableRows,
+    launched,
+    open_array,
+    plain,
+    read_json,
+    tell,
+    write_json,
+    writing,
+)
+from retro_nb.common.manifest import (
+    STAGING,
+    array_key,
+    cached,
+    check_writable,
+    finish_replacement,
+    intact,
+    read_manifest,
+    replace_store,
+)
+from retro_nb.store.chunking import (
+    ChunkedDocument,
+    chunk_document,
+    companion,
+    describe_document,
+    read_documents,
+    special_ids,
+    store_tokenizer,
+    text_digest,
+    write_chunks,
+)
+from retro_nb.store.embedding import bert_fingerprint, chunks_to_embeddings_, embedding_settings
+from retro_nb.store.index import (
+    BLOCK,
+    Vectors,
+    build_index,
+    innermost,
+    read_index,
+    write_index,
+)
+from retro_nb.store.index_edits import EDITABLE, comparing_pays, edit_lists, may_be_nearer, renumber
+from retro_nb.store.knn import (
+    AT_A_TIME,
+    CHUNKS,
+    DOC_IDS,
+    INDEX,
+    NEIGHBOURS,
+    SEQS,
+    VECTORS,
+    choose_spec,
+    index_settings,
+    index_stats,
+    knn_settings,
+    neighbours,
+    write_neighbours,
+)
+from retro_nb.text.document import Corpus, Document
+from retro_nb.text.tokens import get_tokenizer
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update did: how many documents were kept, added and removed, how many chunks were embedded, and for how
+    many neighbours were searched."""
+
+    kept: int
+    added: int
+    removed: int
+    embedded: int
+    searched: int
+
+    def __str__(self) -> str:
+        documents = f"{self.kept} documents kept, {self.added} added, {self.removed} removed"
+        return f"{documents}; {self.embedded} chunks embedded, neighbours searched for {self.searched}"
+
+
+def why_not(
+    documents: Any,
+    folder: PathLike,
+    *,
+    bert: PathLike | None = None,
+    use_cls_repr: bool | None = None,
+    settings: dict | None = None,
+) -> str | None:
+    """Why a store cannot be brought up to date with a corpus; None if it can.
+
+    Args:
+        documents: the corpus.
+        folder: the store's.
+        bert: what is to embed it.
+        use_cls_repr: how; None: as it was.
+        settings: how its chunks would be made now, from `chunk_settings`; None: as they were.
+    """
+    folder = Path(folder)
+    finish_replacement(folder)
+    was = {name: record["settings"] for name, record in read_manifest(folder).items()}
+    if missing := [name for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS) if name not in was]:
+        return f"it has no record of {missing[0]}"
+    if not isinstance(documents, Corpus):
+        return "the documents have no fingerprint, by which a store knows what it was made from"
+    pooling = {None: was[VECTORS]["pooling"], True: "cls", False: "mean"}[use_cls_repr]
+    wanted = (settings or {}) | {"bert": bert_fingerprint(bert), "pooling": pooling, "corpus": None}
+    wanted["tokenizers"] = [was[CHUNKS]["tokenizer"], get_tokenizer(bert).fingerprint]
+    for name, value in (was[VECTORS] | was[CHUNKS] | {"corpus": None}).items():
+        if wanted.get(name, value) != value:
+            return f"{name} was {value} and is {wanted[name]}"
+    sources = ((VECTORS, CHUNKS, "chunks"), (INDEX, VECTORS, "embeddings"), (NEIGHBOURS, INDEX, "index"))
+    for name, source, needed in sources:
+        if not intact(folder / source) or was[name][needed] != array_key(folder / source):
+            return f"{source} is not what {name} was made from"
+    if not intact(folder / NEIGHBOURS):
+        return f"{NEIGHBOURS} is truncated or corrupt"
+    if not all("digest" in about for about in read_documents(folder / CHUNKS)):
+        return "it was built by a version that did not record the texts' digests"
+    return None
+
+
+# the update
+
+
+def update_store(
+    documents: Iterable[Document],
+    work_dir: PathLike,
+    *,
+    bert: PathLike | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    **index_options: Any,
+) -> Update:
+    """Bring a built store up to date with its corpus, from which documents may have gone and to which others came.
+
+    `TrainingWrapper` and `python -m retro_nb build` do this by themselves when they find that the corpus has changed
+    and nothing else. It takes as much free disk as the store has. A document that moved among the others counts as
+    removed and added, but is not embedded again. Neighbours for databases that keep documents out (`keep_out`) are
+    dropped: they are searched again when they are next asked for. A stopped update goes on when it is called again.
+
+    Args:
+        documents: the corpus as it is now.
+        work_dir: the store, as `TrainingWrapper` builds it.
+        bert: what embedded it, and will embed what is new.
+        device: where; see `bert_embed`.
+        progress: show progress bars.
+        **index_options: `index`, `max_index_memory_usage`, `current_memory_available` as at the build. An inverted
+            file of the same kind is edited; one of another kind, as a corpus grows, is trained and searched anew.
+
+    Returns:
+        What was done; as a string, in a sentence.
+
+    Raises:
+        ValueError: there is no whole store, it was made with other settings, or its manifest is of a newer format.
+    """
+    folder, staging = Path(work_dir), Path(work_dir) / STAGING
+    read_manifest(folder)  # one of a newer format is refused before a lock is made
+    with _alone(folder):
+        if reason := tell(why_not(documents, folder, bert=bert)):
+            raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
+        old = _Old(folder)
+        if old.settings[CHUNKS]["corpus"] == plain(documents.fingerprint()):
+            return Update(len(old.documents), added=0, removed=0, embedded=0, searched=0)
+        tell(_begin(old, documents, staging) if launched()[0] == 0 else None)
+        new = _chunk(old, documents, staging, progress)
+        _embed(old, new, bert, device, progress)
+        index = _index(old, new, index_options, progress)
+        searched = _search(old, new, index, progress)
+        tell()  # the others have seen that all is there
+        if launched()[0] == 0:
+            replace_store(folder, old.searches())
+        tell()  # the others wait
+    kept = len(new.kept)
+    return Update(kept, new.documents - kept, len(old.documents) - kept, len(new.fresh), searched)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let other launches that would update the same store wait."""
+    if launched()[0] > 0 or not os.access(folder, os.W_OK):  # or else nothing can be changed
+        yield
+        return
+    with FileLock(folder / f".{STAGING}.lock"):
+        yield
+
+
+def _begin(old: "_Old", documents: Corpus, staging: Path) -> None:
+    """Clear away what an update from another store, or to another corpus, has left.
+
+    Raises:
+        ValueError: it was left by a newer version.
+    """
+    check_writable(old.folder)
+    if staging.is_symlink():  # it came with the store: `update_store` makes none
+        staging.unlink()
+    read_manifest(staging)
+    files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS)]
+    note, about = staging / "begun.json", plain({"from": files, "to": documents.fingerprint()})
+    if _noted(note) != about or any(path.is_symlink() for path in staging.rglob("*")):
+        if staging.exists():
+            shutil.rmtree(staging)
+        write_json(note, about)
+
+
+def _noted(note: Path) -> Any:
+    try:
+        return read_json(note)
+    except (OSError, ValueError):
+        return None
+
+
+# documents and chunks
+
+
+class _Old:
+    """A store before its update."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.arrays = folder, read_manifest(folder)
+        self.settings = {name: record["settings"] for name, record in self.arrays.items()}
+        self.chunks, self.vectors = open_array(folder / CHUNKS), open_array(folder / VECTORS)
+        self.spans, self.bytes = (open_array(companion(folder / CHUNKS, f"{kind}.npy")) for kind in ("spans", "bytes"))
+        self.documents = read_documents(folder / CHUNKS)
+        self.by_digest: dict[str, list[int]] = defaultdict(list)
+        for number, about in enumerate(self.documents):
+            self.by_digest[about["digest"]].append(number)
+
+    def chunked(self, document: int, about: dict, replaced: int) -> ChunkedDocument:
+        """The chunks of a document, under what is now known of it."""
+        rows = slice(*self.documents[document]["chunks"])
+        own = (np.array(array[rows]) for array in (self.chunks, self.spans, self.bytes))
+        return ChunkedDocument(about, replaced, *own)
+
+    def searches(self) -> list[str]:
+        """The arrays of neighbours found with its index, those of databases that keep documents out too."""
+        index = self.settings[NEIGHBOURS]["index"]
+        return [name for name, settings in self.settings.items() if settings.get("index") == index]
+
+
+@dataclass(frozen=True)
+class _New:
+    """A store as it will be: its chunks are there, and what they were before.
+
+    kept     (new, old) numbers of the documents that are the same and in the same order
+    origin   for each chunk an old one with the same text, whose vector it takes; −1 for a new text
+    was      for each chunk of a kept document the same one; −1 for others, whose neighbours are searched
+    """
+
+    folder: Path
+    documents: int
+    kept: list[tuple[int, int]]
+    origin: Int64[np.ndarray, " c"]
+    was: Int64[np.ndarray, " c"]
+
+    @property
+    def fresh(self) -> Int64[np.ndarray, " n"]:
+        """The chunks to embed."""
+        return np.flatnonzero(self.origin < 0)
+
+
+def _chunk(old: _Old, documents: Corpus, staging: Path, progress: bool) -> _New:
+    """Write the chunks of the corpus; those of texts that the old store has are copied."""
+    settings, tokenizer = old.settings[CHUNKS], store_tokenizer(old.folder / CHUNKS)
+
+    def cut() -> Iterator[ChunkedDocument]:
+        for document in tqdm(documents, desc="reading", unit=" documents", disable=not progress):
+            if same := old.by_digest.get(text_digest(document.text)):
+                yield old.chunked(same[0], describe_document(document), document.replaced)
+            else:
+                yield chunk_document(document, settings["chunk_size"], tokenizer)
+
+    sizes = {name: settings[name] for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
+    write_chunks(cut, documents, [staging / name for name in (CHUNKS, SEQS, DOC_IDS)], tokenizer, **sizes)
+    found = read_documents(staging / CHUNKS)
+    kept = _kept(old.by_digest, [about["digest"] for about in found])
+    origin, was = (np.full(found[-1]["chunks"][1], -1, np.int64) for _ in range(2))
+    for about in found:
+        if same := old.by_digest.get(about["digest"]):
+            origin[slice(*about["chunks"])] = np.arange(*old.documents[same[0]]["chunks"])
+    for now, before in kept:
+        rows = slice(*found[now]["chunks"])
+        origin[rows] = was[rows] = np.arange(*old.documents[before]["chunks"])
+    return _New(staging, len(found), kept, origin, was)
+
+
+def _kept(old: dict[str, list[int]], digests: Sequence[str]) -> list[tuple[int, int]]:
+    """A longest list of pairs (new, old) of documents with the same text in which both numbers ascend.
+
+    Where several have the same text it may be a shorter one: each is held against one of them only, the first that
+    makes the longest list so far longer. A document that moved to another place is not among the pairs: of equally
+    near chunks the first is the nearer, and its chunks are elsewhere now.
+    """
+    pairs, before = [], []  # what may be kept; and for each the one that precedes it in the longest list that it ends
+    ends, last = [], []  # of each length the list that ends lowest: its last old number, and its last pair
+    for new, digest in enumerate(digests):
+        if not (numbers := old.get(digest)):
+            continue
+        beyond = bisect_right(numbers, ends[-1]) if ends else 0
+        was = numbers[beyond if beyond < len(numbers) else 0]
+        length = bisect_left(ends, was)
+        ends[length : length + 1], last[length : length + 1] = [was], [len(pairs)]
+        pairs.append((new, was))
+        before.append(last[length - 1] if length else None)
+    chain, number = [], last[-1] if last else None
+    while number is not None:
+        chain.append(pairs[number])
+        number = before[number]
+    return chain[::-1]
+
+
+# vectors and index
+
+
+def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | str | None, progress: bool) -> None:
+    """The vectors of all chunks: the old ones, and those of new texts."""
+    whole, fresh = new.folder / CHUNKS, new.fresh
+    chunks, cls = open_array(whole), old.settings[VECTORS]["pooling"] == "cls"
+    tokenizer, part = store_tokenizer(whole), new.folder / "fresh" / CHUNKS
+
+    def pick() -> dict:
+        with ArrayWriter(part, chunks.dtype, chunks.shape[1:]) as file:
+            for rows in np.array_split(fresh, -(-len(fresh) // BLOCK)):
+                file.append(chunks[rows])
+        with writing(companion(part, "tokenizer.json"), "w", encoding="utf-8") as rules:
+            rules.write(tokenizer.backend.to_str())
+        return {"special_ids": special_ids(whole)._asdict()}
+
+    embedded = old.vectors[:0]
+    if len(fresh):
+        settings = {"chunks": array_key(whole), "tokenizer": tokenizer.fingerprint}
+        cached(part, settings, pick, files=(companion(part, "tokenizer.json"),))
+        where, size = companion(part, "embedded.npy"), chunks.shape[1] - 1
+        sizes = {"num_chunks": len(fresh), "chunk_size": size, "embed_dim": old.vectors.shape[1]}
+        files = {"chunks_memmap_path": part, "embeddings_memmap_path": where}
+        chunks_to_embeddings_(**sizes, **files, use_cls_repr=cls, bert=bert, device=device, progress=progress)
+        embedded = open_array(where)
+
+    def join() -> dict:
+        with ArrayWriter(new.folder / VECTORS, np.float32, old.vectors.shape[1:]) as file:
+            for start in range(0, len(chunks), BLOCK):
+                origin = new.origin[start : start + BLOCK]
+                rows = np.empty((len(origin), old.vectors.shape[1]), np.float32)
+                rows[origin >= 0] = old.vectors[origin[origin >= 0]]
+                first = np.searchsorted(fresh, start)
+                rows[origin < 0] = embedded[first : first + np.count_nonzero(origin < 0)]
+                file.append(rows)
+        return old.arrays[VECTORS]["stats"] | {"rows": len(chunks)}
+
+    cached(new.folder / VECTORS, embedding_settings(whole, len(chunks), bert, cls), join)
+
+
+def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> faiss.Index:
+    """The index of all vectors; an inverted file of the same kind keeps its centroids and its effort."""
+    path, vectors = new.folder / INDEX, open_array(new.folder / VECTORS)
+    spec = choose_spec(*vectors.shape, **options)
+
+    def build() -> dict:
+        started, same = perf_counter(), spec == old.settings[INDEX]["index"]
+        index = read_index(old.folder / INDEX) if same else None
+        if index is not None and type(innermost(index)) in EDITABLE:
+            edit_lists(index, new.was, vectors)
+        else:
+            index = build_index(vectors, spec, progress=progress)
+        write_index(index, path)
+        return index_stats(path, spec, len(vectors), started)
+
+    cached(path, index_settings(new.folder / VECTORS, spec), build)
+    return read_index(path)
+
+
+# neighbours
+
+
+def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
+    """Write the neighbours of all chunks; return how many had to be searched for."""
+    vectors, doc_ids = open_array(new.folder / VECTORS), open_array(new.folder / DOC_IDS)
+    k, most = (old.settings[NEIGHBOURS][name] for name in ("k", "max_similarity"))
+    settings = knn_settings(new.folder / INDEX, new.folder / DOC_IDS, k, most)
+    searched = new.folder / "searched.npy"
+
+    def fill(rows: ResumableRows) -> None:
+        found, todo = _taken_over(old, new, index, vectors)
+        which = {"rows": hashlib.sha256(todo.tobytes()).hexdigest()}
+        part = ResumableRows(searched, (len(todo), k), np.int32, settings | which)
+        with tqdm(total=len(todo), initial=part.done, desc="searching", unit=" chunks", disable=not progress) as bar:
+            for block in part.blocks(AT_A_TIME):
+                part.write(block, neighbours(index, vectors, doc_ids, k, rows=todo[block], max_similarity=most))
+                bar.update(block.stop - block.start)
+        part.finish()
+        found[todo] = open_array(searched)
+        for block in rows.blocks(BLOCK):
+            rows.write(block, found[block])
+
+    write_neighbours(new.folder / NEIGHBOURS, fill, settings, index, vectors, doc_ids, max_similarity=most)
+    return len(open_array(searched))
+
+
+def _taken_over(
+    old: _Old, new: _New, index: faiss.Index, vectors: Vectors
+) -> tuple[Int32[np.ndarray, "c k"], Int64[np.ndarray, " n"]]:
+    """The neighbours that chunks had, by their new numbers, and the chunks that have to be searched for."""
+    found, lost = renumber(open_array(old.folder / NEIGHBOURS), new.was)
+    added = np.flatnonzero(new.was < 0)
+    todo = (new.was < 0) | lost
+    same = old.settings[INDEX]["index"] == read_manifest(new.folder)[INDEX]["settings"]["index"]
+    if same and comparing_pays(index, len(added)):
+        todo[~todo] = may_be_nearer(vectors, found, np.flatnonzero(~todo), added)
+    else:
+        todo[:] = True
+    return found, np.flatnonzero(todo)

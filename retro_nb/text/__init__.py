@@ -1,0 +1,1 @@
+"""Corpora, and the tokens of their texts."""

@@ -1,0 +1,220 @@
+"""Texts in files: a folder of them, or one JSON object a line; and what is undecodable in them."""
+
+import codecs
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from charset_normalizer import from_bytes
+
+from retro_nb.common.digests import digest
+from retro_nb.text.document import Document, check_count, part_of, shares
+
+# Byte order marks, which no file in UTF-8 begins with; UTF-32's first, whose mark begins with UTF-16's.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+MEGABYTE = 2**20
+
+
+def decode_text(data: bytes, encoding: str = "utf-8") -> tuple[str, int]:
+    """Bytes -> (text without its byte order mark, number of U+FFFD that stand for undecodable bytes)."""
+    text = data.decode(encoding, errors="replace")
+    found = text.count("\ufffd")
+    if found:  # some may be the author's own
+        found -= data.decode(encoding, errors="ignore").count("\ufffd")
+    return text.removeprefix("\ufeff"), found
+
+
+def _detect(data: bytes) -> str:
+    """The encoding of a text: told by its byte order mark, UTF-8 if it can be, else the best guess."""
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            return encoding
+    try:
+        data.decode("utf-8")
+        return "utf-8"
+    except UnicodeDecodeError:
+        start = data if len(data) <= MEGABYTE else data[: data.rfind(b"\n", 0, MEGABYTE) + 1 or MEGABYTE]
+        guesses = (from_bytes(start[: len(start) - cut]).best() for cut in range(4))  # its last character may be cut
+        return next((guess.encoding for guess in guesses if guess), "utf-8")
+
+
+def _mend(text: str) -> tuple[str, int]:
+    """The same for decoded text: "\\ud800" is valid JSON, but half a character, which no file can hold."""
+    return decode_text(text.encode("utf-8", errors="surrogatepass"))
+
+
+class text_folder:
+    """The text files of a folder, in order of their relative paths, which are also their titles.
+
+    A byte order mark is dropped; what cannot be decoded becomes U+FFFD and is counted in `Document.replaced`. No
+    file is skipped: an empty one is a Document with an empty text. The files are listed once, at construction, and
+    opened one at a time, when their turn comes.
+
+    glob      which files, or several such patterns
+    encoding  how to read them, a name that Python knows; None to find it out file by file: UTF-8 if a file can be
+              UTF-8, UTF-16 or UTF-32 if a byte order mark says so, else what charset-normalizer takes its first
+              megabyte for. That tells scripts apart, but not always the old encodings of western and central
+              Europe, where an accent may become another: name the encoding if you know it
+
+    Raises FileNotFoundError if there is no such folder or the glob matches no file in it, NotADirectoryError if
+    it is a file, ValueError for an unknown encoding.
+    """
+
+    def __init__(
+        self, folder: str | Path, glob: str | Sequence[str] = "**/*.txt", encoding: str | None = "utf-8"
+    ) -> None:
+        self.folder, self.glob, self.encoding = Path(folder), glob, encoding
+        if not self.folder.exists():
+            raise FileNotFoundError(f"{self.folder} does not exist: pass a folder of .txt files or a .jsonl file")
+        if not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file: pass the folder that holds it, or a .jsonl file")
+        _check_encoding(encoding)
+        matched = (path for each in ([glob] if isinstance(glob, str) else glob) for path in self.folder.glob(each))
+        self._paths = sorted({path.relative_to(self.folder).as_posix() for path in matched if not path.is_dir()})
+        if not self._paths:
+            raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}: pass e.g. '**/*.md'")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[Document]:
+        for name in self._paths:
+            data = (self.folder / name).read_bytes()
+            text, replaced = decode_text(data, self.encoding or _detect(data))
+            source, _ = _mend(name)  # names need not be UTF-8 either
+            yield Document(text, Path(source).with_suffix("").as_posix(), source, replaced=replaced)
+
+    def split(self, count: int) -> "list[text_folder]":
+        """At most `count` corpora of like size that one after another have these files."""
+        sizes = [(self.folder / name).stat().st_size for name in self._paths]
+        return [part_of(self, _paths=self._paths[some]) for some in shares(sizes, count)]
+
+    def fingerprint(self) -> dict:
+        """A digest of path, size and time of change of every file, and the encoding; the folder itself may move."""
+        stats = [(name, (self.folder / name).stat()) for name in self._paths]
+        files = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+        said = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as it was before there was a choice
+        return {"corpus": "text_folder", "documents": len(self), "files": files} | said
+
+
+def write_texts(texts: Mapping[str, str], folder: str | Path) -> None:
+    """Write texts into a folder, each as `title`.txt in UTF-8, so that `text_folder` finds them there.
+
+    A file that is as it should be is not touched: its time of change stays, and a store knows that it is the same.
+    """
+    for title, text in texts.items():
+        path, data = Path(folder) / f"{title}.txt", text.encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != data:
+            path.write_bytes(data)
+
+
+def _check_encoding(encoding: str | None) -> None:
+    """Refuse what Python cannot decode by, which an empty text would not tell."""
+    try:
+        b"text".decode(encoding or "utf-8", errors="replace")
+    except LookupError:
+        raise ValueError(
+            f"encoding {encoding!r} is none that Python knows: pass e.g. 'utf-8', 'cp1251' or 'gb18030', or None to "
+            f"find it out file by file"
+        ) from None
+
+
+class jsonl:
+    """One JSON object a line, its text under `text_field`; blank lines hold no object and are passed over.
+
+    The title is the value under `title_field`, or "line N" where there is none; the source is "file.jsonl:N".
+    What is not UTF-8 becomes U+FFFD and is counted, as in `text_folder`.
+
+    Raises FileNotFoundError if there is no such file, and while iterating ValueError, naming file and line,
+    for a line that is not a JSON object or has no text.
+    """
+
+    def __init__(self, path: str | Path, text_field: str = "text", title_field: str = "title") -> None:
+        self.path, self.text_field, self.title_field = Path(path), text_field, title_field
+        self._start, self._stop, self._line = 0, None, 1  # bytes to read, None for all, and the first line's number
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} is not a file: pass the path of a .jsonl file")
+
+    def __iter__(self) -> Iterator[Document]:
+        with open(self.path, "rb") as file:  # bytes, so that only "\n" ends a line
+            file.seek(self._start)
+            for number, data in enumerate(file, start=self._line):
+                if data.strip():
+                    yield self._document(number, *decode_text(data))
+                if self._stop is not None and file.tell() >= self._stop:
+                    break
+
+    def _document(self, number: int, line: str, replaced: int) -> Document:
+        where = f"{self.path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON ({error}): write one object a line") from None
+        return record_document(
+            record,
+            (self.text_field, self.title_field),
+            source=f"{self.path.name}:{number}",
+            untitled=f"line {number}",
+            where=where,
+            replaced=replaced,
+        )
+
+    def split(self, count: int) -> "list[jsonl]":
+        """At most `count` corpora of like size that one after another have these lines.
+
+        The lines are counted, so that each part knows the number of its first: the file is read once, as bytes.
+        """
+        check_count(count)
+        stop = self.path.stat().st_size if self._stop is None else self._stop
+        parts, line = [], self._line
+        with open(self.path, "rb") as file:
+            file.seek(self._start)
+            for share in range(1, count + 1):
+                start, first = file.tell(), line
+                goal = self._start + (stop - self._start) * share // count
+                if start < goal:  # else the last line has reached beyond
+                    while block := file.read(min(MEGABYTE, goal - 1 - file.tell())):
+                        line += block.count(b"\n")
+                    line += file.readline().count(b"\n")  # the line in which the last byte meant lies, to its end
+                    parts.append(part_of(self, _start=start, _stop=file.tell(), _line=first))
+        return parts
+
+    def fingerprint(self) -> dict:
+        """The fields read, and the file's name, size and time of change; its folder may move."""
+        stat = self.path.stat()
+        said = {} if self._stop is None else {"bytes": [self._start, self._stop]}
+        return {
+            "corpus": "jsonl",
+            "file": [self.path.name, stat.st_size, stat.st_mtime_ns],
+            "fields": [self.text_field, self.title_field],
+        } | said
+
+
+def record_document(
+    record: object, fields: tuple[str, str], *, source: str, untitled: str, where: str, replaced: int = 0
+) -> Document:
+    """The document that a record holds, as those of `jsonl` and those of tables do.
+
+    record    a mapping; halves of characters in its text become U+FFFD and are counted
+    fields    what the text and what the title stand under
+    untitled  the title of a record that has none
+    where     for people: "my.jsonl, line 7"
+    replaced  those counted when the record was read
+
+    Raises ValueError for a record without text.
+    """
+    text_field, title_field = fields
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = f"the fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where}: no text under {text_field!r}, but {found}: pass text_field=…")
+    title = record.get(title_field)
+    title, _ = _mend(untitled if title is None else str(title))
+    text, halves = _mend(text)
+    return Document(text, title, source, replaced=replaced + halves)

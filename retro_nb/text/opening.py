@@ -1,0 +1,106 @@
+"""What people name, as a corpus: "speeches", "my_texts/", "my.jsonl", "my.parquet", "hf:user/name".
+
+    open_corpus("my_texts/")    any of the corpora of `corpus`, `tables`, `towns`, `libraries` and `sources`
+    recognise("my_texts/")      the same, not opened yet: bad names are met before any work
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from retro_nb.text.almanac import almanac
+from retro_nb.text.docstrings import docstrings
+from retro_nb.text.files import jsonl, text_folder
+from retro_nb.text.sources import code
+from retro_nb.text.speeches import speeches
+from retro_nb.text.tables import hf_dataset, parquet, saved_to_disk
+
+NAMED = {"speeches": speeches, "almanac": almanac, "docstrings": docstrings, "code": code}
+HUB = "hf:"
+TEXTS = ("**/*.txt", "**/*.md")
+OPTIONS = {"encoding": "utf-8", "text_field": "text", "title_field": "title"}  # and what they are without a word
+
+
+def open_corpus(where: Any, *, glob: str | Sequence[str] | None = None, **options: str | None) -> Any:
+    """The corpus that a name or a path means.
+
+        "speeches", "almanac", "docstrings", "code"   the corpora that need no file, with their default arguments
+        "hf:NAME", "hf:NAME:CONFIG"           a dataset of the Hugging Face hub, streamed: `hf_dataset`
+        a .jsonl or a .parquet file           `jsonl`, `parquet`
+        a folder                              saved by `datasets`: `hf_dataset`; with .parquet files: `parquet`;
+                                              else `text_folder`
+        anything else that is no string       itself
+
+    A folder called like one of the names is "./speeches".
+
+    Args:
+        where: the name or path, or a corpus.
+        glob: which texts of a folder, .txt and .md if not said. Where it matches any, the folder is one of texts, even
+            with .parquet files in it.
+        **options: `encoding` of `text_folder`; `text_field` and `title_field` of the others that are read from files.
+
+    Raises:
+        FileNotFoundError: it means nothing; the message has the closest name.
+        NotADirectoryError: it is a file of another kind.
+        ValueError: an option that this corpus does not have.
+    """
+    return recognise(where, glob=glob, **options)()
+
+
+def recognise(where: Any, *, glob: str | Sequence[str] | None = None, **options: str | None) -> Callable[[], Any]:
+    """What opens the corpus that `open_corpus` opens; its errors, but for those of opening it."""
+    opening = _opening(where, glob)
+    known = [name for name in OPTIONS if name in signature(opening.func).parameters]
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise ValueError(f"unknown option {name!r}: open_corpus knows glob, {', '.join(OPTIONS)}")
+        if name not in known and value != OPTIONS[name]:
+            has = f"only {' and '.join(known)}" if known else "no such options"
+            raise ValueError(f"{name} is {value!r}, but corpus {where} has {has}: leave it out")
+    return partial(opening, **{name: value for name, value in options.items() if name in known})
+
+
+def is_path(where: Any) -> bool:
+    """Whether `open_corpus` looks for it on the disk."""
+    return isinstance(where, Path) or (isinstance(where, str) and where not in NAMED and not where.startswith(HUB))
+
+
+def _opening(where: Any, glob: str | Sequence[str] | None) -> partial:
+    """The corpus's class with what it must be told."""
+    if is_path(where):
+        return _file(Path(where)) if not Path(where).is_dir() else _folder(Path(where), glob)
+    if not isinstance(where, str):
+        return partial(_itself, where)
+    if where in NAMED:
+        return partial(NAMED[where])
+    name, _, config = where.removeprefix(HUB).partition(":")
+    return partial(hf_dataset, name, **({"name": config} if config else {}))
+
+
+def _itself(corpus: Any) -> Any:
+    return corpus
+
+
+def _file(path: Path) -> partial:
+    if path.suffix in (".jsonl", ".parquet"):
+        return partial(jsonl if path.suffix == ".jsonl" else parquet, path)
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file, neither .jsonl nor .parquet: pass the folder that holds it")
+    close = difflib.get_close_matches(str(path), NAMED, 1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    raise FileNotFoundError(
+        f"corpus {str(path)!r} is no folder, no .jsonl or .parquet file, nor {HUB}NAME or {' or '.join(NAMED)}{meant}"
+    )
+
+
+def _folder(folder: Path, glob: str | Sequence[str] | None) -> partial:
+    if saved_to_disk(folder):
+        return partial(hf_dataset, folder)
+    patterns = [glob] if isinstance(glob, str) else glob or ()
+    texts = any(True for pattern in patterns for _ in folder.glob(pattern))
+    if not texts and any(True for _ in folder.glob("**/*.parquet")):
+        return partial(parquet, folder)
+    return partial(text_folder, folder, TEXTS if glob is None else glob)

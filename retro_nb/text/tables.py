@@ -1,0 +1,301 @@
+"""Documents from tables: parquet files, and datasets of the Hugging Face library `datasets`, local or from its hub.
+
+    parquet("….parquet")      a file, or a folder of them
+    hf_dataset("user/name")   streamed from the hub; also a folder made by `save_to_disk`, local files, or a dataset
+
+A row is a document: its text in one column, its title in another. Rows count from 0, as in pyarrow and datasets.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_nb.common.digests import digest
+from retro_nb.common.extras import extra
+from retro_nb.text.document import Document, check_count, part_of
+from retro_nb.text.files import MEGABYTE, decode_text, record_document
+
+BATCH_ROWS, BATCH_BYTES = 1000, 4 * MEGABYTE  # what is in memory at a time: so many rows, fewer if they are long
+
+CHOICE = ("name", "data_dir", "data_files", "revision")  # options of `load_dataset` that say what to read
+
+
+def _columns(where: object, there: Sequence[str], text_field: str, title_field: str) -> list[str]:
+    """The columns to read: the texts', and the titles' if there is one.
+
+    Raises ValueError, naming the columns there are, for a missing one. No column need be called "title", which is
+    what `title_field` is if nothing is said.
+    """
+    for argument, field in {"text_field": text_field, "title_field": title_field}.items():
+        if field not in there and (argument, field) != ("title_field", "title"):
+            raise ValueError(f"{where} has no column {field!r}, but {', '.join(there)}: pass {argument}=…")
+    return [field for field in dict.fromkeys((text_field, title_field)) if field in there]
+
+
+def _document(
+    text: object, title: object, fields: tuple[str, str], name: str, row: int, replaced: int = 0
+) -> Document:
+    """The document of one row of the table with this name."""
+    text_field, title_field = fields
+    record = {title_field: title, text_field: "" if text is None else text}
+    place = f"row {row}"
+    return record_document(
+        record, fields, source=f"{name}:{row}", untitled=place, where=f"{name}, {place}", replaced=replaced
+    )
+
+
+# --- parquet files ------------------------------------------------------------------------------------------
+
+
+class parquet:
+    """The rows of a parquet file, or of those of a folder in order of their relative paths.
+
+    The title is the value under `title_field`, or "row N" where there is none; the source is "file.parquet:N". A
+    null is an empty text. What is not UTF-8 becomes U+FFFD and is counted, as in `text_folder`.
+
+    Files are read in batches: a few megabytes are in memory, and a page of the file, or one row if it is longer.
+
+    Raises FileNotFoundError if there is no such file or none in the folder, ValueError if one is no parquet file or
+    a column is missing or holds no text.
+    """
+
+    def __init__(self, path: str | Path, text_field: str = "text", title_field: str = "title") -> None:
+        self.path, self.text_field, self.title_field = Path(path), text_field, title_field
+        self._folder = self.path if self.path.is_dir() else self.path.parent
+        paths = sorted(self.path.glob("**/*.parquet")) if self.path.is_dir() else [self.path]
+        if not paths or not paths[0].exists():
+            raise FileNotFoundError(f"{self.path} is no .parquet file and no folder of them: pass one or the other")
+        self._names = [path.relative_to(self._folder).as_posix() for path in paths]
+        # For each file, for each of its row groups: rows, and bytes of the texts.
+        self._groups = [self._row_groups(path) for path in paths]
+        self._first, self._stop = 0, sum(rows for groups in self._groups for rows, _ in groups)
+
+    def _row_groups(self, path: Path) -> list[tuple[int, int]]:
+        """Check one file by its footer -> rows and bytes of texts of each row group."""
+        with extra("data"):  # here and below: only those who read tables need it
+            import pyarrow.parquet as pq
+            from pyarrow import ArrowInvalid
+
+        try:
+            with pq.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+        except ArrowInvalid as error:
+            raise ValueError(f"{path} is no parquet file ({error}): pass one, or a folder without others") from None
+        _columns(path, schema.names, self.text_field, self.title_field)
+        kind = schema.field(self.text_field).type
+        if not _holds_text(kind):
+            raise ValueError(f"{path}: column {self.text_field!r} holds {kind}, no text: pass text_field=…")
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(self.text_field)
+        return [(group.num_rows, group.column(column).total_uncompressed_size) for group in groups]
+
+    def __len__(self) -> int:
+        return self._stop - self._first
+
+    def __iter__(self) -> Iterator[Document]:
+        begin = 0
+        for name, groups in zip(self._names, self._groups, strict=True):
+            end = begin + sum(rows for rows, _ in groups)
+            first, stop = max(self._first, begin) - begin, min(self._stop, end) - begin
+            if first < stop:
+                yield from self._rows(name, groups, first, stop)
+            begin = end
+
+    def _rows(self, name: str, groups: list[tuple[int, int]], first: int, stop: int) -> Iterator[Document]:
+        """The documents of rows first … stop - 1 of one file."""
+        with extra("data"):
+            import pyarrow.parquet as pq
+
+        row = 0
+        # With a buffer of its own a column comes page by page; without one, a whole row group at once.
+        with pq.ParquetFile(self._folder / name, buffer_size=MEGABYTE, pre_buffer=False) as file:
+            columns = _columns(name, file.schema_arrow.names, self.text_field, self.title_field)
+            for number, (rows, size) in enumerate(groups):
+                if first < row + rows and row < stop:
+                    few = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
+                    at = row
+                    for batch in file.iter_batches(few, row_groups=[number], columns=columns, use_threads=False):
+                        wanted = range(max(first, at) - at, min(stop, at + len(batch)) - at)
+                        if wanted:
+                            yield from self._documents(name, at + wanted.start, batch[wanted.start : wanted.stop])
+                        at += len(batch)
+                row += rows
+
+    def _documents(self, name: str, row: int, batch: Any) -> Iterator[Document]:
+        """The documents of a record batch, whose first row has this number in its file."""
+        texts = _values(batch.column(self.text_field))
+        titled = self.title_field in batch.schema.names
+        titles = _values(batch.column(self.title_field)) if titled else [(None, 0)] * len(texts)
+        for number, ((text, replaced), (title, _)) in enumerate(zip(texts, titles, strict=True), start=row):
+            yield _document(text, title, (self.text_field, self.title_field), name, number, replaced)
+
+    def split(self, count: int) -> "list[parquet]":
+        """At most `count` corpora of like size that one after another have these rows.
+
+        A part that begins within a row group decodes also what is before it there.
+        """
+        check_count(count)
+        groups = np.array([(0, 0), *(group for groups in self._groups for group in groups)], dtype=float)
+        rows, sizes = groups[:, 0].cumsum(), groups.sum(axis=1).cumsum()  # a row without text is work, too
+        begin, end = np.interp([self._first, self._stop], rows, sizes)
+        cuts = np.interp(np.linspace(begin, end, count + 1)[1:-1], sizes, rows)
+        edges = sorted({self._first, *(round(cut) for cut in cuts), self._stop})
+        return [part_of(self, _first=first, _stop=stop) for first, stop in pairwise(edges)]
+
+    def fingerprint(self) -> dict:
+        """The fields read, a digest of path, size and time of change of every file, and the rows if not all."""
+        stats = [(name, (self._folder / name).stat()) for name in self._names]
+        every = sum(rows for groups in self._groups for rows, _ in groups)
+        said = {} if len(self) == every else {"rows": [self._first, self._stop]}
+        return {
+            "corpus": "parquet",
+            "files": digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]),
+            "fields": [self.text_field, self.title_field],
+        } | said
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds strings, or bytes that may be some."""
+    with extra("data"):
+        import pyarrow as pa
+
+    try:
+        pa.nulls(0, kind).cast(pa.large_binary())
+        return True
+    except pa.ArrowNotImplementedError:
+        return False
+
+
+def _values(column: Any) -> list[tuple[Any, int]]:
+    """An Arrow array's values, each with its number of U+FFFD: strings are decoded here, as writers need not check."""
+    with extra("data"):
+        import pyarrow as pa
+
+    if not _holds_text(column.type):
+        return [(value, 0) for value in column.to_pylist()]
+    found = column.cast(pa.large_binary()).to_pylist()
+    return [(None, 0) if data is None else decode_text(data) for data in found]
+
+
+# --- datasets of Hugging Face -------------------------------------------------------------------------------
+
+
+class hf_dataset:
+    """The rows of a dataset of the Hugging Face library `datasets`.
+
+    The title is the value under `title_field`, or "row N" where there is none; the source is "name:N". A null is an
+    empty text.
+
+    dataset         a `Dataset` or `IterableDataset`, or several as a dictionary of splits; a folder made by
+                    `save_to_disk`; another folder or file that `load_dataset` can read; or a name on the hub, which
+                    is streamed: read as it comes, and nothing is kept
+    split           which split of the dataset
+    **load_options  of `datasets.load_dataset`, such as `name`, a hub dataset's configuration, and `revision`
+
+    What is streamed can only be read from its beginning: it has neither length nor `split`. A hub dataset is known by
+    its name and options, so that one that changes under the same revision is not noticed; pass a commit as
+    `revision` to be sure. An `IterableDataset` cannot say what it depends on: it has no `fingerprint`.
+
+    Raises ConnectionError if the hub cannot be reached, ValueError if a column or split is missing; what else
+    cannot be loaded, `datasets` explains.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        split: str = "train",
+        text_field: str = "text",
+        title_field: str = "title",
+        **load_options: Any,
+    ) -> None:
+        self.name, self.text_field, self.title_field, self._first = "dataset", text_field, title_field, 0
+        depends_on = None
+        if isinstance(dataset, str | Path):
+            self.name = Path(dataset).name if Path(dataset).exists() else str(dataset)
+            options = {name: load_options[name] for name in CHOICE if name in load_options}
+            depends_on = {"dataset": str(dataset), "split": split, "options": options}
+            dataset = _load(dataset, split, load_options)
+        elif load_options:
+            raise ValueError(f"{', '.join(load_options)}: a {type(dataset).__name__} is loaded already, leave them out")
+        if isinstance(dataset, dict):
+            if split not in dataset:
+                raise ValueError(f"{self.name} has no split {split!r}, but {', '.join(dataset)}: pass split=…")
+            dataset = dataset[split]
+        if hasattr(dataset, "_fingerprint"):  # its content's, or that of how it was made: the same in every process
+            depends_on = {"dataset": dataset._fingerprint}
+        self._depends_on = depends_on
+        if dataset.column_names is not None:  # None: a stream that tells only when it is read
+            columns = _columns(self.name, dataset.column_names, text_field, title_field)
+            dataset = dataset.select_columns(columns)
+        self._rows = dataset.with_format(None)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Document]:
+        row, fields = self._first, (self.text_field, self.title_field)
+        for batch in self._rows.iter(BATCH_ROWS):
+            if self.text_field not in batch:
+                _columns(self.name, list(batch), *fields)
+            texts = batch[self.text_field]
+            titles = batch.get(self.title_field) or [None] * len(texts)
+            for text, title in zip(texts, titles, strict=True):
+                yield _document(text, title, fields, self.name, row)
+                row += 1
+
+    # Properties, so that what a stream lacks is an AttributeError, and `hasattr` tells the truth.
+
+    @property
+    def split(self) -> "Callable[[int], list[hf_dataset]]":
+        """`split(count)`: at most `count` corpora with equally many rows, which one after another have these."""
+        if not hasattr(self._rows, "__len__"):
+            raise AttributeError(f"{self.name} is streamed, which begins at the beginning: it has no split")
+        return self._split
+
+    def _split(self, count: int) -> "list[hf_dataset]":
+        check_count(count)
+        edges = sorted({len(self) * i // count for i in range(count + 1)})
+        return [self._part(first, stop) for first, stop in pairwise(edges)]
+
+    def _part(self, first: int, stop: int) -> "hf_dataset":
+        begin, end = self._first + first, self._first + stop
+        depends_on = self._depends_on | {"rows": [begin, end]}
+        return part_of(self, _rows=self._rows.select(range(first, stop)), _first=begin, _depends_on=depends_on)
+
+    @property
+    def fingerprint(self) -> Callable[[], dict]:
+        """`fingerprint()`: the dataset's own, or the hub's name, split and options; and the fields read."""
+        if self._depends_on is None:
+            raise AttributeError(f"{self.name} cannot say what it depends on: it has no fingerprint")
+        fields = [self.text_field, self.title_field]
+        return lambda: {"corpus": "hf_dataset", **self._depends_on, "fields": fields}
+
+
+def saved_to_disk(folder: Path) -> bool:
+    """Whether this is a folder that `save_to_disk` has made, of a dataset or of several splits."""
+    one, several = ("state.json", "dataset_info.json"), ("dataset_dict.json",)
+    return any(all((folder / name).is_file() for name in names) for names in (one, several))
+
+
+def _load(dataset: str | Path, split: str, options: dict[str, Any]) -> Any:
+    """What a name or path means to `datasets`, which is imported only here: it takes seconds."""
+    with extra("data"):
+        from datasets import load_dataset, load_from_disk
+
+    path = Path(dataset)
+    if saved_to_disk(path):
+        return load_from_disk(str(path), **options)
+    if path.is_file():
+        return load_dataset(str(path.parent), data_files=path.name, split=split, **options)
+    if path.is_dir():
+        return load_dataset(str(path), split=split, **options)
+    try:
+        return load_dataset(str(dataset), split=split, **{"streaming": True} | options)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"dataset {str(dataset)!r} is no folder or file, and the hub is out of reach ({error}): set "
+            f"HF_HUB_OFFLINE=0 and have a network, or pass what `save_to_disk` has left where there was one"
+        ) from None

@@ -1,0 +1,1 @@
+"""Training, checkpoints, and `TrainingWrapper`, which ties a store to a model."""

@@ -1,0 +1,315 @@
+"""Checkpoints of a training run, and how it stops between two steps (used by `training.fit`).
+
+    out_dir/checkpoints/step-00000100  weights, optimizer, random states; fit.json: settings, digests of the files
+
+A run may be killed at any point, and the machine may crash. What it finds when it starts again is a whole checkpoint,
+or the one before that.
+"""
+
+import json
+import math
+import pickle
+import random
+import re
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from retro_nb.common.arrays import PathLike, move_settled, plain, settle, write_json
+from retro_nb.common.manifest import file_record
+from retro_nb.model.pretrained import load_weights
+from retro_nb.training.log import whole_records
+from retro_nb.training.runs import by_main, data_identity
+
+MARK = "fit.json"  # is in every folder that `fit` has made: the first file to come and the last to go
+OPTIMIZER = "optimizer.bin"
+START_OVER = "resume=False to start over, or another out_dir"
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold a number that is not finite. It waits for the device, once."""
+    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+    if not named:
+        return []
+    finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in named]).tolist()
+    return [name for (name, _), sound in zip(named, finite, strict=True) if not sound]
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's random numbers, as tensors and plain numbers."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Go on with the random numbers where `random_states` was called."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _load_plain(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values: nothing in the file is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own words advise to execute it
+        raise ValueError(f"{path} holds more than tensors and plain values, so `fit` has not written it") from None
+
+
+class Checkpoints:
+    """The two newest checkpoints of a run, in out_dir/checkpoints/step-N.
+
+    Each is written under another name, and renamed when it is whole and on the disk. Only then is the one before the
+    last removed. Files that were damaged since are found by their digests.
+
+    Args:
+        accelerator, retro, train: of the run.
+        out_dir: its folder; without one, nothing is saved.
+        run: the settings that its losses depend on.
+        resume: go on from the newest whole checkpoint; False deletes those that are there.
+
+    Raises:
+        ValueError: the newest checkpoint is of another model, of other settings or data; or none is whole.
+        FileExistsError: something that `fit` has not made lies where a checkpoint is to be saved.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        retro: nn.Module,
+        train: Dataset,
+        out_dir: PathLike | None,
+        run: dict[str, Any],
+        resume: bool,
+    ) -> None:
+        self.accelerator, self.retro = accelerator, retro
+        self.folder: Path | None = None
+        self.newest: Path | None = None  # the last one known to be whole
+        if out_dir is None:
+            return
+        self.folder, self.log_path = Path(out_dir) / "checkpoints", Path(out_dir) / "log.jsonl"
+        if accelerator.is_main_process:
+            settings = {name: "inf" if value == math.inf else value for name, value in run.items()}  # JSON has none
+            self.identity = plain({"model": retro.config, "run": settings, "data": data_identity(train)})
+        self.newest = by_main(accelerator, partial(self._begin, resume))
+
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        return _step(self.newest) if self.newest else 0
+
+    # looking for one
+
+    def _begin(self, resume: bool) -> Path | None:
+        if not resume:
+            self._delete([*self._all(), self.folder / "saving"])
+        newest = self._find() if resume else None
+        done = _step(newest) if newest else 0
+        self._delete([folder for folder in self._all() if _step(folder) < done][1:])  # what a kill has left
+        for folder in (self.folder / "saving", *self._all()):
+            if folder.exists() and not _made_by_fit(folder) and not _step(folder) <= done:
+                raise FileExistsError(
+                    f"{folder} has no {MARK}, so `fit` has not made it and does not delete it, but a checkpoint may "
+                    f"have to be saved there: move it away"
+                )
+        return newest
+
+    def _all(self) -> list[Path]:
+        """All folders with the name of a checkpoint, the newest first."""
+        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+        return sorted(found, key=_step, reverse=True)
+
+    def _find(self) -> Path | None:
+        """The newest whole checkpoint, with a warning if there are damaged ones that are newer."""
+        damaged: list[str] = []
+        for folder in self._all():
+            damage = self._damage(folder)
+            if damage is None:
+                if damaged:
+                    warnings.warn(f"going on from {folder}, since {'; '.join(damaged)}", stacklevel=2)
+                return folder
+            damaged.append(f"{folder.name}: {damage}")
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}. Put the files back from a copy to go "
+                f"on, or pass {START_OVER}"
+            )
+        return None
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint; None if it is whole.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        try:
+            saved = json.loads((folder / MARK).read_text(encoding="utf-8"))
+            files, identity = saved["files"], {part: saved[part] for part in self.identity}
+            parts = (files, *files.values(), *identity.values()) if isinstance(files, dict) else (files,)
+            if saved["step"] != _step(folder) or not all(isinstance(part, dict) for part in parts):
+                raise ValueError(f"of step {saved['step']}")
+        except FileNotFoundError:
+            return f"{MARK} is missing"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{MARK} is empty, damaged or of an earlier version ({error!r})"
+        self._refuse_other(folder, identity)
+        for name, record in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (now := file_record(folder / name, whole=True)) != record:
+                return f"{name} is damaged ({now['bytes']} of {record['bytes']} bytes)"
+        records, damage = whole_records(self.log_path)
+        steps = [record["step"] for record in records]
+        if steps[: _step(folder)] != list(range(1, _step(folder) + 1)):
+            return damage or f"{self.log_path.name} does not have each of its steps once"
+        return None
+
+    def _refuse_other(self, folder: Path, saved: dict[str, dict]) -> None:
+        for part, settings in self.identity.items():
+            for name in sorted(settings.keys() | saved[part].keys()):
+                there, here = saved[part].get(name), settings.get(name)
+                if there != here:
+                    kind = "other training data" if part == "data" else f"another {part}"
+                    raise ValueError(
+                        f"{folder} is of {kind}: {name} is {there!r} there and {here!r} here. Pass the same to go on, "
+                        f"{START_OVER}"
+                    )
+
+    # loading and saving
+
+    def load(self, optimizer: Optimizer) -> None:
+        """Give model, optimizer and random numbers the states of the newest checkpoint, if there is one."""
+        if self.newest is None:
+            return
+        try:
+            load_weights(self.retro.own_weights, self.newest)
+            optimizer.load_state_dict(_load_plain(self.newest / OPTIMIZER))
+            states = self.newest / _states_name(self.accelerator.process_index)
+            if states.exists():  # there may have been fewer processes
+                set_random_states(_load_plain(states), self.accelerator.device)
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(f"could not load {self.newest}: {error}. Pass {START_OVER}") from error
+
+    def save(self, step: int, optimizer: Optimizer) -> None:
+        """Save a whole checkpoint, then remove all but the one before it. Numbers that are not finite are refused.
+
+        Raises:
+            FloatingPointError: a weight or a moment of the optimizer is not finite.
+            OSError: it could not be written.
+        """
+        self._refuse_not_finite(step, optimizer)
+        if self.folder is None:
+            return
+        target, saving = self.folder / f"step-{step:08d}", self.folder / "saving"
+        try:
+            by_main(self.accelerator, partial(self._open, saving, step))
+            states = random_states(self.accelerator.device)
+            torch.save(states, saving / _states_name(self.accelerator.process_index))
+            self.accelerator.wait_for_everyone()
+            by_main(self.accelerator, partial(self._close, saving, target, step, optimizer))
+        except Exception as error:
+            raise OSError(f"could not save {target}: {error}. The one before it is untouched") from error
+        self.newest = target
+
+    def _refuse_not_finite(self, step: int, optimizer: Optimizer) -> None:
+        weights = list(self.retro.own_weights.named_parameters())
+        moments = [(f"{k} of {name}", x) for name, p in weights for k, x in optimizer.state.get(p, {}).items()]
+        if names := not_finite([*weights, *moments]):
+            raise FloatingPointError(
+                f"after step {step}, {len(names)} tensors of model and optimizer hold numbers that are not finite, "
+                f"{names[0]} first. No checkpoint was saved; {self.last_good()}. Start over with a lower lr or a "
+                f"smaller grad_clip (resume=False)"
+            )
+
+    def last_good(self) -> str:
+        """What there is to go back to, in words."""
+        return f"the last good checkpoint is {self.newest}" if self.newest else "there is no good checkpoint"
+
+    def _open(self, saving: Path, step: int) -> None:
+        _remove(saving)
+        saving.mkdir(parents=True)
+        write_json(saving / MARK, {"unfinished": step})
+
+    def _close(self, saving: Path, target: Path, step: int, optimizer: Optimizer) -> None:
+        self.retro.save_pretrained(saving)
+        torch.save(optimizer.state_dict(), saving / OPTIMIZER)
+        files = {file.name: file_record(file, whole=True) for file in sorted(saving.iterdir()) if file.name != MARK}
+        for name in files:
+            settle(saving / name)
+        write_json(saving / MARK, {"step": step, "files": files, **self.identity})
+        _remove(target)  # a damaged one
+        move_settled(saving, target)
+        self._delete(set(self._all()) - {target, self.newest})
+
+    def _delete(self, folders: Iterable[Path]) -> None:
+        """Delete those that `fit` has made."""
+        for folder in filter(_made_by_fit, folders):
+            _remove(folder)
+
+
+def _step(folder: Path) -> float | int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else float("inf")
+
+
+def _states_name(process: int) -> str:
+    return f"random_states_{process}.bin"
+
+
+def _made_by_fit(folder: Path) -> bool:
+    """Whether `fit` has made a folder: it holds the mark, be it half written, or nothing at all."""
+    return folder.is_dir() and (any(folder.glob(f"{MARK}*")) or not any(folder.iterdir()))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder that `fit` has made, if it is there. Its mark goes last, so that a kill leaves it marked."""
+    if not folder.exists():
+        return
+    if not _made_by_fit(folder):
+        raise FileExistsError(f"{folder} has no {MARK}, so `fit` has not made it and does not delete it: move it away")
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name.startswith(MARK)):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    folder.rmdir()
+
+
+@contextmanager
+def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
+    """Let Ctrl-C set the yielded event, and raise KeyboardInterrupt only when the block has ended.
+
+    Cutting a step in two would leave the weights half updated. A second Ctrl-C does not wait. Only the main
+    thread can do this; elsewhere nothing changes.
+    """
+    asked = threading.Event()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked.is_set():
+        raise KeyboardInterrupt

@@ -1,0 +1,160 @@
+"""The log of a training run: one record a step, in memory, on the progress bar and in log.jsonl (used by `fit`)."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from retro_nb.common.arrays import PathLike, replacing, settle
+
+
+class History(list[dict[str, Any]]):
+    """One record a step: step, loss (nats per token), lr, grad_norm (before clipping), tokens (seen so far),
+    skipped (steps so far that changed no weight, because their loss or gradient norm was not finite; such a number is
+    left out of their records), tokens_per_second, seconds (spent training so far), waiting_seconds (those of them in
+    which there was no batch yet), and valid_loss where it was measured."""
+
+    def curve(self, name: str) -> tuple[list[int], list]:
+        """Steps and values of a quantity where it was recorded: `plt.plot(*history.curve("valid_loss"))`."""
+        records = [record for record in self if name in record]
+        return [record["step"] for record in records], [record[name] for record in records]
+
+    @property
+    def steps(self) -> list[int]:
+        return self.curve("loss")[0]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.curve("loss")[1]
+
+
+def whole_records(path: PathLike) -> tuple[History, str | None]:
+    """The records of a log before the first damaged line, and what is wrong with that line; None if none is.
+
+    A last line that a killed process left unfinished is no damage, and a file that is missing has no records.
+    """
+    path, records = Path(path), History()
+    if not path.exists():
+        return records, f"{path.name} is missing"
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise ValueError(f"its step is {record['step']!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            return records, f"line {number} of {path.name} is damaged ({error})"
+        records.append(record)
+    return records, None
+
+
+def read_log(path: PathLike) -> History:
+    """Read a run's log.jsonl. A last line that a killed process left unfinished is not counted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is damaged.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no log {path}: `fit` writes it into its out_dir")
+    records, damage = whole_records(path)
+    if damage is not None:
+        raise ValueError(f"{damage}, in {Path(path).parent}: restore the file, or delete what is not a record")
+    return records
+
+
+def _to_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+
+
+class Skipped(NamedTuple):
+    """A step that changed no weight, because one of its numbers was not finite."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    in_a_row: int  # with the skipped ones right before it
+
+
+class Log:
+    """The records of a run in memory, on the progress bar and, given a file, on disk.
+
+    Losses stay on the device until `collect` reads many at once: each reading makes a GPU wait.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, out_dir: PathLike | None, done: int, steps: int, progress: bool
+    ) -> None:
+        path = None if out_dir is None else Path(out_dir) / "log.jsonl"
+        self.history, self.pending, self.waited = History(), [], 0.0
+        self.newly_skipped: list[Skipped] = []  # among the steps that were collected last
+        self._in_a_row = 0
+        if path:  # records beyond the checkpoint are of steps that will be done again
+            self.history.extend(record for record in whole_records(path)[0] if record["step"] <= done)
+        accelerator.wait_for_everyone()
+        self.path = path if accelerator.is_main_process else None
+        if self.path:
+            with replacing(self.path) as temporary:
+                temporary.write_text(_to_lines(self.history), encoding="utf-8")
+        self.written = len(self.history)
+        hidden = not (progress and accelerator.is_main_process)
+        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=hidden)
+
+    def begin_step(self, stream: Iterator[Any]) -> Any:
+        """The next of the stream; the wait for it is measured."""
+        begun = time.perf_counter()
+        if not self.pending:
+            self.clock, self.waited = begun, 0.0
+        item = next(stream)
+        self.waited += time.perf_counter() - begun
+        return item
+
+    def end_step(self, step: int, lr: float, loss_and_norm: Float[Tensor, "2"], tokens: Int[Tensor, ""]) -> None:
+        """Keep what a step has given, on the device: its loss and gradient norm, and how many tokens it predicted."""
+        self.pending.append((step, lr, loss_and_norm, tokens))
+        self.bar.update()
+
+    def collect(self) -> dict[str, Any]:
+        """Turn the steps since the last call into records and return the newest."""
+        steps, rates, numbers, tokens = zip(*self.pending, strict=True)
+        numbers, tokens = torch.stack(numbers).tolist(), torch.stack(tokens).tolist()
+        spent = time.perf_counter() - self.clock
+        last = self.history[-1] if self.history else {}
+        seen, skipped, seconds, waited = (last.get(x, 0) for x in ("tokens", "skipped", "seconds", "waiting_seconds"))
+        speed = sum(tokens) / spent
+        pace = {"tokens_per_second": speed, "seconds": seconds + spent, "waiting_seconds": waited + self.waited}
+        self.pending.clear()
+        self.newly_skipped = []
+        for step, lr, (loss, norm), count in zip(steps, rates, numbers, tokens, strict=True):
+            self._in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else self._in_a_row + 1
+            if self._in_a_row:
+                self.newly_skipped.append(Skipped(step, loss, norm, self._in_a_row))
+            seen, skipped = seen + count, skipped + (self._in_a_row > 0)
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": seen, "skipped": skipped}
+            self.history.append({name: x for name, x in (record | pace).items() if math.isfinite(x)})
+        shown = {"loss": f"{numbers[-1][0]:.3f}", "tokens/s": f"{speed:,.0f}"}
+        self.bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}))
+        return self.history[-1]
+
+    def write(self, on_disk: bool = False) -> None:
+        """Append the new records to the file; `on_disk`: wait until a machine's crash cannot lose them."""
+        new, self.written = self.history[self.written :], len(self.history)
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_to_lines(new))
+            if on_disk:
+                settle(self.path)
+
+    def close(self) -> None:
+        """Write what a run that ends with an error has still collected."""
+        self.bar.close()
+        self.write()

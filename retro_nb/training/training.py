@@ -1,0 +1,450 @@
+"""Training RETRO: the optimizer, the order of the data, the loop (notebook 05).
+
+`fit` is the loop that notebook 05 writes by hand, made safe for long runs: gradient accumulation, several
+processes, bfloat16, a log, checkpoints and an exact resume. It is built on two decisions.
+
+- *The data is one endless stream*: epoch after epoch of shuffled sequences. A step is a place in it, so a
+  resumed run only has to know its step.
+- *A step's loss is the mean over its tokens*: micro-batches and processes are weighted by their tokens, so
+  cutting a batch into pieces changes neither the loss nor the gradient.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from itertools import count, islice
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, set_seed
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from retro_nb.common.arrays import PathLike, plain
+from retro_nb.common.devices import can_compile, compile_in_place, send
+from retro_nb.model.base import ChunkedLM
+from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, not_finite
+from retro_nb.training.log import History, Log, Skipped
+from retro_nb.training.runs import FREE_SETTINGS, check_data, only_run, resolve_settings
+
+MOST_SKIPPED = 10  # steps in a row whose numbers are not finite
+
+
+def get_optimizer(
+    params: Iterable[nn.Parameter], lr: float = 3e-4, wd: float = 1e-1, filter_by_requires_grad: bool = False
+) -> AdamW:
+    """AdamW whose weight decay spares vectors: biases and norm gains (1-D) are not decayed, all else is.
+
+    Parameters keep the order of `params` within the two groups, a tied one counts once. Checkpoints name
+    moments by position, so an order that changed with the process would resume with the wrong moments.
+    `filter_by_requires_grad` leaves frozen parameters out.
+    """
+    kept = [param for param in dict.fromkeys(params) if param.requires_grad or not filter_by_requires_grad]
+    groups = [
+        {"params": [param for param in kept if param.ndim >= 2]},
+        {"params": [param for param in kept if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = bool(kept) and all(param.device.type in ("cpu", "cuda") for param in kept)
+    return AdamW(groups, lr=lr, weight_decay=wd, fused=fused or None)  # fused, it can skip a step (`skip_step`)
+
+
+def skip_step(optimizer: AdamW, skip: Bool[Tensor, ""]) -> None:
+    """Let the optimizer's next step change nothing, neither weights nor moments nor its count of steps, if `skip`.
+
+    The device decides, so the CPU does not wait for it: the fused AdamW reads what torch's GradScaler tells it.
+    """
+    optimizer.found_inf = skip.float()
+
+
+def learning_rate(step: int, *, steps: int, lr: float = 3e-4, warmup_steps: int = 0) -> float:
+    """Learning rate of optimizer step `step`, counted from 1 to `steps` (paper, appendix C.1).
+
+    A straight line from 1e-7 at step 0 to `lr` at step `warmup_steps`, then half a cosine down to a tenth of
+    `lr` at the last step.
+    """
+    if step < warmup_steps:
+        first = min(1e-7, lr)
+        return first + (lr - first) * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of sequence numbers without end: a DataLoader's `batch_sampler`.
+
+    Every epoch holds each of `length` sequences once, in an order drawn from (seed, epoch). A batch may join
+    the end of one epoch to the start of the next, so all batches are full. `start` skips that many batches
+    at no cost. With `share` (p, q), process p of q gets every q-th sequence of each batch.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int = 0, *, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        if length < 1 or batch_size < share[1]:
+            raise ValueError(f"{length} sequences in batches of {batch_size}: too few for {share[1]} process(es)")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.share = start, share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, skip = divmod(self.start * self.batch_size, self.length)
+        batch: list[int] = []
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            for number in order[skip:].tolist():
+                batch.append(number)
+                if len(batch) == self.batch_size:
+                    yield batch[self.share[0] :: self.share[1]]
+                    batch = []
+            epoch, skip = epoch + 1, 0
+
+
+def hold_out(
+    documents: Int[np.ndarray, " documents"], share: float | int, seed: int = 0
+) -> Int[np.ndarray, " held_out"]:
+    """A random share of these documents, one at least, in ascending order.
+
+    Raises:
+        ValueError: the share is not between 0 and 1, or there are fewer than two documents.
+    """
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < 1:
+        raise ValueError(f"the share {share!r} of documents to hold out is not between 0 and 1: pass e.g. 0.1")
+    if len(documents) < 2:
+        raise ValueError(
+            f"{len(documents)} document(s) cannot be split by document: pass a larger corpus, or the share 0 to hold "
+            f"none out"
+        )
+    count = min(max(1, round(share * len(documents))), len(documents) - 1)
+    return np.sort(np.random.default_rng(seed).permutation(documents)[:count])
+
+
+def split_by_document(dataset: Dataset, valid_share: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:
+    """Split sequences into (train, valid) so that no document has sequences on both sides.
+
+    `dataset.sequence_documents` holds one document id per sequence. `valid_share` of the documents, drawn
+    with `seed`, go to validation; each side gets at least one. Fewer than two documents are a ValueError.
+    """
+    documents = hold_out(np.unique(np.asarray(dataset.sequence_documents)), valid_share, seed).tolist()
+    return without_documents(dataset, documents), of_documents(dataset, documents)
+
+
+def of_documents(dataset: Dataset, documents: Iterable[int]) -> Subset:
+    """The sequences of these documents (see `split_by_document`)."""
+    chosen = np.isin(np.asarray(dataset.sequence_documents), list(documents))
+    return Subset(dataset, np.flatnonzero(chosen).tolist())
+
+
+def without_documents(dataset: Dataset, documents: Iterable[int]) -> Subset:
+    """The sequences of all other documents."""
+    chosen = np.isin(np.asarray(dataset.sequence_documents), list(documents))
+    return Subset(dataset, np.flatnonzero(~chosen).tolist())
+
+
+def _count_targets(retro: nn.Module, seq: Tensor) -> Tensor:
+    return (seq[:, 1:] != retro.pad_id).sum()
+
+
+def _forward_loss(
+    model: nn.Module, batch: Sequence[Tensor], device: torch.device, retrieval: bool, precision: str
+) -> Tensor:
+    seq, retrieved = batch[0], batch[1] if retrieval else None  # the model takes them to its device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(seq, retrieved, return_loss=True)
+
+
+class _LossSum(NamedTuple):
+    loss: float  # nats
+    tokens: int  # over which it was summed
+    bad: list[int]  # sequences in batches whose loss is not finite
+
+
+@torch.no_grad()
+def _loss_sum(
+    retro: nn.Module, data: Dataset, batch_size: int, retrieval: bool, precision: str, share: tuple[int, int] = (0, 1)
+) -> _LossSum:
+    """Summed cross-entropy over `data`; with `share` (p, q), over every q-th sequence from the p-th on."""
+    device, was_training = next(retro.parameters()).device, retro.training
+    numbers = range(share[0], len(data), share[1])
+    total, tokens, bad = 0.0, 0, []
+    retro.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # sooner done than another compilation
+            batches = DataLoader(Subset(data, numbers), batch_size, generator=torch.Generator())
+            for first, batch in zip(count(step=batch_size), batches, strict=False):
+                if targets := int(_count_targets(retro, batch[0])):
+                    loss = _forward_loss(retro, batch, device, retrieval, precision).item()
+                    total, tokens = total + loss * targets, tokens + targets
+                    bad += [] if math.isfinite(loss) else numbers[first : first + batch_size]
+    finally:
+        retro.train(was_training)
+    return _LossSum(total, tokens, bad)
+
+
+def _mean_loss(sums: list[_LossSum]) -> float:
+    if bad := sorted(number for each in sums for number in each.bad):
+        raise FloatingPointError(
+            f"the loss is not finite on sequences {bad} of the dataset to evaluate on, or on some of them: look at "
+            f"them, and at the model's weights"
+        )
+    if not (tokens := sum(each.tokens for each in sums)):
+        raise ValueError("the dataset to evaluate on holds no token to predict: pass one with text in it")
+    return sum(each.loss for each in sums) / tokens
+
+
+def evaluate_loss(
+    retro: nn.Module, dataset: Dataset, *, batch_size: int = 8, retrieval: str = "on", precision: str = "no"
+) -> float:
+    """Mean cross-entropy over all tokens of `dataset`, in nats per token, without dropout.
+
+    `dataset` gives (seq (n+1,), retrieved (l, k, r)); padding is not counted, and every token counts the same
+    whatever its batch. `retrieval="off"` drops the neighbours (the paper's RETRO[OFF]). The model stays on
+    its device and in the mode it was in.
+
+    Raises:
+        ValueError: the dataset holds no token to predict, or `retrieval` is unknown.
+        FloatingPointError: a loss that is not finite, naming the sequences.
+    """
+    if retrieval not in ("on", "off"):
+        raise ValueError(f'retrieval {retrieval!r} is unknown: pass "on" or "off"')
+    return _mean_loss([_loss_sum(retro, dataset, batch_size, retrieval == "on", precision)])
+
+
+class _Trainer:
+    """Model, optimizer and stream of batches of one run, as this process sees them."""
+
+    def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any], train: Dataset) -> None:
+        set_seed(run["seed"], device_specific=True)
+        self.accelerator, self.retro, self.run, self.train = accelerator, retro, run, train
+        self.was_training = retro.training
+        retro.train().to(accelerator.device)
+        optimizer = get_optimizer(retro.parameters(), run["lr"], run["wd"], filter_by_requires_grad=True)
+        compile = run["compile"]
+        if compile is None:
+            compile = accelerator.device.type == "cuda" and can_compile("cuda")
+        self.compiled = retro.compilable if compile else ()
+        compile_in_place(self.compiled)
+        self.model, self.optimizer = accelerator.prepare(retro, optimizer)
+
+    def _sampler(self, done: int, share: tuple[int, int]) -> ShuffledBatches:
+        run, start = self.run, done * self.run["accumulate"]
+        return ShuffledBatches(len(self.train), run["batch_size"], run["seed"], start=start, share=share)
+
+    def sequences(self, step: int) -> list[int]:
+        """The numbers in `train` of the sequences that a step reads, of all processes."""
+        batches = islice(self._sampler(step - 1, share=(0, 1)), self.run["accumulate"])
+        return [number for batch in batches for number in batch]
+
+    def stream(self, done: int) -> Iterator[list[Sequence[Tensor]]]:
+        """The micro-batches (seq, retrieved) of step `done` + 1, then of the one after it, and so on."""
+        sampler = self._sampler(done, (self.accelerator.process_index, self.accelerator.num_processes))
+        # A generator of its own keeps the loader from drawing on the global one, which dropout uses.
+        options = {"generator": torch.Generator(), "pin_memory": self.accelerator.device.type == "cuda"}
+        batches = iter(DataLoader(self.train, batch_sampler=sampler, num_workers=self.run["num_workers"], **options))
+        while True:
+            yield list(islice(batches, self.run["accumulate"]))
+
+    def step(self, step: int, batches: list[Sequence[Tensor]]) -> tuple[float, Float[Tensor, "2"], Int[Tensor, ""]]:
+        """One optimizer step: (learning rate, loss and gradient norm, tokens), of all processes together.
+
+        Each micro-batch's mean loss is weighted by its share of the step's tokens. The factor `num_processes`
+        undoes the mean that several processes take over their gradients. Where loss or norm is not finite, no weight
+        changes; all processes see the same numbers, so they decide alike.
+        """
+        accelerator, device, run = self.accelerator, self.accelerator.device, self.run
+        counts = send(torch.stack([_count_targets(self.retro, batch[0]) for batch in batches]), device)
+        tokens = accelerator.reduce(counts.sum())
+        step_loss = torch.zeros((), device=device)
+        for left, batch, targets in zip(reversed(range(len(batches))), batches, counts, strict=True):
+            with accelerator.no_sync(self.model) if left else nullcontext():  # processes meet at the last
+                loss = _forward_loss(self.model, batch, device, run["retrieval"], run["precision"])
+                share = loss.float() * (targets / tokens.clamp(min=1))  # a batch may be padding alone
+                accelerator.backward(share * accelerator.num_processes)
+            step_loss += share.detach()
+        lr = learning_rate(step, steps=run["steps"], lr=run["lr"], warmup_steps=run["warmup_steps"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), run["grad_clip"])
+        loss_and_norm = accelerator.reduce(torch.stack([step_loss, grad_norm.float() / accelerator.num_processes]))
+        skip_step(self.optimizer.optimizer, ~loss_and_norm.isfinite().all())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return lr, loss_and_norm, tokens
+
+    def check_weights(self) -> None:
+        """Refuse a model whose weights are not finite before it is trained."""
+        if names := not_finite(self.retro.named_parameters()):
+            raise FloatingPointError(
+                f"{len(names)} weights hold numbers that are not finite before the first step, {names[0]} first: make "
+                f"or load the model again"
+            )
+
+    def check_skipped(self, skipped: list[Skipped], last_good: str) -> None:
+        """Warn of steps that were skipped, and end the run when there were MOST_SKIPPED in a row, or no others."""
+        most = min(MOST_SKIPPED, self.run["steps"])
+        too_many = [each for each in skipped if each.in_a_row == most]
+        if not skipped:
+            return
+        last = (too_many or skipped)[-1]
+        about = f"step {last.step}: loss {last.loss}, gradient norm {last.grad_norm}, sequences "
+        about += f"{self.sequences(last.step)} of train"
+        if too_many:
+            raise FloatingPointError(
+                f"{most} steps in a row gave numbers that are not finite and changed no weight, up to {about}; "
+                f"{last_good}. Look at these sequences. If they are sound, start over with a lower lr, a longer "
+                f"warm-up or a smaller grad_clip (resume=False)"
+            )
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"{len(skipped)} step(s) gave numbers that are not finite and changed no weight, the last {about}",
+                stacklevel=4,
+            )
+
+    def evaluate(
+        self, valid: Dataset, step: int, measure: Callable[[], dict[str, float]] | None
+    ) -> dict[str, float | int]:
+        """`valid_loss`, each process taking a share of the sequences, and what `measure` gives."""
+        run, accelerator = self.run, self.accelerator
+        share = accelerator.process_index, accelerator.num_processes
+        sums = _loss_sum(self.retro, valid, run["batch_size"], run["retrieval"], run["precision"], share)
+        found = {"valid_loss": _mean_loss(gather_object([sums]))} | (measure() if measure is not None else {})
+        for name, value in found.items():
+            if not isinstance(value, Real):
+                kind = type(value).__name__
+                raise TypeError(f"after step {step}, measure gives {name} {value!r}, a {kind}: it must be a number")
+            if not math.isfinite(value):
+                raise FloatingPointError(f"after step {step}, measure gives {name} {value}: it must be finite")
+        return plain(found)
+
+    def close(self) -> None:
+        """Hand the model back as it came, but trained."""
+        self.retro.train(self.was_training).zero_grad()
+        for module in self.compiled:
+            module._compiled_call_impl = None  # there is no public way back
+        self.retro.__dict__.pop("_is_accelerate_prepared", None)  # or a later `prepare` would do nothing
+        self.accelerator.free_memory()
+
+
+def _new_accelerator(retrieval: bool) -> Accelerator:
+    AcceleratorState._reset_state()  # a notebook's earlier Accelerator may have had another precision
+    # Without retrieval the encoder has no gradient, which several processes do not expect.
+    handler = DistributedDataParallelKwargs(find_unused_parameters=not retrieval, gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[handler])
+
+
+def fit(
+    retro: ChunkedLM,
+    train: Dataset,
+    valid: Dataset | None = None,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 8,
+    accumulate: int = 1,
+    lr: float = 3e-4,
+    wd: float = 0.1,
+    warmup_steps: int | None = None,
+    grad_clip: float = 1.0,
+    precision: str | None = None,
+    compile: bool | None = None,
+    retrieval: bool = True,
+    seed: int = 0,
+    out_dir: PathLike | None = None,
+    resume: bool = True,
+    log_every: int = 10,
+    eval_every: int = 100,
+    checkpoint_every: int = 100,
+    measure: Callable[[], dict[str, float]] | None = None,
+    progress: bool = True,
+    num_workers: int = 0,
+) -> History:
+    """Train `retro` in place on `train`, which gives (seq (n+1,), retrieved (l, k, r)); return the history.
+
+    The model moves to Accelerate's device and ends there with the trained weights, in the mode it was in.
+    Under `accelerate launch` the processes share each batch.
+
+    Args:
+        steps, epochs: optimizer steps, or passes over `train` rounded up to whole steps; pass one of them.
+        batch_size, accumulate: sequences in a micro-batch, over all processes, and micro-batches in a step.
+        lr, wd, warmup_steps: AdamW's peak rate and decay, and the schedule's warm-up (`learning_rate`); left
+            out, the warm-up is a tenth of the steps, at most the paper's 750.
+        grad_clip, precision: largest norm of the gradient (math.inf: no clipping); "no" or "bf16" (autocast),
+            left out "bf16" on a GPU that has it.
+        compile: fuse the layers' kernels by torch.compile, which takes a minute at the start; left out, on a
+            GPU where it works.
+        retrieval, seed: False trains the baseline, without neighbours; order of the data, and global seed.
+        out_dir, resume: folder for log.jsonl and checkpoints/; left out, nothing is written. A run whose
+            checkpoint is there goes on, with the same losses as if never stopped; resume=False removes it.
+        log_every, eval_every, checkpoint_every: steps between reading the losses off the device, evaluating
+            `valid`, and saving; each also happens at the last step.
+        measure: called after each evaluation of `valid`; the numbers that it returns join the step's record.
+
+    Ctrl-C ends the step under way, saves a checkpoint and raises KeyboardInterrupt (a single process only;
+    several leave the newest regular checkpoint).
+
+    Raises:
+        TypeError: a setting of another type, or what is measured is no number.
+        ValueError: a setting out of range, a frozen language model to train without retrieval, data without a token to
+            predict, or of another chunk size or tokenizer, or a checkpoint of another model, of other settings or data.
+        BlockingIOError: another run is training in `out_dir`.
+        FileExistsError: what `fit` has not made lies where a checkpoint is to be saved.
+        FloatingPointError: the loss or the gradient of 10 steps in a row, or of all, is not finite (a single such step
+            is skipped: it changes no weight), a weight, or what is measured. The step is named, and its sequences.
+    """
+    accelerator = _new_accelerator(retrieval)
+    asked = dict(
+        steps=steps, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, wd=wd,
+        warmup_steps=warmup_steps, grad_clip=grad_clip, precision=precision, retrieval=retrieval, seed=seed,
+        log_every=log_every, eval_every=eval_every, checkpoint_every=checkpoint_every, compile=compile,
+        num_workers=num_workers, resume=resume, progress=progress,
+    )  # fmt: skip
+    check_data(retro, train, valid)
+    if not retrieval and retro.frozen:
+        raise ValueError("retrieval is off and the model frozen: nothing would be trained. Pass retrieval=True")
+    run = resolve_settings(asked, len(train), accelerator.device, accelerator.num_processes)
+    with only_run(accelerator, out_dir):
+        lasting = {name: value for name, value in run.items() if name not in FREE_SETTINGS}
+        checkpoints = Checkpoints(accelerator, retro, train, out_dir, lasting, resume)
+        with (
+            closing(_Trainer(accelerator, retro, run, train)) as trainer,
+            closing(Log(accelerator, out_dir, checkpoints.step, run["steps"], progress)) as log,
+        ):
+            _train(trainer, checkpoints, log, valid, measure)
+    return log.history
+
+
+def _train(
+    trainer: _Trainer,
+    checkpoints: Checkpoints,
+    log: Log,
+    valid: Dataset | None,
+    measure: Callable[[], dict[str, float]] | None,
+) -> None:
+    """The steps that are left to do."""
+    run, optimizer, alone = trainer.run, trainer.optimizer, trainer.accelerator.num_processes == 1
+    with interrupt_between_steps(alone) as interrupted:
+        checkpoints.load(optimizer)
+        trainer.check_weights()
+        stream = trainer.stream(checkpoints.step)
+        for step in range(checkpoints.step + 1, run["steps"] + 1):
+            batches = log.begin_step(stream)
+            log.end_step(step, *trainer.step(step, batches))
+            last, stop = step == run["steps"], interrupted.is_set()
+            evaluate = valid is not None and (last or step % run["eval_every"] == 0)
+            save = last or stop or step % run["checkpoint_every"] == 0
+            if not (evaluate or save or step % run["log_every"] == 0):
+                continue
+            record = log.collect()
+            trainer.check_skipped(log.newly_skipped, checkpoints.last_good())
+            if evaluate:
+                record |= trainer.evaluate(valid, step, measure)
+            log.write(on_disk=save)
+            if save:
+                checkpoints.save(step, optimizer)
+            if stop:
+                break  # leaving the block raises KeyboardInterrupt

@@ -1,0 +1,393 @@
+"""TrainingWrapper: chunks, vectors, neighbours, training and sampling tied together for one corpus.
+
+It builds what is missing, in one work folder, and offers the rest: a dataset, a training loop, and sampling
+that retrieves from the corpus as it writes (notebooks 05 and 06).
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from retro_nb.common.arrays import WORK, PathLike, open_array, plain, tell, write_json
+from retro_nb.common.digests import digest
+from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
+from retro_nb.model.base import ChunkedLM
+from retro_nb.model.sampling import generate, left_pad, top_k
+from retro_nb.store.chunking import chunk_settings, documents_to_chunks_
+from retro_nb.store.dataset import RETRODataset
+from retro_nb.store.index import Distances, Neighbours
+from retro_nb.store.knn import CHUNKS, DOC_IDS, INDEX, SEQS, chunks_to_precalculated_knn_, document_ranges, knn_stats
+from retro_nb.store.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
+from retro_nb.store.updating import update_store, why_not
+from retro_nb.text.opening import OPTIONS, is_path, open_corpus
+from retro_nb.text.tokens import PAD_ID, TextTokenizer, decode, get_tokenizer, tokenize, train_tokenizer
+from retro_nb.training.log import History
+from retro_nb.training.training import fit, get_optimizer, hold_out, of_documents, without_documents
+
+
+def _default_work_dir(documents: Any, described: Any) -> Path:
+    """One folder for each corpus, so that two never overwrite one another."""
+    return WORK / f"{type(documents).__name__}-{digest(described, 10)}"
+
+
+def as_corpus(
+    documents_path: Any, glob: Sequence[str] | str = "**/*.txt", **options: str | None
+) -> tuple[Any, Path | None]:
+    """The corpus that `documents_path` means (see `sources.open_corpus`), and where its files go by default.
+
+    That is a folder for each path and its options, so that files which change are built again in the same place;
+    for a corpus without a path, one for each fingerprint; None for one that has neither.
+    """
+    corpus = open_corpus(documents_path, glob=glob, **options)
+    if is_path(documents_path):
+        said = {name: value for name, value in options.items() if value != OPTIONS[name]}
+        return corpus, _default_work_dir(corpus, [str(Path(documents_path).resolve()), glob, *([said] if said else [])])
+    fingerprint = getattr(corpus, "fingerprint", None)  # without one, no two could be told apart
+    return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
+
+
+def trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> TextTokenizer:
+    """A byte-level BPE of this corpus; trained once, for as long as the corpus stays what it is."""
+    if isinstance(corpus, Iterator):
+        raise ValueError(f"a {type(corpus).__name__} can be read only once: pass a list, or a tokenizer's folder")
+    fingerprint = getattr(corpus, "fingerprint", None)
+    cached(
+        folder / "tokenizer.json",
+        {"corpus": fingerprint() if fingerprint else None, "size": size},
+        lambda: train_tokenizer((each.text for each in corpus), folder, size=size, progress=progress),
+        files=(folder / "tokenizer_config.json",),
+        force_reprocess=fingerprint is None,
+    )
+    return get_tokenizer(folder)
+
+
+def _follow(
+    corpus: Any,
+    settings: dict,
+    work_dir: Path,
+    bert: PathLike | None,
+    progress: bool,
+    use_cls_repr: bool = False,
+    **options: Any,
+) -> None:
+    """Where a store is there and only its corpus has changed, let it follow; else it will be built."""
+
+    def changed() -> bool:
+        finish_replacement(work_dir)
+        recorded = read_manifest(work_dir).get(CHUNKS, {}).get("settings", {}).get("corpus")
+        if recorded in (None, plain(settings["corpus"])) or reprocess_requested():
+            return False
+        return why_not(corpus, work_dir, bert=bert, use_cls_repr=use_cls_repr, settings=settings) is None
+
+    if tell(changed()):
+        names = ("index", "max_index_memory_usage", "current_memory_available")
+        chosen = {name: options[name] for name in names if name in options}
+        update = update_store(corpus, work_dir, bert=bert, progress=progress, **chosen)
+        warnings.warn(f"the corpus has changed: {update}", stacklevel=3)
+
+
+def document_numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
+    """The documents that `keep_out` means, of so many."""
+    if isinstance(keep_out, Sequence):
+        return sorted(set(keep_out))
+    return hold_out(np.arange(documents), keep_out).tolist() if keep_out else []
+
+
+class TrainingWrapper(nn.Module):
+    """Everything that a RETRO needs of one corpus.
+
+    Building it chunks, embeds, indexes and searches the corpus; what an earlier run has built with the same
+    settings is used again, and REPROCESS=1 in the environment builds all anew. Where the corpus alone has changed, only
+    its new documents are embedded (`updating.update_store`). `.stats` says what was built,
+    `.ds` is the dataset, `.retriever` answers questions about the corpus.
+
+    Args:
+        retro: the model.
+        chunk_size: m, tokens; the model's.
+        documents_path: a folder of text files, another name or path that `sources.open_corpus` knows, a corpus, or any
+            iterable of `Document` (which cannot say whether it has changed: it is chunked anew, and needs a
+            `work_dir`).
+        knn: k, neighbours per chunk.
+        glob: which text files of a folder, or several such patterns.
+        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, vectors, index and
+            neighbours beside the first; left out, they lie in `work_dir`.
+        max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
+        keep_out: documents that the database leaves out, so that nothing retrieves them: their numbers, or a share
+            of all, drawn by `training.hold_out`. They are what `fit` validates on and `evaluation` measures on.
+        knn_extra_neighbors: the reference's margin for same-document exclusion, which is exact here: unused.
+        processed_stats_json_path: where to write `.stats`, if anywhere.
+        faiss_index_filename: name of the index, beside the chunks.
+        work_dir: one folder for all files; left out, a folder of this corpus's own under data/work.
+        bert: which BERT embeds (see `tokens.bert_folder`).
+        tokenizer: what cuts the texts: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE with
+            so many entries, trained on this corpus (see `tokens.train_tokenizer`); None for the model's own, if it has
+            one (as what `retrofit` makes), else the BERT's.
+        progress: show progress bars.
+        **index_kwargs: of `knn.chunks_to_precalculated_knn_`: `index`, `max_similarity`, `use_cls_repr`,
+            `max_index_memory_usage`, …
+
+    Raises:
+        TypeError: `retro` is neither a RETRO nor made by `retrofit`.
+        ValueError: sizes of model and corpus or model and tokenizer do not go together, `knn` is less than 1, or
+            an iterable comes without `work_dir`.
+    """
+
+    def __init__(
+        self,
+        *,
+        retro: ChunkedLM,
+        chunk_size: int,
+        documents_path: Any,
+        knn: int,
+        glob: Sequence[str] | str = "**/*.txt",
+        chunks_memmap_path: PathLike | None = None,
+        seqs_memmap_path: PathLike | None = None,
+        doc_ids_memmap_path: PathLike | None = None,
+        max_chunks: int | None = None,
+        max_seqs: int | None = None,
+        keep_out: float | int | Sequence[int] = (),
+        knn_extra_neighbors: int = 0,
+        processed_stats_json_path: PathLike | None = None,
+        faiss_index_filename: str = INDEX,
+        work_dir: PathLike | None = None,
+        bert: PathLike | None = None,
+        tokenizer: int | PathLike | None = None,  # in this order, in which `settings.cast` tries them
+        progress: bool = True,
+        **index_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self._check(retro, chunk_size, knn)
+        corpus, default = as_corpus(documents_path, glob)
+        if work_dir is None and default is None:
+            raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
+        self.retro, self.bert, self.chunk_size, self.max_seq_len = retro, bert, chunk_size, retro.seq_len
+        self.work_dir = Path(work_dir) if work_dir is not None else default
+        if isinstance(tokenizer, int):
+            self._check_tokenizer(retro, tokenizer, PAD_ID)  # before it is trained: so many ids, or less
+            self.tokenizer = trained_tokenizer(corpus, self.work_dir / "tokenizer", tokenizer, progress)
+        else:
+            self.tokenizer = get_tokenizer(tokenizer or retro.tokenizer or bert)
+        self._check_tokenizer(retro, self.tokenizer.size, self.tokenizer.ids.pad, self.tokenizer.fingerprint)
+        paths = {
+            "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / CHUNKS),
+            "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / SEQS),
+            "doc_ids_memmap_path": Path(doc_ids_memmap_path or self.work_dir / DOC_IDS),
+        }
+        own_names = {chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path} == {None}
+        if own_names and faiss_index_filename == INDEX:
+            settings = chunk_settings(corpus, self.tokenizer, chunk_size, retro.seq_len, max_chunks, max_seqs)
+            _follow(corpus, settings, self.work_dir, bert, progress, **index_kwargs)
+        chunk_stats = documents_to_chunks_(
+            corpus,
+            **paths,
+            chunk_size=chunk_size,
+            seq_len=retro.seq_len,
+            max_chunks=max_chunks,
+            max_seqs=max_seqs,
+            tokenizer=self.tokenizer,
+            progress=progress,
+        )
+        self.kept_out = document_numbers(keep_out, chunk_stats["docs"])
+        chunks_path, doc_ids_path = paths["chunks_memmap_path"], paths["doc_ids_memmap_path"]
+        knn_path, index = chunks_to_precalculated_knn_(
+            num_nearest_neighbors=knn,
+            num_chunks=chunk_stats["chunks"],
+            chunk_size=chunk_size,
+            chunk_memmap_path=chunks_path,
+            doc_ids_memmap_path=doc_ids_path,
+            index_file=faiss_index_filename,
+            keep_out=self.kept_out,
+            bert=bert,
+            progress=progress,
+            **index_kwargs,
+        )
+        exclude = document_ranges(open_array(doc_ids_path), self.kept_out)
+        self.stats = {**chunk_stats, **knn_stats(chunks_path, faiss_index_filename, exclude)}
+        if processed_stats_json_path is not None:
+            write_json(processed_stats_json_path, self.stats)
+        self.ds = RETRODataset(
+            num_sequences=self.stats["seqs"],
+            num_chunks=self.stats["chunks"],
+            num_neighbors=knn,
+            chunk_size=chunk_size,
+            seq_len=retro.seq_len,
+            chunk_memmap_path=chunks_path,
+            chunk_nn_memmap_path=knn_path,
+            seq_memmap_path=paths["seqs_memmap_path"],
+            doc_ids_memmap_path=doc_ids_path,
+        )
+        database = {
+            "knn": knn,
+            "faiss_index": index,
+            "num_chunks": self.stats["chunks"],
+            "chunk_size": chunk_size,
+            "chunks_memmap_path": chunks_path,
+            "doc_ids_memmap_path": doc_ids_path,
+            "use_cls_repr": index_kwargs.get("use_cls_repr", False),
+            "bert": bert,
+        }
+        self.retriever = Retriever(**database, keep_out=self.kept_out)
+        self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database, exclude=exclude)
+
+    @staticmethod
+    def _check(retro: nn.Module, chunk_size: int, knn: int) -> None:
+        if not isinstance(retro, ChunkedLM):
+            raise TypeError(f"retro is a {type(retro).__name__}: pass a retro_nb.RETRO, or what retrofit(…) returns")
+        if chunk_size != retro.chunk_size:
+            raise ValueError(f"chunk_size {chunk_size}, but the model was made for {retro.chunk_size}: make them equal")
+        if knn < 1:
+            raise ValueError(f"knn is {knn}: it must be at least 1")
+
+    @staticmethod
+    def _check_tokenizer(retro: ChunkedLM, size: int, pad: int, fingerprint: str | None = None) -> None:
+        own = retro.tokenizer
+        if own is not None and own.fingerprint != fingerprint:
+            raise ValueError(
+                f"the model has a tokenizer of its own ({own.size} ids), this one is another ({size} ids): leave "
+                f"tokenizer out, or pass the model's"
+            )
+        if retro.num_tokens < size or retro.pad_id != pad:
+            raise ValueError(
+                f"the model knows {retro.num_tokens} tokens and pads with {retro.pad_id}, the tokenizer gives {size} "
+                f"and pads with {pad}: make it with RETRO(num_tokens={size}, pad_id={pad}, …)"
+            )
+
+    def forward(self, seq: Int[Tensor, "b n"], retrieved: Tensor | None = None, return_loss: bool = False) -> Tensor:
+        """The model's forward pass."""
+        return self.retro(seq, retrieved, return_loss)
+
+    # training
+
+    def get_dataloader(self, **kwargs: Any) -> DataLoader:
+        """A DataLoader over `.ds`; keyword arguments are DataLoader's."""
+        return DataLoader(self.ds, **kwargs)
+
+    def get_optimizer(self, **kwargs: Any) -> torch.optim.AdamW:
+        """AdamW over the model's parameters; keyword arguments are those of `training.get_optimizer`."""
+        return get_optimizer(self.retro.parameters(), **kwargs)
+
+    def fit(self, *, valid_share: float | int | None = None, **kwargs: Any) -> History:
+        """Train the model on this corpus.
+
+        Args:
+            valid_share: the share of documents held out of training and used for the validation loss; 0 for
+                none. Left out, it is the documents that the database keeps out, or else a tenth of all, which
+                stay in the database, where only other documents retrieve them.
+            **kwargs: `steps` or `epochs`, and the rest of `training.fit`.
+
+        Returns:
+            The log: one record for each logged step.
+        """
+        train, valid = self.ds, None
+        if documents := self.held_out(valid_share, kwargs.get("seed", 0)):
+            train, valid = without_documents(self.ds, documents), of_documents(self.ds, documents)
+        return fit(self.retro, train, valid, **kwargs)
+
+    def held_out(self, valid_share: float | int | None = None, seed: int = 0) -> list[int]:
+        """The documents that `fit` holds out when it is given this share and seed."""
+        if valid_share == 0:
+            return []
+        if valid_share is None and self.kept_out:
+            return self.kept_out
+        return hold_out(np.arange(self.stats["docs"]), valid_share or 0.1, seed).tolist()
+
+    # sampling
+
+    def generate(
+        self,
+        start: Int[Tensor, "b n"] | None = None,
+        retrieved: Int[Tensor, "b l k r"] | None = None,
+        filter_fn: Callable = top_k,
+        filter_thres: float | int = 0.9,
+        temperature: float | int = 1.0,
+        *,
+        exclude: Sequence[DocumentName] = (),
+        on_retrieved: Callable[[int, Distances, Neighbours], object] | None = None,
+        **options: Any,
+    ) -> Int[Tensor, "b n_out"]:
+        """Sample from the model, retrieving for every chunk as it is completed.
+
+        Args:
+            start: prompts; the token that opens documents alone if left out.
+            retrieved: neighbours of the prompt's complete chunks, to be used instead of retrieving them.
+            filter_fn, filter_thres, temperature: `top_k` or `top_p`, the share that it filters out, and the
+                temperature of what is left (0: the likeliest token).
+            exclude: numbers or titles of documents that must not be retrieved, e.g. the prompt's own.
+            on_retrieved: called with a chunk's number, and the distances and ids found for it in each row.
+            **options: `max_new_tokens`, `generator`, `prompt_lengths`, `on_token` of `sampling.generate`.
+
+        Returns:
+            Prompts and samples, at most n tokens; a row ends with the token that closes documents, then padding.
+        """
+        device = next(self.retro.parameters()).device
+        if start is None:
+            start = torch.full((1, 1), self.tokenizer.ids.sos)
+        self.retriever.excluded(exclude)  # an unknown document is met here, not after the first chunk
+
+        def fetch(chunk: Tensor, u: int) -> Tensor:
+            distances, ids = self.retriever.nearest(chunk, exclude)
+            if on_retrieved is not None:
+                on_retrieved(u, distances, ids)
+            return self.retriever.tokens(ids).to(device)
+
+        return generate(
+            self.retro,
+            start.to(device),
+            fetch,
+            retrieved=None if retrieved is None else retrieved.to(device),
+            filter_fn=filter_fn,
+            filter_thres=filter_thres,
+            temperature=temperature,
+            eos_id=self.tokenizer.ids.eos,
+            **options,
+        )
+
+    def generate_text(
+        self,
+        prompt: str = "",
+        *,
+        exclude: Sequence[DocumentName] = (),
+        end_chunk: bool = False,
+        on_text: Callable[[str], object] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Write on from a prompt; say chunk by chunk what was retrieved, and from where.
+
+        Args:
+            prompt: the beginning of the text.
+            exclude: numbers or titles of documents that must not be retrieved.
+            end_chunk: put padding before the prompt, so that it ends with a chunk and the first word that is written
+                reads what was retrieved for it, however short it is (see `sampling.left_pad`).
+            on_text: called with the text so far after each token, for streaming.
+            **options: those of `generate`, but `on_token` and `on_retrieved`. Chunks that `retrieved` covers
+                look for no neighbours, so none are named; nor has a chunk any that no token follows.
+
+        Raises:
+            ValueError: padding before the prompt for a model that would read it as text, which a RETRO does.
+        """
+        start = tokenize(prompt, tokenizer=self.tokenizer)[:, :-1]  # without what closes a document: it goes on
+        if end_chunk:
+            if not self.retro.hides_padding:
+                raise ValueError("end_chunk puts padding before the prompt, which a RETRO would read: use a RETROfit")
+            start = left_pad(start, self.chunk_size, self.retro.pad_id)
+        written, found = start[0].tolist(), {}
+
+        def stream(position: int, tokens: Tensor) -> None:
+            written.append(int(tokens[0]))
+            on_text(decode(written, tokenizer=self.tokenizer))
+
+        def note(u: int, distances: Distances, ids: Neighbours) -> None:
+            found[u] = distances[0], ids[0]
+
+        on_token = None if on_text is None else stream  # to look at a token makes a GPU wait
+        row = self.generate(start, exclude=exclude, on_token=on_token, on_retrieved=note, **options)[0].cpu()
+        text = decode(row, tokenizer=self.tokenizer)
+        return Generation(text, tuple(row.tolist()), self.retriever.annotate(row, found))
