@@ -37,8 +37,8 @@ from retro_nb.store.cluster import _results, _Worker, build_store
 from retro_nb.store.embedding import embedding_dim, get_bert
 from retro_nb.store.index import BLOCK
 from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
+from retro_nb.store.store import StoreSettings
 from retro_nb.text.speeches import speeches
-from retro_nb.text.tokens import get_tokenizer
 
 SIZES = {"chunk_size": 64, "seq_len": 2048}
 K, INDEX, SHARDS, TOGETHER = 2, "IVF64,Flat", 16, 256
@@ -144,8 +144,8 @@ def build_with(documents: speeches, workers: int, chunks: int, folder: Path) -> 
     ):
         print(f"{workers} workers: Ray has started in {time.perf_counter() - begun:.0f} s", flush=True)
         list(_results(_Idle, {}, [{"item": 1}], 1))
-        what = {**SIZES, "knn": K, "index": INDEX}
-        build_store(documents, folder, get_tokenizer(), **what, workers=workers, progress=False)
+        settings = StoreSettings(**SIZES, knn=K, index=INDEX)
+        build_store(documents, folder, settings, workers=workers, progress=False)
     rates = {stage: clock.rate(stage, chunks, workers) for stage in clock.seconds}
     return [
         {"workers": workers, "stage": stage, "chunks_per_second": rate, "seconds": clock.seconds[stage]}

@@ -31,11 +31,12 @@ from measure import COMMAND, RESULTS, where
 from torch import Tensor
 from torch.utils.data import Subset
 
-from retro_nb import RETRO, RETRODataset, TrainingWrapper, fit, speeches
+from retro_nb import RETRO, RETRODataset, fit, speeches
 from retro_nb.common.arrays import open_array, write_json
 from retro_nb.common.devices import attention_kernels, compile_in_place
 from retro_nb.model.base import ChunkedLM
 from retro_nb.store.embedding import best_dtype
+from retro_nb.store.store import Store, StoreSettings
 from retro_nb.text.tokens import bert_folder
 from retro_nb.training.log import History
 
@@ -64,12 +65,8 @@ class Bench:
 
     def store(self) -> RETRODataset:
         """Sequences of the speeches with their neighbours; built at the first call."""
-        with torch.device("meta"):
-            retro = RETRO(max_seq_len=self.n)
-        return TrainingWrapper(
-            retro=retro, chunk_size=M, knn=K, documents_path=speeches(max_chars=self.max_chars),
-            work_dir=self.folder / "store", progress=False,
-        ).ds  # fmt: skip
+        corpus, settings = speeches(max_chars=self.max_chars), StoreSettings(chunk_size=M, seq_len=self.n, knn=K)
+        return Store.build(corpus, self.folder / "store", settings, progress=False).dataset()
 
     def retro(self, **changes: Any) -> RETRO:
         torch.manual_seed(0)

@@ -39,7 +39,7 @@ from retro_nb.measure.evaluation import MODES, bytes_of_chunks, found_twins, sco
 from retro_nb.measure.results import RESULTS
 from retro_nb.model.pretrained import INCLUDED
 from retro_nb.store.index import NO_NEIGHBOUR
-from retro_nb.training.training import of_documents, without_documents
+from retro_nb.store.splits import of_documents, without_documents
 
 RUNS = ROOT / "runs" / "evidence"
 MODELS = ("retro", "baseline")

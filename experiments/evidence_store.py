@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from retro_nb import RETRO, TrainingWrapper, almanac, docstrings, speeches
+from retro_nb import Store, StoreSettings, almanac, docstrings, speeches
 from retro_nb.common.arrays import open_array, write_json
 from retro_nb.measure.evaluation import fact_tokens
 from retro_nb.measure.leakage import overlaps
 from retro_nb.store.chunking import special_ids, store_tokenizer
 from retro_nb.store.index import NO_NEIGHBOUR, exact_search
-from retro_nb.training.training import hold_out
+from retro_nb.store.splits import hold_out
 
 CORPORA: dict[str, Callable] = {"almanac": almanac, "speeches": speeches, "docstrings": docstrings}
 FOUND = 16  # neighbours that are looked up
@@ -37,14 +36,13 @@ def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
     if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
         keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
     tokenizer = recipe.get("tokenizer")  # None is BERT's, a number a BPE of this corpus
-    with torch.device("meta"):  # sizes alone
-        retro = RETRO(num_tokens=tokenizer or 30522, max_seq_len=recipe["model"]["max_seq_len"])
-    places = {"documents_path": corpus, "keep_out": keep_out, "work_dir": folder}
-    wrapper = TrainingWrapper(retro=retro, chunk_size=64, knn=FOUND, tokenizer=tokenizer, **places)
-    np.save(folder / "knns.npy", wrapper.ds.knns)
-    vectors = open_array(folder / "chunks.embedded.npy")
-    save_measured(folder, wrapper.kept_out, vectors)
-    describe(name, recipe, corpus, folder, wrapper.kept_out)
+    settings = StoreSettings(
+        seq_len=recipe["model"]["max_seq_len"], knn=FOUND, tokenizer=tokenizer, keep_out=keep_out
+    )
+    store = Store.build(corpus, folder, settings)
+    np.save(folder / "knns.npy", store.neighbours)
+    save_measured(folder, store.kept_out, store.vectors)
+    describe(name, recipe, corpus, folder, store.kept_out)
 
 
 def save_measured(folder: Path, measured: list[int], vectors: np.ndarray) -> None:

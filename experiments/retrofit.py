@@ -35,7 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from retro_nb import RETROfit, fit, get_tokenizer, retrofit
 from retro_nb.common.arrays import ROOT, write_json
 from retro_nb.model.backbone import load_backbone
-from retro_nb.training.training import of_documents
+from retro_nb.store.splits import of_documents
 
 RUNS = ROOT / "runs" / "retrofit"
 MODELS = ("baseline", "retrofit-tenth", "retrofit", "scratch-tenth", "scratch")

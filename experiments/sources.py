@@ -42,7 +42,7 @@ from retro_nb.common.arrays import ROOT, open_array, write_json
 from retro_nb.measure.evaluation import MODES, bytes_of_chunks, score, token_losses
 from retro_nb.measure.results import RESULTS
 from retro_nb.model.pretrained import INCLUDED
-from retro_nb.training.training import of_documents
+from retro_nb.store.splits import of_documents
 
 RUNS = ROOT / "runs" / "code"
 STEPS = ("prepare", "build", "train", "test", "knnlm", "collect", "export")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from retro_nb import RETRO, RETRODataset
-from retro_nb.training.training import of_documents
+from retro_nb.store.splits import of_documents
 
 K = 128
 SAMPLED = 20_000  # tokens of the validation documents, and of the test documents

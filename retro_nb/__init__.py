@@ -17,6 +17,8 @@ from retro_nb.store.embedding import bert_embed, chunks_to_embeddings_, embed_ch
 from retro_nb.store.index import build_index, exact_search, search
 from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_, neighbours
 from retro_nb.store.retrieval import Retriever, knn_chunks_from_seq_chunks
+from retro_nb.store.splits import split_by_document
+from retro_nb.store.store import Store, StoreSettings
 from retro_nb.store.updating import update_store
 from retro_nb.text.almanac import almanac
 from retro_nb.text.docstrings import docstrings
@@ -29,7 +31,7 @@ from retro_nb.text.sources import code
 from retro_nb.text.speeches import speeches
 from retro_nb.text.tables import hf_dataset, parquet
 from retro_nb.text.tokens import EOS_ID, PAD_ID, SOS_ID, decode, get_tokenizer, tokenize, train_tokenizer
-from retro_nb.training.training import evaluate_loss, fit, get_optimizer, split_by_document
+from retro_nb.training.training import evaluate_loss, fit, get_optimizer
 from retro_nb.training.wrapper import TrainingWrapper
 
 __version__ = "0.1.0"
@@ -44,6 +46,8 @@ __all__ = [
     "RETRODataset",
     "RETROfit",
     "Retriever",
+    "Store",
+    "StoreSettings",
     "Survey",
     "TrainingWrapper",
     "almanac",

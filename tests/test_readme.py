@@ -12,7 +12,7 @@ from PIL import Image
 
 import retro_nb
 from retro_nb.measure.results import results
-from retro_nb.training import wrapper
+from retro_nb.text import opening
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def test_the_tests_that_pin_the_differences_exist():
     missing = [
         (file, name)
         for file, name in named
-        if not any(re.search(rf"^def {name}\(", path.read_text(encoding="utf-8"), flags=re.M) for path in (ROOT / "tests").rglob(file))
+        if not any(f"\ndef {name}(" in path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file))
     ]
     assert len(named) > 10 and missing == []
 
@@ -105,7 +105,7 @@ def run_with(example: str, other: dict[str, str]) -> None:
 
 def test_the_example_of_retrofit_runs(tmp_path, monkeypatch, capsys):
     """As it stands, but with three towns and a single step, in a folder of its own."""
-    monkeypatch.setattr(wrapper, "WORK", tmp_path)
+    monkeypatch.setattr(opening, "WORK", tmp_path)
     run_with(FITTED, {"towns=20": "towns=3", "steps=5": "steps=1", "runs/reader": str(tmp_path / "reader")})
     assert capsys.readouterr().out.startswith("The flag of")
     assert retro_nb.RETROfit.from_pretrained(tmp_path / "reader").tokenizer.size == 2500

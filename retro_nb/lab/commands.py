@@ -11,8 +11,8 @@ embedding and training, and the first alone does the rest.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
-from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ from retro_nb.planning.survey import Survey, survey
 from retro_nb.store.cluster import build_store
 from retro_nb.store.embedding import best_device
 from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
-from retro_nb.text.opening import NAMED, OPTIONS, recognise
+from retro_nb.store.store import Store, StoreSettings
+from retro_nb.text.opening import NAMED, OPTIONS, as_corpus, recognise
 from retro_nb.text.tokens import PAD_ID, get_tokenizer
 from retro_nb.training.log import History
 from retro_nb.training.runs import FREE_SETTINGS, check_settings, only_run
 from retro_nb.training.training import fit
-from retro_nb.training.wrapper import TrainingWrapper, as_corpus, document_numbers, trained_tokenizer
+from retro_nb.training.wrapper import TrainingWrapper
 
 Settings = dict[str, Any]
 
@@ -148,6 +149,11 @@ def choose_corpus(settings: Settings) -> tuple[Any, Path]:
     return corpus, default if folder is None else Path(folder)
 
 
+def _store_settings(settings: Settings) -> StoreSettings:
+    same = {each.name for each in fields(StoreSettings)} & settings.keys()
+    return StoreSettings(seq_len=settings["max_seq_len"], **{name: settings[name] for name in same})
+
+
 def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
     """Build whatever is missing for this model; every process calls it."""
     corpus, folder = choose_corpus(settings)
@@ -168,30 +174,21 @@ def survey_corpus(settings: Settings, seconds: float | int = 20) -> Survey:
     return survey(corpus, work_dir=folder, seconds=seconds, **sizes)
 
 
-def describe(wrapper: TrainingWrapper) -> str:
-    """What was built, in one line."""
-    stats = wrapper.stats
-    counts = f"{stats['docs']} documents, {stats['chunks']} chunks, {stats['seqs']} sequences"
-    return f"{counts}, {stats['k']} neighbours a chunk (recall {stats['recall']:.3f}), in {wrapper.work_dir}"
-
-
-def build(settings: Settings) -> TrainingWrapper:
+def build(settings: Settings) -> Store:
     """Chunk, embed, index and search a corpus, as `train` with the same settings will want it.
 
     Args:
         settings: from `choose_settings("build", …)`.
     """
+    corpus, folder = choose_corpus(settings)
     with processes() as here:
-        with torch.device("meta"):  # sizes alone: a model without memory
-            sizes = _of(settings, parameters(RETRO, "max_seq_len", "chunk_size"))
-            retro = RETRO(**_vocabulary(settings), **sizes)
-        wrapper = _wrap(retro, settings, here.is_main_process)
+        store = Store.build(corpus, folder, _store_settings(settings), progress=here.is_main_process)
         if here.is_main_process:
-            print(describe(wrapper), flush=True)
-        return wrapper
+            print(store, flush=True)
+        return store
 
 
-def build_on_cluster(settings: Settings, workers: int = 2, address: str | None = None) -> TrainingWrapper:
+def build_on_cluster(settings: Settings, workers: int = 2, address: str | None = None) -> Store:
     """The same as `build`, by the workers of a Ray cluster (see `cluster.build_store`).
 
     Args:
@@ -200,23 +197,7 @@ def build_on_cluster(settings: Settings, workers: int = 2, address: str | None =
         address: of a running cluster; None for one on this machine.
     """
     corpus, folder = choose_corpus(settings)
-    named, bert = settings["tokenizer"], settings["bert"]
-    if isinstance(named, int):
-        tokenizer = trained_tokenizer(corpus, folder / "tokenizer", named, progress=True)
-    else:
-        tokenizer = get_tokenizer(named or bert)
-    same = ("chunk_size", "knn", "max_chunks", "max_seqs", "bert", "use_cls_repr", "max_similarity", "index")
-    build_store(
-        corpus,
-        folder,
-        tokenizer,
-        workers=workers,
-        address=address,
-        seq_len=settings["max_seq_len"],
-        keep_out=partial(document_numbers, settings["keep_out"]),
-        max_index_memory_usage=settings["max_index_memory_usage"],
-        **{name: settings[name] for name in same},
-    )
+    build_store(corpus, folder, _store_settings(settings), workers=workers, address=address)
     os.environ.pop("REPROCESS", None)  # that has been done: what follows finds everything built
     return build(settings)
 
@@ -245,7 +226,7 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
         torch.manual_seed(settings["seed"])
         wrapper = _wrap(RETRO(**_of(settings, MODEL)), settings, main)
         if main:
-            print(describe(wrapper), flush=True)
+            print(wrapper.store, flush=True)
             _write_settings(settings)
         history = wrapper.fit(progress=main, **_of(settings, FIT))
         if main:
@@ -283,7 +264,7 @@ def evaluate_run(
         models["baseline"] = (RETRO.from_pretrained(baseline, device), "off")
     wrapper = _wrap(retro, settings, progress=True)
     documents = wrapper.held_out(settings["valid_share"], settings["seed"])
-    sizes = bytes_of_chunks(wrapper.work_dir / "chunks.npy")
+    sizes = bytes_of_chunks(wrapper.store.files.chunks)
     found = evaluate(models, wrapper.ds, documents, sizes, batch_size=settings["batch_size"])
     return {"run": str(folder), "corpus": settings["corpus"], "knn": settings["knn"], **found}
 

@@ -29,13 +29,14 @@ from tqdm.auto import tqdm
 
 from retro_nb.common.arrays import PathLike, open_array
 from retro_nb.model.base import ChunkedLM
-from retro_nb.store.chunking import companion, document_tokens
+from retro_nb.store.chunking import document_tokens
 from retro_nb.store.dataset import RETRODataset
+from retro_nb.store.files import companion
 from retro_nb.store.index import NO_NEIGHBOUR
+from retro_nb.store.splits import of_documents
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import TextTokenizer
 from retro_nb.training.runs import check_store
-from retro_nb.training.training import of_documents
 
 MODES = ("on", "off", "shuffled", "N only", "F only", "oracle")
 RESAMPLES = 10_000

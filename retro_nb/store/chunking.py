@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from retro_nb.common.arrays import ArrayWriter, PathLike, naming, writing
 from retro_nb.common.manifest import MANIFEST, cached, read_manifest
+from retro_nb.store.files import companion
 from retro_nb.text.document import Document
 from retro_nb.text.files import text_folder
 from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, get_tokenizer
@@ -209,12 +210,6 @@ def chunk_document(document: Document, chunk_size: int, tokenizer: TextTokenizer
 # a corpus
 
 COMPANIONS = ("spans.npy", "bytes.npy", "documents.jsonl", "tokenizer.json")
-
-
-def companion(chunks_path: PathLike, kind: str) -> Path:
-    """Path of a file that goes with a chunk array, e.g. `chunks.spans.npy` with `chunks.npy`."""
-    path = Path(chunks_path)
-    return path.with_name(f"{path.stem}.{kind}")
 
 
 def check_sizes(

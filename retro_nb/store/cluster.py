@@ -35,8 +35,9 @@ import pickle
 import shutil
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -59,6 +60,7 @@ from retro_nb.store.embedding import (
     embedding_stats,
     sizes_on,
 )
+from retro_nb.store.files import Files, knn_path
 from retro_nb.store.index import (
     BLOCK,
     Ranges,
@@ -72,20 +74,16 @@ from retro_nb.store.index import (
 )
 from retro_nb.store.knn import (
     AT_A_TIME,
-    CHUNKS,
-    DOC_IDS,
-    INDEX,
-    SEQS,
-    VECTORS,
     choose_spec,
     document_ranges,
     index_settings,
     index_stats,
-    knn_path,
     knn_settings,
     neighbours,
     write_neighbours,
 )
+from retro_nb.store.splits import document_numbers
+from retro_nb.store.store import StoreSettings, choose_tokenizer
 from retro_nb.text.document import Corpus
 from retro_nb.text.tokens import SpecialIds, TextTokenizer
 
@@ -320,80 +318,51 @@ class _Search(_Worker):
 
 def build_store(
     documents: Corpus,
-    work_dir: PathLike,
-    tokenizer: TextTokenizer,
+    folder: PathLike,
+    settings: StoreSettings,
     *,
-    chunk_size: int,
-    seq_len: int,
-    knn: int,
     workers: int = 2,
     address: str | None = None,
-    keep_out: Callable[[int], list[int]] = lambda documents: [],
-    max_chunks: int | None = None,
-    max_seqs: int | None = None,
-    bert: PathLike | None = None,
-    use_cls_repr: bool = False,
-    max_similarity: float | int | None = None,
     progress: bool = True,
-    **index_options: Any,
 ) -> None:
-    """Build what `TrainingWrapper` with the same settings then finds built: chunks, vectors, index and neighbours.
+    """Build what `Store.build` with the same settings then finds built: chunks, vectors, index and neighbours.
 
     Args:
         documents: the corpus.
-        work_dir: where to; a folder that all machines see.
-        tokenizer: what cuts the texts.
-        chunk_size, seq_len, knn: m, n and k.
+        folder: where to; all machines see it.
+        settings: see `StoreSettings`.
         workers: how many work at once; on GPUs, how many embed at once.
         address: of a running cluster; None for one on this machine.
-        keep_out: which of so many documents nobody is to retrieve.
-        max_chunks, max_seqs, bert, use_cls_repr, max_similarity: as for `TrainingWrapper`.
         progress: show Ray's progress.
-        **index_options: `index`, `max_index_memory_usage`, `current_memory_available`.
 
     Raises:
         ModuleNotFoundError, ConnectionError, ValueError: there is no such cluster (see `cluster`).
         ChildProcessError: Ray gives up, as it does when nothing gets done for half an hour.
         What building in one process raises.
     """
-    folder = Path(work_dir).resolve()
+    files = Files.of(Path(folder).resolve())
+    tokenizer = choose_tokenizer(settings, documents, folder, progress)
     with cluster(workers, address, progress=progress):
-        stats = _chunk(documents, folder, tokenizer, workers, chunk_size, seq_len, max_chunks, max_seqs)
-        _embed(folder, stats["chunks"], bert, use_cls_repr, workers)
-        spec = choose_spec(stats["chunks"], embedding_dim(bert), **index_options)
-        _index(folder, spec, workers)
-        exclude = document_ranges(open_array(folder / DOC_IDS), keep_out(stats["docs"]))
-        _search(folder, knn, exclude, max_similarity, workers)
+        stats = _chunk(documents, files, replace(settings, tokenizer=tokenizer), workers)
+        _embed(files, stats["chunks"], settings, workers)
+        _index(files, choose_spec(stats["chunks"], embedding_dim(settings.bert), **settings.of_index()), workers)
+        kept_out = document_numbers(settings.keep_out, stats["docs"])
+        exclude = document_ranges(open_array(files.doc_ids), kept_out)
+        _search(files, settings.knn, exclude, settings.max_similarity, workers)
 
 
-def _chunk(
-    documents: Corpus,
-    folder: Path,
-    tokenizer: TextTokenizer,
-    workers: int,
-    chunk_size: int,
-    seq_len: int,
-    max_chunks: int | None,
-    max_seqs: int | None,
-) -> dict:
+def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: int) -> dict:
+    tokenizer = settings.tokenizer
+
     def cut() -> Iterator[ChunkedDocument]:
         parts = documents.split(PIECES * workers) if hasattr(documents, "split") else [documents]
         rules = {"rules": tokenizer.backend.to_str(), "ids": tuple(tokenizer.ids)}
         items = [{"part": number} for number in range(len(parts))]
-        arguments = {"parts": parts, "chunk_size": chunk_size, **rules}
+        arguments = {"parts": parts, "chunk_size": settings.chunk_size, **rules}
         for handful in _results(_Chunk, arguments, items, workers, in_order=True):
             yield from handful
 
-    return write_chunks(
-        cut,
-        documents,
-        [folder / name for name in (CHUNKS, SEQS, DOC_IDS)],
-        tokenizer,
-        chunk_size=chunk_size,
-        seq_len=seq_len,
-        max_chunks=max_chunks,
-        max_seqs=max_seqs,
-    )
+    return write_chunks(cut, documents, [files.chunks, files.seqs, files.doc_ids], tokenizer, **settings.of_chunks())
 
 
 def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], arguments: dict, workers: int) -> None:
@@ -403,38 +372,38 @@ def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], argume
         rows.write(slice(start, stop), values)
 
 
-def _embed(folder: Path, count: int, bert: PathLike | None, use_cls_repr: bool, workers: int) -> None:
+def _embed(files: Files, count: int, settings: StoreSettings, workers: int) -> None:
     import ray
 
-    chunks_path, path, dim = folder / CHUNKS, folder / VECTORS, embedding_dim(bert)
-    settings = embedding_settings(chunks_path, count, bert, use_cls_repr)
+    path, bert, dim = files.vectors, settings.bert, embedding_dim(settings.bert)
+    described = embedding_settings(files.chunks, count, bert, settings.use_cls_repr)
     device = torch.device("cuda") if ray.cluster_resources().get("GPU", 0) else torch.device("cpu")
 
     def build() -> dict:
-        rows = ResumableRows(path, (count, dim), np.float32, settings)
-        arguments = {"chunks_path": chunks_path, "bert": bert, "use_cls_repr": use_cls_repr}
+        rows = ResumableRows(path, (count, dim), np.float32, described)
+        arguments = {"chunks_path": files.chunks, "bert": bert, "use_cls_repr": settings.use_cls_repr}
         _write_blocks(rows, sizes_on(device).block, _Embed, arguments, workers)
         rows.finish()
         return embedding_stats(count, dim, device)
 
-    cached(path, settings, build)
+    cached(path, described, build)
 
 
-def _index(folder: Path, spec: str, workers: int) -> None:
+def _index(files: Files, spec: str, workers: int) -> None:
     """Train on a sample, let workers fill shards, and merge these; what has no lists is filled here."""
-    path, vectors_path = folder / INDEX, folder / VECTORS
-    vectors, settings = open_array(vectors_path), index_settings(vectors_path, spec)
+    path, shards = files.index, files.index.with_name("shards")
+    vectors, settings = open_array(files.vectors), index_settings(files.vectors, spec)
 
     def build() -> dict:
         started = perf_counter()
         if "IVF" in spec:
-            merge_on_disk(*_shards(folder / "shards", vectors_path, spec, workers), vectors, path)
+            merge_on_disk(*_shards(shards, files.vectors, spec, workers), vectors, path)
         else:
             write_index(build_index(vectors, spec), path)
         return index_stats(path, spec, len(vectors), started)
 
     cached(path, settings, build, files=(lists_path(path),) if "IVF" in spec else ())
-    shutil.rmtree(folder / "shards", ignore_errors=True)
+    shutil.rmtree(shards, ignore_errors=True)
 
 
 def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[faiss.Index, list[Path]]:
@@ -457,14 +426,13 @@ def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[
     return read_index(folder / TRAINED), [_shard(folder, start) for start in starts]
 
 
-def _search(folder: Path, k: int, exclude: Ranges, max_similarity: float | int | None, workers: int) -> None:
-    index_path, vectors_path, doc_ids_path = (folder / name for name in (INDEX, VECTORS, DOC_IDS))
+def _search(files: Files, k: int, exclude: Ranges, max_similarity: float | int | None, workers: int) -> None:
     options = {"exclude": exclude, "max_similarity": max_similarity}
-    files = {"index_path": index_path, "vectors_path": vectors_path, "doc_ids_path": doc_ids_path}
+    paths = {"index_path": files.index, "vectors_path": files.vectors, "doc_ids_path": files.doc_ids}
 
     def fill(rows: ResumableRows) -> None:
-        _write_blocks(rows, AT_A_TIME, _Search, {**files, "k": k, "options": options}, workers)
+        _write_blocks(rows, AT_A_TIME, _Search, {**paths, "k": k, "options": options}, workers)
 
-    settings = knn_settings(index_path, doc_ids_path, k, max_similarity)
-    index, vectors, doc_ids = read_index(index_path, mapped=True), open_array(vectors_path), open_array(doc_ids_path)
-    write_neighbours(knn_path(folder / CHUNKS, exclude), fill, settings, index, vectors, doc_ids, **options)
+    settings = knn_settings(files.index, files.doc_ids, k, max_similarity)
+    index, vectors, doc_ids = read_index(files.index, mapped=True), open_array(files.vectors), open_array(files.doc_ids)
+    write_neighbours(knn_path(files.chunks, exclude), fill, settings, index, vectors, doc_ids, **options)

@@ -17,10 +17,9 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from retro_nb.common.arrays import PathLike, ResumableRows, open_array
-from retro_nb.common.digests import digest
 from retro_nb.common.manifest import array_key, cached, file_record, read_manifest
-from retro_nb.store.chunking import companion
 from retro_nb.store.embedding import chunks_to_embeddings_
+from retro_nb.store.files import INDEX, companion, knn_path
 from retro_nb.store.index import (
     NO_NEIGHBOUR,
     Distances,
@@ -41,10 +40,6 @@ from retro_nb.store.index import (
     search,
     write_index,
 )
-
-# The files of a store in one folder, as TrainingWrapper lays them.
-CHUNKS, SEQS, DOC_IDS = "chunks.npy", "seqs.npy", "doc_ids.npy"
-VECTORS, INDEX, NEIGHBOURS = "chunks.embedded.npy", "knn.index", "chunks.knn.npy"
 
 AT_A_TIME = 1024  # chunks searched and saved together
 RECALL_QUERIES = 2000
@@ -251,15 +246,6 @@ def index_stats(path: Path, spec: str, count: int, started: float) -> dict:
     """What the manifest says of an index: its kind, vectors, bytes, and the seconds since it was begun."""
     size = sum(file.stat().st_size for file in index_files(path))
     return {"index": spec, "vectors": count, "bytes": size, "seconds": time.perf_counter() - started}
-
-
-def knn_path(chunk_memmap_path: PathLike, exclude: Ranges = ()) -> Path:
-    """Where the neighbours of a chunk array lie: `chunks.knn.npy` for `chunks.npy`.
-
-    Those of a database that keeps documents out lie beside it under a name of their own.
-    """
-    path, kept_out = Path(chunk_memmap_path), f"-{digest([list(each) for each in exclude])[:8]}" if exclude else ""
-    return path.with_name(f"{path.stem}.knn{kept_out}{path.suffix}")
 
 
 def chunks_to_precalculated_knn_(

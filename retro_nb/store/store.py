@@ -7,8 +7,8 @@
     store.retriever()     answers questions about the corpus
     store.update(corpus)  follows a corpus that has changed
 
-The folder holds chunks, sequences, documents, vectors, index and neighbours (`Files`), the tokenizer, and a manifest that
-says of each what it was made from and with. A changed setting builds again what depends on it, and nothing else.
+The folder holds chunks, sequences, documents, vectors, index and neighbours (`Files`), the tokenizer, and a manifest
+that says of each what it was made from and with. A changed setting builds again what depends on it, and nothing else.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from retro_nb.common.arrays import PathLike, open_array, plain, tell
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
@@ -42,9 +42,9 @@ class StoreSettings:
     """What a store is built with.
 
     chunk_size, seq_len     m and n, tokens; n is a multiple of m
-    knn                     k, neighbours a chunk
-    tokenizer               cuts the texts: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE with
-                            so many entries, trained on the corpus; None for the BERT's
+    knn                     k, neighbours of a chunk
+    tokenizer               cuts the texts: a Hugging Face tokenizer, by folder or name; a number, for a byte-level BPE
+                            of that size, trained on the corpus; None for the BERT's
     bert                    embeds the chunks, see `tokens.bert_folder`
     use_cls_repr            a chunk's vector is that of [CLS], not the mean over its tokens
     index                   a FAISS index-factory string; None for the choice of `choose_index`
@@ -71,6 +71,10 @@ class StoreSettings:
     def __post_init__(self) -> None:
         if self.knn < 1:
             raise ValueError(f"knn is {self.knn}: it must be at least 1")
+
+    def of_chunks(self) -> dict[str, Any]:
+        """Those that cut the chunks, besides the tokenizer."""
+        return {name: getattr(self, name) for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
 
     def of_index(self) -> dict[str, Any]:
         """Those that choose the index."""
@@ -113,11 +117,14 @@ class Store:
     """
 
     def __init__(self, files: Files, settings: StoreSettings, kept_out: list[int]) -> None:
-        self.files, self.settings, self.kept_out = files, settings, kept_out
-        self.tokenizer = store_tokenizer(files.chunks, settings.bert)
-        self.exclude = document_ranges(self.doc_ids, kept_out)
-        chunk_stats = read_manifest(files.chunks.parent)[files.chunks.name]["stats"]
-        self.stats = {**chunk_stats, **knn_stats(files.chunks, files.index.name, self.exclude)}
+        self.files, self.settings, self.kept_out, self.tokenizer = files, settings, kept_out, settings.tokenizer
+        self._read()
+
+    def _read(self) -> None:
+        self.exclude = document_ranges(self.doc_ids, self.kept_out)
+        chunk_stats = read_manifest(self.folder)[self.files.chunks.name]["stats"]
+        self.stats = {**chunk_stats, **knn_stats(self.files.chunks, self.files.index.name, self.exclude)}
+        self.__dict__.pop("index", None)
 
     @classmethod
     def build(
@@ -153,10 +160,9 @@ class Store:
         settings = replace(settings, tokenizer=choose_tokenizer(settings, documents, folder, progress))
         if files == Files.of(folder):
             _follow(documents, folder, settings, progress)
-        sizes = {name: getattr(settings, name) for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
         made = documents_to_chunks_(
             documents, chunks_memmap_path=files.chunks, seqs_memmap_path=files.seqs, doc_ids_memmap_path=files.doc_ids,
-            tokenizer=settings.tokenizer, progress=progress, **sizes,
+            tokenizer=settings.tokenizer, progress=progress, **settings.of_chunks(),
         )  # fmt: skip
         kept_out = document_numbers(settings.keep_out, made["docs"])
         chunks_to_precalculated_knn_(
@@ -221,7 +227,7 @@ class Store:
     # its arrays
 
     @property
-    def chunks(self) -> Int[np.ndarray, "c m_plus_1"]:
+    def chunks(self) -> Integer[np.ndarray, "c m_plus_1"]:
         """The tokens of every chunk and, after them, the first of the next; read-only, as the others are."""
         return open_array(self.files.chunks)
 
@@ -263,7 +269,7 @@ class Store:
         """
         stored = self.stats["k"]
         if k is not None and not 1 <= k <= stored:
-            raise ValueError(f"k {k}: the store in {self.folder} has {stored} neighbours a chunk; build it with knn={k}")
+            raise ValueError(f"k {k}: the store in {self.folder} has {stored} neighbours of each: build it with more")
         data = RETRODataset(
             num_chunks=self.stats["chunks"], chunk_size=self.settings.chunk_size, seq_len=self.settings.seq_len,
             num_sequences=self.stats["seqs"], num_neighbors=stored, chunk_memmap_path=self.files.chunks,
@@ -288,22 +294,24 @@ class Store:
     def update(self, documents: Iterable[Document], *, progress: bool = True) -> Update:
         """Follow the corpus, from which documents may have gone and to which others came (see `updating.update_store`).
 
-        Neighbours for a database that keeps documents out are built again by `Store.build`.
-
         Returns:
             What was done; as a string, in a sentence.
+
+        Raises:
+            ValueError: it keeps documents out (`Store.build` follows the corpus then), or cannot be updated.
         """
-        done = update_store(documents, self.folder, bert=self.settings.bert, progress=progress)
-        self.__dict__.pop("index", None)
-        self.__init__(self.files, self.settings, [])
+        if self.kept_out:
+            raise ValueError(f"the store in {self.folder} keeps documents out: call Store.build with the new corpus")
+        options = {"bert": self.settings.bert, "progress": progress, **self.settings.of_index()}
+        done = update_store(documents, self.folder, **options)
+        self._read()
         return done
 
 
 def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress: bool) -> None:
     """Where a store is there and only its corpus has changed, let it follow; else it will be built."""
     folder, name = Path(folder), Files.of(folder).chunks.name
-    sizes = (settings.chunk_size, settings.seq_len, settings.max_chunks, settings.max_seqs)
-    wanted = chunk_settings(documents, settings.tokenizer, *sizes)
+    wanted = chunk_settings(documents, settings.tokenizer, **settings.of_chunks())
     how = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
 
     def changed() -> bool:

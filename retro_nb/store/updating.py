@@ -54,7 +54,6 @@ from retro_nb.common.manifest import (
 from retro_nb.store.chunking import (
     ChunkedDocument,
     chunk_document,
-    companion,
     describe_document,
     read_documents,
     special_ids,
@@ -63,6 +62,7 @@ from retro_nb.store.chunking import (
     write_chunks,
 )
 from retro_nb.store.embedding import bert_fingerprint, chunks_to_embeddings_, embedding_settings
+from retro_nb.store.files import CHUNKS, DOC_IDS, INDEX, NEIGHBOURS, SEQS, VECTORS, companion
 from retro_nb.store.index import (
     BLOCK,
     Vectors,
@@ -74,12 +74,6 @@ from retro_nb.store.index import (
 from retro_nb.store.index_edits import EDITABLE, comparing_pays, edit_lists, may_be_nearer, renumber
 from retro_nb.store.knn import (
     AT_A_TIME,
-    CHUNKS,
-    DOC_IDS,
-    INDEX,
-    NEIGHBOURS,
-    SEQS,
-    VECTORS,
     choose_spec,
     index_settings,
     index_stats,

@@ -1,7 +1,8 @@
 """What people name, as a corpus: "speeches", "my_texts/", "my.jsonl", "my.parquet", "hf:user/name".
 
-    open_corpus("my_texts/")    any of the corpora of `corpus`, `tables`, `towns`, `libraries` and `sources`
-    recognise("my_texts/")      the same, not opened yet: bad names are met before any work
+    open_corpus("my_texts/")    any of the corpora of this room
+    as_corpus("my_texts/")      the same, with the folder that its store gets if no other is named
+    recognise("my_texts/")      what opens it: a bad name is refused before any work
 """
 
 import difflib
@@ -11,6 +12,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from retro_nb.common.arrays import WORK
+from retro_nb.common.digests import digest
 from retro_nb.text.almanac import almanac
 from retro_nb.text.docstrings import docstrings
 from retro_nb.text.files import jsonl, text_folder
@@ -61,6 +64,27 @@ def recognise(where: Any, *, glob: str | Sequence[str] | None = None, **options:
             has = f"only {' and '.join(known)}" if known else "no such options"
             raise ValueError(f"{name} is {value!r}, but corpus {where} has {has}: leave it out")
     return partial(opening, **{name: value for name, value in options.items() if name in known})
+
+
+def _default_work_dir(documents: Any, described: Any) -> Path:
+    """One folder for each corpus, so that two never overwrite one another."""
+    return WORK / f"{type(documents).__name__}-{digest(described, 10)}"
+
+
+def as_corpus(
+    documents_path: Any, glob: Sequence[str] | str = "**/*.txt", **options: str | None
+) -> tuple[Any, Path | None]:
+    """The corpus that `documents_path` means (see `open_corpus`), and where its files go by default.
+
+    That is a folder for each path and its options, so that files which change are built again in the same place;
+    for a corpus without a path, one for each fingerprint; None for one that has neither.
+    """
+    corpus = open_corpus(documents_path, glob=glob, **options)
+    if is_path(documents_path):
+        said = {name: value for name, value in options.items() if value != OPTIONS[name]}
+        return corpus, _default_work_dir(corpus, [str(Path(documents_path).resolve()), glob, *([said] if said else [])])
+    fingerprint = getattr(corpus, "fingerprint", None)  # without one, no two could be told apart
+    return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
 
 
 def is_path(where: Any) -> bool:

@@ -4,8 +4,8 @@ It builds what is missing, in one work folder, and offers the rest: a dataset, a
 that retrieves from the corpus as it writes (notebooks 05 and 06).
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,89 +16,18 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from retro_nb.common.arrays import WORK, PathLike, open_array, plain, tell, write_json
-from retro_nb.common.digests import digest
-from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
+from retro_nb.common.arrays import PathLike, write_json
 from retro_nb.model.base import ChunkedLM
 from retro_nb.model.sampling import generate, left_pad, top_k
-from retro_nb.store.chunking import chunk_settings, documents_to_chunks_
-from retro_nb.store.dataset import RETRODataset
+from retro_nb.store.files import CHUNKS, DOC_IDS, INDEX, SEQS, Files
 from retro_nb.store.index import Distances, Neighbours
-from retro_nb.store.knn import CHUNKS, DOC_IDS, INDEX, SEQS, chunks_to_precalculated_knn_, document_ranges, knn_stats
-from retro_nb.store.retrieval import DocumentName, Generation, Retriever, knn_chunks_from_seq_chunks
-from retro_nb.store.updating import update_store, why_not
-from retro_nb.text.opening import OPTIONS, is_path, open_corpus
-from retro_nb.text.tokens import PAD_ID, TextTokenizer, decode, get_tokenizer, tokenize, train_tokenizer
+from retro_nb.store.retrieval import DocumentName, Generation, knn_chunks_from_seq_chunks
+from retro_nb.store.splits import hold_out, of_documents, without_documents
+from retro_nb.store.store import Store, StoreSettings, choose_tokenizer
+from retro_nb.text.opening import as_corpus
+from retro_nb.text.tokens import PAD_ID, decode, tokenize
 from retro_nb.training.log import History
-from retro_nb.training.training import fit, get_optimizer, hold_out, of_documents, without_documents
-
-
-def _default_work_dir(documents: Any, described: Any) -> Path:
-    """One folder for each corpus, so that two never overwrite one another."""
-    return WORK / f"{type(documents).__name__}-{digest(described, 10)}"
-
-
-def as_corpus(
-    documents_path: Any, glob: Sequence[str] | str = "**/*.txt", **options: str | None
-) -> tuple[Any, Path | None]:
-    """The corpus that `documents_path` means (see `sources.open_corpus`), and where its files go by default.
-
-    That is a folder for each path and its options, so that files which change are built again in the same place;
-    for a corpus without a path, one for each fingerprint; None for one that has neither.
-    """
-    corpus = open_corpus(documents_path, glob=glob, **options)
-    if is_path(documents_path):
-        said = {name: value for name, value in options.items() if value != OPTIONS[name]}
-        return corpus, _default_work_dir(corpus, [str(Path(documents_path).resolve()), glob, *([said] if said else [])])
-    fingerprint = getattr(corpus, "fingerprint", None)  # without one, no two could be told apart
-    return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
-
-
-def trained_tokenizer(corpus: Any, folder: Path, size: int, progress: bool) -> TextTokenizer:
-    """A byte-level BPE of this corpus; trained once, for as long as the corpus stays what it is."""
-    if isinstance(corpus, Iterator):
-        raise ValueError(f"a {type(corpus).__name__} can be read only once: pass a list, or a tokenizer's folder")
-    fingerprint = getattr(corpus, "fingerprint", None)
-    cached(
-        folder / "tokenizer.json",
-        {"corpus": fingerprint() if fingerprint else None, "size": size},
-        lambda: train_tokenizer((each.text for each in corpus), folder, size=size, progress=progress),
-        files=(folder / "tokenizer_config.json",),
-        force_reprocess=fingerprint is None,
-    )
-    return get_tokenizer(folder)
-
-
-def _follow(
-    corpus: Any,
-    settings: dict,
-    work_dir: Path,
-    bert: PathLike | None,
-    progress: bool,
-    use_cls_repr: bool = False,
-    **options: Any,
-) -> None:
-    """Where a store is there and only its corpus has changed, let it follow; else it will be built."""
-
-    def changed() -> bool:
-        finish_replacement(work_dir)
-        recorded = read_manifest(work_dir).get(CHUNKS, {}).get("settings", {}).get("corpus")
-        if recorded in (None, plain(settings["corpus"])) or reprocess_requested():
-            return False
-        return why_not(corpus, work_dir, bert=bert, use_cls_repr=use_cls_repr, settings=settings) is None
-
-    if tell(changed()):
-        names = ("index", "max_index_memory_usage", "current_memory_available")
-        chosen = {name: options[name] for name in names if name in options}
-        update = update_store(corpus, work_dir, bert=bert, progress=progress, **chosen)
-        warnings.warn(f"the corpus has changed: {update}", stacklevel=3)
-
-
-def document_numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
-    """The documents that `keep_out` means, of so many."""
-    if isinstance(keep_out, Sequence):
-        return sorted(set(keep_out))
-    return hold_out(np.arange(documents), keep_out).tolist() if keep_out else []
+from retro_nb.training.training import fit, get_optimizer
 
 
 class TrainingWrapper(nn.Module):
@@ -106,8 +35,8 @@ class TrainingWrapper(nn.Module):
 
     Building it chunks, embeds, indexes and searches the corpus; what an earlier run has built with the same
     settings is used again, and REPROCESS=1 in the environment builds all anew. Where the corpus alone has changed, only
-    its new documents are embedded (`updating.update_store`). `.stats` says what was built,
-    `.ds` is the dataset, `.retriever` answers questions about the corpus.
+    its new documents are embedded (`updating.update_store`). `.store` is what was built, `.stats` says what that is,
+    `.ds` is the dataset, `.retriever` answers questions about the corpus. `over` takes a store that is there.
 
     Args:
         retro: the model.
@@ -121,7 +50,7 @@ class TrainingWrapper(nn.Module):
             neighbours beside the first; left out, they lie in `work_dir`.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
         keep_out: documents that the database leaves out, so that nothing retrieves them: their numbers, or a share
-            of all, drawn by `training.hold_out`. They are what `fit` validates on and `evaluation` measures on.
+            of all, drawn by `splits.hold_out`. They are what `fit` validates on and `evaluation` measures on.
         knn_extra_neighbors: the reference's margin for same-document exclusion, which is exact here: unused.
         processed_stats_json_path: where to write `.stats`, if anywhere.
         faiss_index_filename: name of the index, beside the chunks.
@@ -131,8 +60,8 @@ class TrainingWrapper(nn.Module):
             so many entries, trained on this corpus (see `tokens.train_tokenizer`); None for the model's own, if it has
             one (as what `retrofit` makes), else the BERT's.
         progress: show progress bars.
-        **index_kwargs: of `knn.chunks_to_precalculated_knn_`: `index`, `max_similarity`, `use_cls_repr`,
-            `max_index_memory_usage`, …
+        **index_kwargs: the rest of `StoreSettings` and of `knn.chunks_to_precalculated_knn_`: `index`,
+            `max_similarity`, `use_cls_repr`, `max_index_memory_usage`, …
 
     Raises:
         TypeError: `retro` is neither a RETRO nor made by `retrofit`.
@@ -164,87 +93,63 @@ class TrainingWrapper(nn.Module):
         **index_kwargs: Any,
     ) -> None:
         super().__init__()
-        self._check(retro, chunk_size, knn)
+        self._check(retro, chunk_size)
         corpus, default = as_corpus(documents_path, glob)
         if work_dir is None and default is None:
             raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
-        self.retro, self.bert, self.chunk_size, self.max_seq_len = retro, bert, chunk_size, retro.seq_len
-        self.work_dir = Path(work_dir) if work_dir is not None else default
+        folder = Path(work_dir) if work_dir is not None else default
+        own = {each.name for each in fields(StoreSettings)} & index_kwargs.keys()
+        settings = StoreSettings(
+            chunk_size=chunk_size, seq_len=retro.seq_len, knn=knn, bert=bert, keep_out=keep_out, max_chunks=max_chunks,
+            max_seqs=max_seqs, tokenizer=retro.tokenizer if tokenizer is None else tokenizer,
+            **{name: index_kwargs.pop(name) for name in own},
+        )  # fmt: skip
         if isinstance(tokenizer, int):
             self._check_tokenizer(retro, tokenizer, PAD_ID)  # before it is trained: so many ids, or less
-            self.tokenizer = trained_tokenizer(corpus, self.work_dir / "tokenizer", tokenizer, progress)
-        else:
-            self.tokenizer = get_tokenizer(tokenizer or retro.tokenizer or bert)
-        self._check_tokenizer(retro, self.tokenizer.size, self.tokenizer.ids.pad, self.tokenizer.fingerprint)
-        paths = {
-            "chunks_memmap_path": Path(chunks_memmap_path or self.work_dir / CHUNKS),
-            "seqs_memmap_path": Path(seqs_memmap_path or self.work_dir / SEQS),
-            "doc_ids_memmap_path": Path(doc_ids_memmap_path or self.work_dir / DOC_IDS),
-        }
-        own_names = {chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path} == {None}
-        if own_names and faiss_index_filename == INDEX:
-            settings = chunk_settings(corpus, self.tokenizer, chunk_size, retro.seq_len, max_chunks, max_seqs)
-            _follow(corpus, settings, self.work_dir, bert, progress, **index_kwargs)
-        chunk_stats = documents_to_chunks_(
-            corpus,
-            **paths,
-            chunk_size=chunk_size,
-            seq_len=retro.seq_len,
-            max_chunks=max_chunks,
-            max_seqs=max_seqs,
-            tokenizer=self.tokenizer,
-            progress=progress,
-        )
-        self.kept_out = document_numbers(keep_out, chunk_stats["docs"])
-        chunks_path, doc_ids_path = paths["chunks_memmap_path"], paths["doc_ids_memmap_path"]
-        knn_path, index = chunks_to_precalculated_knn_(
-            num_nearest_neighbors=knn,
-            num_chunks=chunk_stats["chunks"],
-            chunk_size=chunk_size,
-            chunk_memmap_path=chunks_path,
-            doc_ids_memmap_path=doc_ids_path,
-            index_file=faiss_index_filename,
-            keep_out=self.kept_out,
-            bert=bert,
-            progress=progress,
-            **index_kwargs,
-        )
-        exclude = document_ranges(open_array(doc_ids_path), self.kept_out)
-        self.stats = {**chunk_stats, **knn_stats(chunks_path, faiss_index_filename, exclude)}
+        tokens = choose_tokenizer(settings, corpus, folder, progress)
+        self._check_tokenizer(retro, tokens.size, tokens.ids.pad, tokens.fingerprint)
+        files = Files(
+            Path(chunks_memmap_path or folder / CHUNKS), Path(seqs_memmap_path or folder / SEQS),
+            Path(doc_ids_memmap_path or folder / DOC_IDS),
+            Path(chunks_memmap_path or folder / CHUNKS).with_name(faiss_index_filename),
+        )  # fmt: skip
+        settings = replace(settings, tokenizer=tokens)
+        self._tie(retro, Store.build(corpus, folder, settings, files=files, progress=progress, **index_kwargs))
         if processed_stats_json_path is not None:
             write_json(processed_stats_json_path, self.stats)
-        self.ds = RETRODataset(
-            num_sequences=self.stats["seqs"],
-            num_chunks=self.stats["chunks"],
-            num_neighbors=knn,
-            chunk_size=chunk_size,
-            seq_len=retro.seq_len,
-            chunk_memmap_path=chunks_path,
-            chunk_nn_memmap_path=knn_path,
-            seq_memmap_path=paths["seqs_memmap_path"],
-            doc_ids_memmap_path=doc_ids_path,
-        )
-        database = {
-            "knn": knn,
-            "faiss_index": index,
-            "num_chunks": self.stats["chunks"],
-            "chunk_size": chunk_size,
-            "chunks_memmap_path": chunks_path,
-            "doc_ids_memmap_path": doc_ids_path,
-            "use_cls_repr": index_kwargs.get("use_cls_repr", False),
-            "bert": bert,
-        }
-        self.retriever = Retriever(**database, keep_out=self.kept_out)
-        self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **database, exclude=exclude)
+
+    @classmethod
+    def over(cls, retro: ChunkedLM, store: Store) -> "TrainingWrapper":
+        """The same for a store that is there.
+
+        Raises:
+            TypeError, ValueError: model and store do not go together.
+        """
+        cls._check(retro, store.settings.chunk_size)
+        if retro.seq_len != store.settings.seq_len:
+            raise ValueError(
+                f"the model reads {retro.seq_len} tokens, the store's sequences have {store.settings.seq_len}: make "
+                f"them equal"
+            )
+        cls._check_tokenizer(retro, store.tokenizer.size, store.tokenizer.ids.pad, store.tokenizer.fingerprint)
+        wrapper = cls.__new__(cls)
+        nn.Module.__init__(wrapper)
+        wrapper._tie(retro, store)
+        return wrapper
+
+    def _tie(self, retro: ChunkedLM, store: Store) -> None:
+        self.retro, self.store, self.ds, self.retriever = retro, store, store.dataset(), store.retriever()
+        self.chunk_size, self.max_seq_len, self.bert = retro.chunk_size, retro.seq_len, store.settings.bert
+        self.stats, self.kept_out, self.tokenizer = store.stats, store.kept_out, store.tokenizer
+        self.work_dir = store.folder
+        self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **store.database(), exclude=store.exclude)
 
     @staticmethod
-    def _check(retro: nn.Module, chunk_size: int, knn: int) -> None:
+    def _check(retro: nn.Module, chunk_size: int) -> None:
         if not isinstance(retro, ChunkedLM):
             raise TypeError(f"retro is a {type(retro).__name__}: pass a retro_nb.RETRO, or what retrofit(…) returns")
         if chunk_size != retro.chunk_size:
             raise ValueError(f"chunk_size {chunk_size}, but the model was made for {retro.chunk_size}: make them equal")
-        if knn < 1:
-            raise ValueError(f"knn is {knn}: it must be at least 1")
 
     @staticmethod
     def _check_tokenizer(retro: ChunkedLM, size: int, pad: int, fingerprint: str | None = None) -> None:

@@ -22,9 +22,9 @@ from retro_nb.__main__ import main
 from retro_nb.lab.commands import BUILD, TRAIN, choose_settings
 from retro_nb.lab.settings import cast, read_yaml
 from retro_nb.measure.evaluation import evaluate
+from retro_nb.store.splits import hold_out
 from retro_nb.text.tokens import get_tokenizer
 from retro_nb.training.log import read_log
-from retro_nb.training.training import hold_out
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dict(

@@ -24,7 +24,9 @@ from retro_nb.store import cluster as cluster_module
 from retro_nb.store import embedding as embedding_module
 from retro_nb.store.chunking import documents_to_chunks_
 from retro_nb.store.cluster import _Chunk, _Embed, _Fill, _gpu_share, _results, _Search, _Worker, build_store, cluster
+from retro_nb.store.files import Files
 from retro_nb.store.index import build_index, lists_path, read_index, write_index
+from retro_nb.store.store import StoreSettings
 from retro_nb.store.updating import update_store
 from retro_nb.text.files import jsonl, text_folder
 from retro_nb.text.speeches import speeches
@@ -146,8 +148,7 @@ def test_a_worker_killed_in_every_stage_changes_nothing(running, tmp_path, tiny_
         lambda worker, *rest, **options: _results(killed_once(worker, marks), *rest, **options),
     )
     folder, alone = tmp_path / "cluster", tmp_path / "alone"
-    tokenizer = get_tokenizer(tiny_bert)
-    build_store(corpus, folder, tokenizer, knn=2, bert=tiny_bert, index=SPEC, progress=False, **SIZES)
+    build_store(corpus, folder, StoreSettings(knn=2, bert=tiny_bert, index=SPEC, **SIZES), progress=False)
     assert {path.name for path in marks.iterdir()} == {"_Chunk", "_Embed", "_Fill", "_Search"}
     wrap(alone, corpus, tiny_bert)
     assert len(open_array(folder / "chunks.npy")) > 2 * SHARD
@@ -226,7 +227,8 @@ def test_the_command_goes_on_where_it_was_killed(running, tmp_path, tiny_bert, m
 
 
 def chunk(corpus, folder, tokenizer, workers=2, max_chunks=None):
-    cluster_module._chunk(corpus, folder, tokenizer, workers, *SIZES.values(), max_chunks, None)
+    settings = StoreSettings(tokenizer=tokenizer, max_chunks=max_chunks, **SIZES)
+    cluster_module._chunk(corpus, Files.of(folder), settings, workers)
 
 
 def chunk_alone(corpus, folder, tokenizer, **limits):

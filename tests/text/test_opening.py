@@ -13,8 +13,7 @@ import pytest
 from retro_nb import Document, almanac, code, docstrings, hf_dataset, jsonl, parquet, speeches, text_folder
 from retro_nb.common.arrays import WORK
 from retro_nb.lab.commands import choose_corpus, choose_settings
-from retro_nb.text.opening import NAMED, open_corpus, recognise
-from retro_nb.training.wrapper import as_corpus
+from retro_nb.text.opening import NAMED, as_corpus, open_corpus, recognise
 
 RUSSIAN = "Ночью шёл снег, и к утру вся деревня стала белой; дети побежали к реке, а старики затопили печи.\n"
 

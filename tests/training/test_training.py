@@ -25,15 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from retro_nb.model.retro import RETRO
+from retro_nb.store.splits import split_by_document
 from retro_nb.training.log import History, read_log
-from retro_nb.training.training import (
-    ShuffledBatches,
-    evaluate_loss,
-    fit,
-    get_optimizer,
-    learning_rate,
-    split_by_document,
-)
+from retro_nb.training.training import ShuffledBatches, evaluate_loss, fit, get_optimizer, learning_rate
 
 CONFIG = dict(
     num_tokens=40, max_seq_len=12, chunk_size=4, enc_dim=8, enc_depth=1, dec_dim=16, dec_depth=1,

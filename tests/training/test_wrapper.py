@@ -14,11 +14,12 @@ from torch.testing import assert_close
 from retro_nb import RETRO, almanac, left_pad, retrofit, top_k, top_p
 from retro_nb.common.arrays import open_array
 from retro_nb.store import embedding
+from retro_nb.store.splits import split_by_document
+from retro_nb.text import opening
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import decode, get_tokenizer, tokenize, train_tokenizer
 from retro_nb.training import wrapper
 from retro_nb.training.log import History
-from retro_nb.training.training import split_by_document
 from retro_nb.training.wrapper import TrainingWrapper
 
 faiss.omp_set_num_threads(1)
@@ -50,7 +51,7 @@ def single_precision():
 
 @pytest.fixture(autouse=True)
 def own_work_folder_and_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(wrapper, "WORK", tmp_path / "work")
+    monkeypatch.setattr(opening, "WORK", tmp_path / "work")
     torch.manual_seed(0)
 
 

@@ -1,0 +1,153 @@
+"""The store as an object: what it builds is what its parts build, it opens without its corpus, and it follows it."""
+
+import numpy as np
+import pytest
+import torch
+
+from retro_nb import RETRO, Store, StoreSettings, TrainingWrapper
+from retro_nb.common.manifest import read_manifest
+from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.store.index import exact_search
+from retro_nb.store.knn import own_ranges
+from retro_nb.text.document import Document
+from retro_nb.text.files import text_folder, write_texts
+
+TEXTS = {f"{number}": f"The town number {number} has a tower and a river. " * (3 + number) for number in range(6)}
+SIZES = {"chunk_size": 16, "seq_len": 32}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_texts(TEXTS, tmp_path / "texts")
+    return text_folder(tmp_path / "texts")
+
+
+@pytest.fixture
+def settings(tiny_bert):
+    return StoreSettings(**SIZES, knn=3, bert=str(tiny_bert))
+
+
+@pytest.fixture
+def store(corpus, settings, tmp_path):
+    return Store.build(corpus, tmp_path / "store", settings, progress=False)
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.np*")}
+
+
+def test_its_arrays_are_what_the_steps_make(store, corpus, tiny_bert, tmp_path):
+    paths = {f"{name}_memmap_path": tmp_path / "alone" / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
+    made = documents_to_chunks_(corpus, **paths, **SIZES, tokenizer=str(tiny_bert), progress=False)
+    for name, array in (("chunks", store.chunks), ("doc_ids", store.doc_ids)):
+        assert np.array_equal(np.load(paths[f"{name}_memmap_path"]), array)
+    assert {name: store.stats[name] for name in made} == made
+    assert [about["title"] for about in store.documents] == [document.title for document in corpus]
+    # brute force, over the vectors of other documents
+    vectors, doc_ids = np.array(store.vectors), np.array(store.doc_ids)
+    own = own_ranges(doc_ids, range(len(doc_ids)))
+    _, nearest = exact_search(vectors, vectors, 3, own=own)
+    distances = ((vectors[:, None] - vectors[store.neighbours]) ** 2).sum(-1)
+    assert np.allclose(distances, ((vectors[:, None] - vectors[nearest]) ** 2).sum(-1), atol=1e-4)
+    assert store.index.ntotal == len(vectors)
+
+
+def test_it_opens_without_its_corpus_and_is_the_same(store, settings):
+    opened = Store.open(store.folder, bert=settings.bert)
+    assert opened.stats == store.stats and opened.files == store.files and repr(opened) == repr(store)
+    assert np.array_equal(opened.neighbours, store.neighbours)
+    for mine, its in zip(opened.dataset()[0], store.dataset()[0], strict=True):
+        assert torch.equal(mine, its)
+    asked = torch.from_numpy(np.array(store.chunks[:4, :-1], np.int64))
+    for mine, its in zip(opened.retriever().nearest(asked), store.retriever().nearest(asked), strict=True):
+        assert np.array_equal(mine, its)
+    for name in ("chunk_size", "seq_len", "knn", "use_cls_repr", "max_similarity", "max_chunks", "max_seqs"):
+        assert getattr(opened.settings, name) == getattr(settings, name)
+
+
+def test_what_is_built_is_not_built_again(store, corpus, settings):
+    before = times(store.folder)
+    Store.build(corpus, store.folder, settings, progress=False)
+    assert times(store.folder) == before
+    with pytest.warns(UserWarning, match="k was 3 and is 2"):
+        fewer = Store.build(corpus, store.folder, StoreSettings(**SIZES, knn=2, bert=settings.bert), progress=False)
+    after = times(store.folder)
+    assert {name for name in after if after[name] != before[name]} == {"chunks.knn.npy"} and fewer.stats["k"] == 2
+
+
+def test_a_dataset_with_fewer_neighbours_has_the_nearest(store):
+    seq, retrieved = store.dataset(k=2)[0]
+    whole_seq, all_retrieved = store.dataset()[0]
+    assert torch.equal(seq, whole_seq) and torch.equal(retrieved, all_retrieved[:, :2])
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=f"k {k}: .* has 3 neighbours"):
+            store.dataset(k)
+
+
+def test_documents_that_are_kept_out_are_nobodys_neighbour(corpus, settings, tmp_path):
+    kept = StoreSettings(**SIZES, knn=2, bert=settings.bert, keep_out=[1, 4])
+    store = Store.build(corpus, tmp_path / "kept", kept, progress=False)
+    found = np.array(store.neighbours)
+    assert not np.isin(np.array(store.doc_ids)[found[found >= 0]], [1, 4]).any()
+    assert store.kept_out == [1, 4] == store.retriever().keep_out
+    opened = Store.open(store.folder, bert=settings.bert, keep_out=[4, 1])
+    assert np.array_equal(opened.neighbours, found)
+    with pytest.raises(FileNotFoundError, match=r"leave out the documents \[\].*pass the keep_out"):
+        Store.open(store.folder, bert=settings.bert)
+    with pytest.raises(ValueError, match="keeps documents out"):
+        store.update(corpus)
+
+
+def test_it_follows_its_corpus(store, settings, tmp_path):
+    write_texts(TEXTS | {"new": "A harbour, a lighthouse, and boats. " * 5}, tmp_path / "texts")
+    (tmp_path / "texts" / "0.txt").unlink()
+    changed = text_folder(tmp_path / "texts")
+    done = store.update(changed, progress=False)
+    assert (done.kept, done.added, done.removed) == (5, 1, 1)
+    anew = Store.build(changed, tmp_path / "anew", settings, progress=False)
+    assert np.array_equal(store.chunks, anew.chunks) and np.array_equal(store.neighbours, anew.neighbours)
+    same = ("docs", "chunks", "seqs", "tokens", "k")
+    assert {name: store.stats[name] for name in same} == {name: anew.stats[name] for name in same}
+    assert store.index.ntotal == len(anew.chunks)
+
+
+def test_what_cannot_be_opened_is_named(store, tmp_path, corpus):
+    with pytest.raises(FileNotFoundError, match="holds no whole store"):
+        Store.open(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"embedded by another BERT .*pass bert"):
+        Store.open(store.folder)
+    with pytest.raises(ValueError, match="knn is 0"):
+        StoreSettings(knn=0)
+    with pytest.raises(ValueError, match="can be read only once"):
+        Store.build(iter([Document("a", "a", "a")]), tmp_path / "once", StoreSettings(tokenizer=300), progress=False)
+
+
+def test_a_wrapper_over_a_store_is_the_wrapper_that_builds_it(store, corpus, settings, tmp_path):
+    retro = RETRO(
+        max_seq_len=32, enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=1, dec_cross_attn_layers=(1,), heads=2,
+        dim_head=8, chunk_size=16,
+    )  # fmt: skip
+    before = times(store.folder)
+    over = TrainingWrapper.over(retro, store)
+    built = TrainingWrapper(
+        retro=retro, documents_path=corpus, knn=3, chunk_size=16, bert=settings.bert, work_dir=store.folder,
+        progress=False,
+    )  # fmt: skip
+    assert times(store.folder) == before and over.stats == built.stats and over.work_dir == built.work_dir
+    assert torch.equal(over.ds[0][1], built.ds[0][1])
+    torch.manual_seed(0)
+    texts = [each.generate_text("The town", temperature=0.0, max_new_tokens=4).text for each in (over, built)]
+    assert texts[0] == texts[1]
+    other = RETRO(
+        max_seq_len=48, enc_dim=16, enc_depth=1, dec_dim=16, dec_depth=1, dec_cross_attn_layers=(1,), heads=2,
+        dim_head=8, chunk_size=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="reads 48 tokens, the store's sequences have 32"):
+        TrainingWrapper.over(other, store)
+
+
+def test_a_store_that_a_wrapper_of_long_ago_left_opens(store):
+    """Nothing but arrays and the manifest is needed: no file of settings is looked for."""
+    names = {"chunks.npy", "chunks.embedded.npy", "knn.index", "chunks.knn.npy"}
+    assert names <= read_manifest(store.folder).keys()
+    assert not list(store.folder.glob("*.yaml")) and not (store.folder / "settings.json").exists()
