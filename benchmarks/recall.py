@@ -33,7 +33,7 @@ import numpy as np
 from growth import peak_memory
 from measure import RESULTS, cpu_name, where
 
-from retro_nb.common.arrays import WORK, ArrayWriter, open_array, plain, write_json
+from retro_nb.common.arrays import WORK, ArrayWriter, open_array, to_jsonable, write_json
 from retro_nb.common.digests import digest
 from retro_nb.store.chunking import documents_to_chunks_
 from retro_nb.store.embedding import bert_fingerprint, chunks_to_embeddings_
@@ -283,7 +283,7 @@ def main() -> None:
     *asked, truth = find_truth(vectors, doc_ids)
     centroids, members, seconds = make_lists(vectors, lists)
     print(f"{lists} lists: {json.dumps(seconds)}", flush=True)
-    record |= {"settings": plain(settings), "truth": truth, "lists": seconds, "runs": []}
+    record |= {"settings": to_jsonable(settings), "truth": truth, "lists": seconds, "runs": []}
     if options.out.exists():  # go on: what was chunked and embedded then took longer than to find it again
         before = json.loads(options.out.read_text(encoding="utf-8"))
         record = before if before["settings"] == record["settings"] else record

@@ -34,7 +34,7 @@ from evidence_store import CORPORA, FOUND, SEEDS, SHARED, SHARES, build_store, b
 
 from retro_nb import RETRO, RETRODataset, fit
 from retro_nb.common.arrays import ROOT, open_array, write_json, writing
-from retro_nb.lab.settings import cast
+from retro_nb.lab.settings import parse_as
 from retro_nb.measure.evaluation import MODES, bytes_of_chunks, found_twins, score, token_losses
 from retro_nb.measure.results import RESULTS
 from retro_nb.model.pretrained import INCLUDED
@@ -82,7 +82,7 @@ def read_recipe(name: str, given: dict[str, str], script: str = __file__) -> dic
             raise SystemExit(f"-p {key}: not in the recipe of {name}, which has {', '.join(recipe)}")
         for part in places:
             value, kind = part[key], type(part[key])  # YAML alone reads 3e-3 as text
-            part[key] = yaml.safe_load(text) if value is None else cast(text, kind)
+            part[key] = yaml.safe_load(text) if value is None else parse_as(text, kind)
     return recipe
 
 

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from retro_nb import get_tokenizer, knn_to_retrieved_chunks, train_tokenizer
 from retro_nb.common.arrays import open_array, write_json, writing
+from retro_nb.common.devices import best_device
 from retro_nb.common.digests import digest
 from retro_nb.store.chunking import (
     ChunkedDocument,
@@ -44,7 +45,7 @@ from retro_nb.store.chunking import (
     tokens_to_chunks,
     write_chunks,
 )
-from retro_nb.store.embedding import best_device, chunks_to_embeddings_
+from retro_nb.store.embedding import chunks_to_embeddings_
 from retro_nb.store.index import NO_NEIGHBOUR
 from retro_nb.text.document import Document
 from retro_nb.text.duplicates import Pair, grams_of, near_duplicates

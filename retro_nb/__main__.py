@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from retro_nb.common.arrays import launched
+from retro_nb.common.launch import launched
 from retro_nb.lab import commands
 from retro_nb.measure.evaluation import MODES
 

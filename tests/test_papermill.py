@@ -15,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from retro_nb.__main__ import main
 from retro_nb.lab import refresh, runner, sweep
-from retro_nb.lab.settings import cast, read_annotation, read_yaml
+from retro_nb.lab.settings import parse_as, read_annotation, read_yaml
 
 PRESETS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
 
@@ -123,14 +123,14 @@ BAD = [
 
 @pytest.mark.parametrize(("value", "kind", "expected"), GOOD)
 def test_cast(value, kind, expected):
-    got = cast(value, kind)
+    got = parse_as(value, kind)
     assert got == expected and type(got) is type(expected)
 
 
 @pytest.mark.parametrize(("value", "kind"), BAD)
 def test_an_impossible_cast_is_an_error(value, kind):
     with pytest.raises(ValueError):
-        cast(value, kind)
+        parse_as(value, kind)
 
 
 # what a notebook declares

@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from retro_nb.common.launch import broadcast, launched
+
 PathLike = str | os.PathLike
 
 
@@ -85,7 +87,7 @@ def read_json(path: PathLike) -> Any:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Around a write to `path`: turn a bare "No space left on device" into an error with file and mend."""
     try:
         yield
@@ -126,12 +128,12 @@ def replacing(path: PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with naming(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # a link that came with the folder would be written through
     try:
         yield temporary
-        with naming(path):
+        with explain_write_errors(path):
             settle(temporary)
             move_settled(temporary, path)
     finally:
@@ -144,18 +146,18 @@ def writing(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """Like `replacing`, with the temporary file open."""
     path = Path(path)
     with replacing(path) as temporary:
-        with naming(path):
+        with explain_write_errors(path):
             file = open(temporary, mode, **options)
         try:
             yield file
-            with naming(path):
+            with explain_write_errors(path):
                 file.flush()
         finally:
             with suppress(OSError):  # closing tries again to write what a full disk did not take
                 file.close()
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """`value` as it comes back from JSON: a tuple is a list, NumPy's numbers are Python's, a path is a string."""
     return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else os.fspath(x)))
 
@@ -164,7 +166,7 @@ def write_json(path: PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     path = Path(path)
     # A file name that is not UTF-8 holds halves of characters: they become \\udcxx, which JSON reads back.
-    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, naming(path):
+    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, explain_write_errors(path):
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -197,13 +199,13 @@ class ArrayWriter:
 
     def append(self, rows: np.ndarray) -> None:
         """Append rows of shape (any, *row_shape)."""
-        with naming(self.path):
+        with explain_write_errors(self.path):
             self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
         self.rows += len(rows)
 
     def flush(self) -> None:
         """Write everything out, the number of rows too: only the move is then left to do."""
-        with naming(self.path):
+        with explain_write_errors(self.path):
             self._file.seek(0)
             self._file.write(_header(self.dtype, (self.rows, *self.row_shape)))
             self._file.seek(0, os.SEEK_END)
@@ -216,26 +218,6 @@ class ArrayWriter:
             stack.push(self._writing)
             self.flush()
         return None
-
-
-def launched() -> tuple[int, int]:
-    """Which process of a launch this is, and how many there are: of `accelerate launch` or torchrun; else (0, 1)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def tell(value: Any = None) -> Any:
-    """Give process 0's value to every process of the launch; each waits here for it."""
-    processes = launched()[1]
-    if processes == 1:
-        return value
-    import torch  # these are not for a process that is alone
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    joined = PartialState(cpu=not torch.cuda.is_available()).num_processes  # it joins them unless that has been done
-    if joined != processes:
-        raise RuntimeError(f"{processes} processes were launched, but PartialState knows {joined}: give it cpu=True")
-    return broadcast_object_list([value])[0]
 
 
 class ResumableRows:
@@ -260,7 +242,7 @@ class ResumableRows:
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.progress = self.path.with_name(self.path.name + ".progress")
-        self.settings = plain({"shape": self.shape, "dtype": self.dtype.str, "settings": settings})
+        self.settings = to_jsonable({"shape": self.shape, "dtype": self.dtype.str, "settings": settings})
         self.about = (json.dumps(self.settings) + "\n").encode()
         self.header = _header(self.dtype, self.shape)
         self.rank, self.processes = launched() if shared else (0, 1)
@@ -295,12 +277,12 @@ class ResumableRows:
     def _begin(self) -> None:
         self.progress.unlink(missing_ok=True)  # it may be about other rows, which these will overwrite
         self.partial.unlink(missing_ok=True)
-        with naming(self.partial), open(self.partial, "xb") as file:
+        with explain_write_errors(self.partial), open(self.partial, "xb") as file:
             file.write(self.header)
         self._note(b"0" * self.shape[0])
 
     def _note(self, rows: bytes) -> None:
-        with writing(self.progress) as file, naming(self.progress):
+        with writing(self.progress) as file, explain_write_errors(self.progress):
             file.write(self.about + rows)
 
     def blocks(self, block: int) -> Iterator[slice]:
@@ -313,7 +295,7 @@ class ResumableRows:
         starts = range(0, self.shape[0], block)
         missing = [slice(i, min(i + block, self.shape[0])) for i in starts if not marks[i : i + block].all()]
         if self.processes > 1:
-            missing = tell(missing)[self.rank :: self.processes]  # all divide the same list
+            missing = broadcast(missing)[self.rank :: self.processes]  # all divide the same list
         return iter(missing)
 
     def write(self, rows: slice, values: np.ndarray) -> None:
@@ -321,12 +303,12 @@ class ResumableRows:
         if not self._looked and self._marks() is None:
             self._begin()
         self._looked = True  # the note has a mark for each row: not to be read again and again
-        with naming(self.partial), open(self.partial, "r+b") as file:
+        with explain_write_errors(self.partial), open(self.partial, "r+b") as file:
             file.seek(self._offset(rows.start))
             file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
             file.flush()
             os.fsync(file.fileno())
-        with naming(self.progress), open(self.progress, "r+b") as file:
+        with explain_write_errors(self.progress), open(self.progress, "r+b") as file:
             file.seek(len(self.about) + rows.start)
             file.write(b"1" * (rows.stop - rows.start))
 
@@ -338,7 +320,7 @@ class ResumableRows:
             time.sleep(0.02)  # and not in a barrier, which a launch may let wait for ten minutes only
         if self.rank == 0 and self.partial.exists():
             self._note(b"1" * self.shape[0] + b"\n" + _record_line(self.partial))
-            with naming(self.path):
+            with explain_write_errors(self.path):
                 move_settled(self.partial, self.path)
 
 

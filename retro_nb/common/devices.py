@@ -1,5 +1,6 @@
 """What the machine's devices can do, and how numbers get there without anyone waiting."""
 
+import os
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -14,6 +15,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SAFE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDNN_TILE = 128  # queries, and keys, that cuDNN's backward pass takes at a time
+
+
+def best_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU. Processes launched together have one GPU each."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32.
+
+    A CPU without AVX512-BF16 or AMX runs bfloat16 too, several times slower than float32.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+        native = device.type == "cpu" and any(check() for check in checks if check)
+    return torch.bfloat16 if native else torch.float32
 
 
 def attention_kernels(queries: int = 0, keys: int = 0) -> AbstractContextManager:

@@ -17,8 +17,9 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from retro_nb.common.arrays import PathLike, file_record, inside, launched, plain, read_json, tell, write_json
+from retro_nb.common.arrays import PathLike, file_record, inside, read_json, to_jsonable, write_json
 from retro_nb.common.digests import digest
+from retro_nb.common.launch import broadcast, launched
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -279,7 +280,7 @@ def cached(
 
     Args:
         path: the array; its folder holds the manifest.
-        settings: everything the content depends on (see `plain` for what JSON makes of it).
+        settings: everything the content depends on (see `to_jsonable` for what JSON makes of it).
         build: writes `path` and `files`, returns statistics.
         files: what else `build` writes.
         force_reprocess: build in any case and from the beginning, as does REPROCESS=1 in the environment.
@@ -297,7 +298,7 @@ def cached(
     """
     read_manifest(Path(path).parent)  # by every process: none waits for one that was refused
     force = force_reprocess or reprocess_requested()
-    asked = Path(path), plain(settings), files, force
+    asked = Path(path), to_jsonable(settings), files, force
     rank, processes = launched()
     if processes == 1 or not (shared or force):
         return _build_if_stale(*asked, build)
@@ -305,14 +306,14 @@ def cached(
 
     def begin() -> dict:
         if shared:
-            begun.append(tell(True))
+            begun.append(broadcast(True))
         return build()
 
     if rank == 0:  # it decides, and holds the lock for all
         stats = _build_if_stale(*asked, begin)
-    if shared and not begun and tell(False):
+    if shared and not begun and broadcast(False):
         build()
-    return tell(stats)
+    return broadcast(stats)
 
 
 def _build_if_stale(
@@ -338,7 +339,7 @@ def _build_if_stale(
         _tidy((*outputs.values(), folder / MANIFEST), unfinished=force or damaged)
         if damaged:  # forgotten at once: from here on, an unfinished build is one of the mended array
             _write_manifest(folder, {name: record for name, record in arrays.items() if name != path.name})
-        stats = plain(build())
+        stats = to_jsonable(build())
         record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
         _write_manifest(folder, read_manifest(folder) | {path.name: record})
         _tidy(outputs.values(), unfinished=True)

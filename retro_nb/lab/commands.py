@@ -21,14 +21,14 @@ import torch
 import yaml
 from accelerate import PartialState
 
-from retro_nb.common.arrays import ROOT, plain, replacing
+from retro_nb.common.arrays import ROOT, replacing, to_jsonable
+from retro_nb.common.devices import best_device
 from retro_nb.lab.lesson import Run
 from retro_nb.lab.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
 from retro_nb.measure.evaluation import bytes_of_chunks, evaluate
 from retro_nb.model.retro import RETRO
 from retro_nb.planning.survey import Survey, survey
 from retro_nb.store.cluster import build_store
-from retro_nb.store.embedding import best_device
 from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.store.store import Store, StoreSettings
 from retro_nb.text.opening import NAMED, OPTIONS, as_corpus, recognise
@@ -95,7 +95,7 @@ def choose_settings(command: str, file: Path | None = None, given: dict[str, Any
             raise ValueError("how long? Pass either steps or epochs, e.g. -p steps 1000")
         stem = "train" if file is None else file.stem
         settings["out_dir"] = settings["out_dir"] or str(ROOT / "runs" / stem)
-    return plain(settings)  # as it comes back from settings.yaml
+    return to_jsonable(settings)  # as it comes back from settings.yaml
 
 
 def _vocabulary(settings: Settings) -> dict[str, int]:

@@ -33,7 +33,7 @@ with extra("notebooks"):
     from IPython.core.inputtransformer2 import TransformerManager
 
 from retro_nb.common.arrays import ROOT, replacing, write_json
-from retro_nb.lab.settings import cast, read_annotation, read_yaml, refuse_unknown
+from retro_nb.lab.settings import parse_as, read_annotation, read_yaml, refuse_unknown
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 RUNS = ROOT / "runs"
@@ -115,7 +115,7 @@ class Parameter:
         """
         kind = self.kind()
         try:
-            return cast(value, kind)
+            return parse_as(value, kind)
         except ValueError:
             raise ValueError(
                 f"parameter {self.name}: cannot read {value!r:.80} as declared: {self} in {self.notebook.name}"

@@ -26,7 +26,7 @@ DEEPEST = 30  # lists and mappings within one another
 # values and their types
 
 
-def cast(value: Any, kind: Any) -> Any:
+def parse_as(value: Any, kind: Any) -> Any:
     """Read a value, which may be text from the command line or from YAML, as a declared type.
 
     Raises:
@@ -65,7 +65,7 @@ def _cast_to_one_of(value: Any, kinds: Sequence[Any]) -> Any:
         return None
     for kind in kinds:
         with suppress(ValueError):
-            return cast(value, kind)
+            return parse_as(value, kind)
     raise ValueError(value)
 
 
@@ -202,7 +202,7 @@ def read_as_declared(values: dict[str, Any], declared: Parameters) -> dict[str, 
     read = {}
     for name, value in values.items():
         try:
-            read[name] = cast(value, declared[name].annotation)
+            read[name] = parse_as(value, declared[name].annotation)
         except ValueError:
             raise ValueError(f"parameter {name}: cannot read {value!r:.80} as declared: {declared[name]}") from None
     return read

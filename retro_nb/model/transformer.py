@@ -225,14 +225,14 @@ class Decoder(nn.Module):
         turn, reader = (state.angles.index_select(1, each) for each in (positions, m - 1 + (positions + 1) % m))
         later = torch.arange(seen, device=x.device) > rearrange(positions, "n -> n 1")
         place = Place(positions, turn, reader, hiding(later, x.dtype))
-        does = triton_kernels if triton_kernels.fits(self.layers, x) else WithModules
+        ops = triton_kernels if triton_kernels.fits(self.layers, x) else WithModules
         for i, (layer, past) in enumerate(zip(self.layers, state.pasts, strict=True), start=1):
-            x = does.extend(layer.attn, x, past, place)
+            x = ops.extend(layer.attn, x, past, place)
             if layer.cross_attn is not None and state.retrieval:
                 if i == self.first:
                     state.chunk.index_copy_(1, positions % m, x.type_as(state.chunk))
-                x = does.read(layer.cross_attn, x, state.memories.get(i), place)
-            x = does.feed(layer.ff, x)
+                x = ops.read(layer.cross_attn, x, state.memories.get(i), place)
+            x = ops.feed(layer.ff, x)
         return self.norm_out(x)
 
     def _remember(

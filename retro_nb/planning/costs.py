@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Int
 
 from retro_nb.common.arrays import PathLike
-from retro_nb.store.embedding import bert_embed, best_device, frames_for_bert, sizes_on
+from retro_nb.common.devices import best_device
+from retro_nb.store.embedding import bert_embed, frames_for_bert, sizes_on
 from retro_nb.store.index import (
     BLOCK,
     GROUP,

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tqdm.auto import tqdm
 
-from retro_nb.common.arrays import ArrayWriter, PathLike, naming, writing
+from retro_nb.common.arrays import ArrayWriter, PathLike, explain_write_errors, writing
 from retro_nb.common.manifest import MANIFEST, cached, read_manifest
 from retro_nb.store.files import companion
 from retro_nb.text.document import Document
@@ -258,7 +258,7 @@ class _ChunkFiles:
             titles = writing(self.documents_path, "w", encoding="utf-8", errors="backslashreplace")
             self._titles = stack.enter_context(titles)
             rules = stack.enter_context(writing(self.tokenizer_path, "w", encoding="utf-8"))
-            with naming(self.tokenizer_path):
+            with explain_write_errors(self.tokenizer_path):
                 rules.write(self.tokenizer.backend.to_str())
             self._stack = stack.pop_all()
         return self
@@ -269,7 +269,7 @@ class _ChunkFiles:
         with self._stack:  # all are written out before the first is moved: a full disk changes none
             for writer in self._writers:
                 writer.flush()
-            with naming(self.documents_path):
+            with explain_write_errors(self.documents_path):
                 self._titles.flush()
         return None
 
@@ -287,7 +287,7 @@ class _ChunkFiles:
         self.doc_ids.append(np.full(count, self.documents))
         self.seqs.append(np.arange(first, first + count, self.chunks_per_seq))
         about = document.about | {"chunks": [first, first + count]}
-        with naming(self.documents_path):
+        with explain_write_errors(self.documents_path):
             self._titles.write(json.dumps(about, ensure_ascii=False) + "\n")
         self.documents += 1
 

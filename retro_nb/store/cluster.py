@@ -48,7 +48,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from retro_nb.common.arrays import PathLike, ResumableRows, open_array, plain, write_json
+from retro_nb.common.arrays import PathLike, ResumableRows, open_array, to_jsonable, write_json
 from retro_nb.common.extras import extra
 from retro_nb.common.manifest import cached
 from retro_nb.store.chunking import ChunkedDocument, chunk_document, store_tokenizer, write_chunks
@@ -408,7 +408,7 @@ def _index(files: Files, spec: str, workers: int) -> None:
 
 def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[faiss.Index, list[Path]]:
     """An index trained on these vectors, and the files of its shards; those of an interrupted build are kept."""
-    vectors, settings = open_array(vectors_path), plain(index_settings(vectors_path, spec))
+    vectors, settings = open_array(vectors_path), to_jsonable(index_settings(vectors_path, spec))
     note, settings = folder / "settings.json", settings | {"shard": SHARD}
     if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != settings:
         shutil.rmtree(folder, ignore_errors=True)

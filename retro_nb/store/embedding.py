@@ -6,7 +6,6 @@ frames them differently, so that a chunk lies at a distance from itself and may 
 """
 
 import hashlib
-import os
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,8 +22,9 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retro_nb.common.arrays import PathLike, ResumableRows, launched, open_array
-from retro_nb.common.devices import send
+from retro_nb.common.arrays import PathLike, ResumableRows, open_array
+from retro_nb.common.devices import best_device, best_dtype, send
+from retro_nb.common.launch import launched
 from retro_nb.common.manifest import array_key, cached
 from retro_nb.store.chunking import read_documents, special_ids, store_tokenizer
 from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, bert_folder, get_tokenizer, padded
@@ -47,26 +47,6 @@ ON_CPU, ON_GPU = Sizes(32, 1024, ahead=0), Sizes(2048, 8192, ahead=2)
 def sizes_on(device: torch.device) -> Sizes:
     """How many chunks this device takes at a time."""
     return ON_GPU if device.type == "cuda" else ON_CPU
-
-
-def best_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU. Processes launched together have one GPU each."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32.
-
-    A CPU without AVX512-BF16 or AMX runs bfloat16 too, several times slower than float32.
-    """
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-        native = device.type == "cpu" and any(check() for check in checks if check)
-    return torch.bfloat16 if native else torch.float32
 
 
 def get_bert(bert: PathLike | None = None, device: torch.device | str | None = None) -> "BertModel":

@@ -19,7 +19,7 @@ from faiss.contrib.ondisk import merge_ondisk
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from retro_nb.common.arrays import PathLike, naming, replacing
+from retro_nb.common.arrays import PathLike, explain_write_errors, replacing
 
 if sys.platform == "darwin":
     faiss.omp_set_num_threads(1)  # FAISS and PyTorch each bring an OpenMP runtime; two of them crash there
@@ -184,7 +184,7 @@ def tune(index: faiss.Index, vectors: Vectors) -> None:
 
 def write_index(index: faiss.Index, path: PathLike) -> None:
     """Save an index, atomically."""
-    with replacing(path) as temporary, naming(Path(path)):
+    with replacing(path) as temporary, explain_write_errors(Path(path)):
         try:
             faiss.write_index(index, str(temporary))
         except RuntimeError as error:  # FAISS does not say which system error it met
@@ -213,7 +213,7 @@ def merge_on_disk(trained: faiss.Index, shards: Sequence[PathLike], vectors: Vec
         path: of the index; the lists' is `lists_path` of it.
     """
     path = Path(path).resolve()
-    with replacing(lists_path(path)) as temporary, naming(path):
+    with replacing(lists_path(path)) as temporary, explain_write_errors(path):
         merge_ondisk(trained, [str(shard) for shard in shards], str(temporary))
         tune(trained, vectors)
     lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(trained).invlists)

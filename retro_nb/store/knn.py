@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from retro_nb.common.arrays import PathLike, ResumableRows, open_array
-from retro_nb.common.manifest import array_key, cached, file_record, read_manifest
+from retro_nb.common.arrays import PathLike, ResumableRows, file_record, open_array
+from retro_nb.common.manifest import array_key, cached, read_manifest
 from retro_nb.store.embedding import chunks_to_embeddings_
 from retro_nb.store.files import INDEX, companion, knn_path
 from retro_nb.store.index import (

@@ -22,7 +22,8 @@ import faiss
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from retro_nb.common.arrays import PathLike, open_array, plain, tell
+from retro_nb.common.arrays import PathLike, open_array, to_jsonable
+from retro_nb.common.launch import broadcast
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.store.chunking import chunk_settings, documents_to_chunks_, read_documents, store_tokenizer
 from retro_nb.store.dataset import RETRODataset
@@ -32,7 +33,7 @@ from retro_nb.store.index import read_index
 from retro_nb.store.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.store.retrieval import Retriever
 from retro_nb.store.splits import document_numbers
-from retro_nb.store.updating import Update, update_store, why_not
+from retro_nb.store.updating import Update, reason_to_rebuild, update_store
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
 
@@ -317,10 +318,10 @@ def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress:
     def changed() -> bool:
         finish_replacement(folder)
         recorded = read_manifest(folder).get(name, {}).get("settings", {}).get("corpus")
-        if recorded in (None, plain(wanted["corpus"])) or reprocess_requested():
+        if recorded in (None, to_jsonable(wanted["corpus"])) or reprocess_requested():
             return False
-        return why_not(documents, folder, **how, settings=wanted) is None
+        return reason_to_rebuild(documents, folder, **how, settings=wanted) is None
 
-    if tell(changed()):
+    if broadcast(changed()):
         update = update_store(documents, folder, bert=settings.bert, progress=progress, **settings.of_index())
         warnings.warn(f"the corpus has changed: {update}", stacklevel=4)

@@ -33,14 +33,13 @@ from retro_nb.common.arrays import (
     ArrayWriter,
     PathLike,
     ResumableRows,
-    launched,
     open_array,
-    plain,
     read_json,
-    tell,
+    to_jsonable,
     write_json,
     writing,
 )
+from retro_nb.common.launch import broadcast, launched
 from retro_nb.common.manifest import (
     STAGING,
     array_key,
@@ -101,7 +100,7 @@ class Update:
         return f"{documents}; {self.embedded} chunks embedded, neighbours searched for {self.searched}"
 
 
-def why_not(
+def reason_to_rebuild(
     documents: Any,
     folder: PathLike,
     *,
@@ -179,20 +178,20 @@ def update_store(
     folder, staging = Path(work_dir), Path(work_dir) / STAGING
     read_manifest(folder)  # one of a newer format is refused before a lock is made
     with _alone(folder):
-        if reason := tell(why_not(documents, folder, bert=bert)):
+        if reason := broadcast(reason_to_rebuild(documents, folder, bert=bert)):
             raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
         old = _Old(folder)
-        if old.settings[CHUNKS]["corpus"] == plain(documents.fingerprint()):
+        if old.settings[CHUNKS]["corpus"] == to_jsonable(documents.fingerprint()):
             return Update(len(old.documents), added=0, removed=0, embedded=0, searched=0)
-        tell(_begin(old, documents, staging) if launched()[0] == 0 else None)
+        broadcast(_begin(old, documents, staging) if launched()[0] == 0 else None)
         new = _chunk(old, documents, staging, progress)
         _embed(old, new, bert, device, progress)
         index = _index(old, new, index_options, progress)
         searched = _search(old, new, index, progress)
-        tell()  # the others have seen that all is there
+        broadcast()  # the others have seen that all is there
         if launched()[0] == 0:
             replace_store(folder, old.searches())
-        tell()  # the others wait
+        broadcast()  # the others wait
     kept = len(new.kept)
     return Update(kept, new.documents - kept, len(old.documents) - kept, len(new.fresh), searched)
 
@@ -218,7 +217,7 @@ def _begin(old: "_Old", documents: Corpus, staging: Path) -> None:
         staging.unlink()
     read_manifest(staging)
     files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS)]
-    note, about = staging / "begun.json", plain({"from": files, "to": documents.fingerprint()})
+    note, about = staging / "begun.json", to_jsonable({"from": files, "to": documents.fingerprint()})
     if _noted(note) != about or any(path.is_symlink() for path in staging.rglob("*")):
         if staging.exists():
             shutil.rmtree(staging)

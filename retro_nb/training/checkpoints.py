@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from retro_nb.common.arrays import PathLike, move_settled, plain, settle, write_json
-from retro_nb.common.manifest import file_record
+from retro_nb.common.arrays import PathLike, file_record, move_settled, settle, to_jsonable, write_json
 from retro_nb.model.pretrained import load_weights
 from retro_nb.training.log import whole_records
 from retro_nb.training.runs import by_main, data_identity
@@ -107,7 +106,7 @@ class Checkpoints:
         self.folder, self.log_path = Path(out_dir) / "checkpoints", Path(out_dir) / "log.jsonl"
         if accelerator.is_main_process:
             settings = {name: "inf" if value == math.inf else value for name, value in run.items()}  # JSON has none
-            self.identity = plain({"model": retro.config, "run": settings, "data": data_identity(train)})
+            self.identity = to_jsonable({"model": retro.config, "run": settings, "data": data_identity(train)})
         self.newest = by_main(accelerator, partial(self._begin, resume))
 
     @property

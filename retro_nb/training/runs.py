@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from torch.utils.data import Dataset, Subset
 
-from retro_nb.common.arrays import PathLike, naming, plain
-from retro_nb.common.manifest import file_record, read_manifest
+from retro_nb.common.arrays import PathLike, explain_write_errors, file_record, to_jsonable
+from retro_nb.common.manifest import read_manifest
 from retro_nb.model.base import ChunkedLM
 from retro_nb.store.dataset import RETRODataset
 
@@ -173,7 +173,7 @@ def data_identity(data: Dataset) -> dict[str, Any]:
         if data.given is not None:
             identity["neighbours"] = _digest(data.given)
         identity |= {"drawn neighbours": data.draw, "continuations": data.add_continuations}
-    return plain(identity)
+    return to_jsonable(identity)
 
 
 def _digest(array: np.ndarray) -> str:
@@ -222,7 +222,7 @@ def only_run(state: Accelerator | PartialState, out_dir: PathLike | None) -> Ite
     lock = FileLock(Path(out_dir) / ".fit.lock", is_singleton=True)
 
     def take() -> None:
-        with naming(Path(out_dir)):
+        with explain_write_errors(Path(out_dir)):
             Path(out_dir).mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from retro_nb.common.arrays import PathLike, plain
+from retro_nb.common.arrays import PathLike, to_jsonable
 from retro_nb.common.devices import can_compile, compile_in_place, send
 from retro_nb.model.base import ChunkedLM
 from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, not_finite
@@ -278,7 +278,7 @@ class _Trainer:
                 raise TypeError(f"after step {step}, measure gives {name} {value!r}, a {kind}: it must be a number")
             if not math.isfinite(value):
                 raise FloatingPointError(f"after step {step}, measure gives {name} {value}: it must be finite")
-        return plain(found)
+        return to_jsonable(found)
 
     def close(self) -> None:
         """Hand the model back as it came, but trained."""

@@ -88,7 +88,7 @@ class TrainingWrapper(nn.Module):
         faiss_index_filename: str = INDEX,
         work_dir: PathLike | None = None,
         bert: PathLike | None = None,
-        tokenizer: int | PathLike | None = None,  # in this order, in which `settings.cast` tries them
+        tokenizer: int | PathLike | None = None,  # in this order, in which `settings.parse_as` tries them
         progress: bool = True,
         **index_kwargs: Any,
     ) -> None:

@@ -25,19 +25,18 @@ from retro_nb.common import arrays, manifest
 from retro_nb.common.arrays import (
     ArrayWriter,
     ResumableRows,
+    file_record,
     inside,
-    launched,
     open_array,
-    plain,
     replacing,
-    tell,
+    to_jsonable,
     write_json,
 )
+from retro_nb.common.launch import broadcast, launched
 from retro_nb.common.manifest import (
     array_key,
     cached,
     check_writable,
-    file_record,
     finish_replacement,
     intact,
     read_manifest,
@@ -141,10 +140,10 @@ def test_unusual_names(tmp_path, name):
 
 def test_plain_is_what_json_gives_back():
     value = {"shape": (2, np.int64(3)), "rate": np.float32(0.5), "path": Path("a") / "b", 1: True}
-    assert plain(value) == {"shape": [2, 3], "rate": 0.5, "path": os.path.join("a", "b"), "1": True}
-    assert plain(plain(value)) == plain(value)
+    assert to_jsonable(value) == {"shape": [2, 3], "rate": 0.5, "path": os.path.join("a", "b"), "1": True}
+    assert to_jsonable(to_jsonable(value)) == to_jsonable(value)
     with pytest.raises(TypeError):
-        plain({"anything": object()})
+        to_jsonable({"anything": object()})
 
 
 # ResumableRows
@@ -257,7 +256,7 @@ def test_a_corrupt_note_is_not_believed(tmp_path, damage):
 
 def test_a_process_that_is_alone_joins_no_others(monkeypatch):
     monkeypatch.setattr(accelerate, "PartialState", None)
-    assert launched() == (0, 1) and tell("value") == "value"
+    assert launched() == (0, 1) and broadcast("value") == "value"
 
 
 def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch):
@@ -266,7 +265,7 @@ def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert launched() == (1, 2)
     with pytest.raises(RuntimeError, match="2 processes were launched, but PartialState knows 1: give it cpu=True"):
-        tell("value")
+        broadcast("value")
 
 
 # open_array

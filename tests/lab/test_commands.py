@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from retro_nb import RETRO, TrainingWrapper, docstrings, evaluate_loss, split_by_document
 from retro_nb.__main__ import main
 from retro_nb.lab.commands import BUILD, TRAIN, choose_settings
-from retro_nb.lab.settings import cast, read_yaml
+from retro_nb.lab.settings import parse_as, read_yaml
 from retro_nb.measure.evaluation import evaluate
 from retro_nb.store.splits import hold_out
 from retro_nb.text.tokens import get_tokenizer
@@ -76,7 +76,7 @@ def lasting(path: Path) -> list[dict]:
     ],
 )
 def test_cast(value, kind, expected):
-    got = cast(value, kind)
+    got = parse_as(value, kind)
     assert got == expected and type(got) is type(expected)
 
 

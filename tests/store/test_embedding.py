@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_nb.common.arrays import ResumableRows, open_array
+from retro_nb.common.devices import best_dtype
 from retro_nb.common.manifest import cached
 from retro_nb.store import embedding
 from retro_nb.store.chunking import documents_to_chunks_, store_tokenizer
@@ -28,7 +29,6 @@ from retro_nb.store.embedding import (
     Sizes,
     bert_embed,
     bert_fingerprint,
-    best_dtype,
     chunks_to_embeddings_,
     embed_chunks,
     embedding_dim,

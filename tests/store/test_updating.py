@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_nb.common import manifest
-from retro_nb.common.arrays import ResumableRows, launched, open_array, write_json
-from retro_nb.common.manifest import array_key, file_record, intact, read_manifest, replace_store
+from retro_nb.common.arrays import ResumableRows, file_record, open_array, write_json
+from retro_nb.common.launch import launched
+from retro_nb.common.manifest import array_key, intact, read_manifest, replace_store
 from retro_nb.model.retro import RETRO
 from retro_nb.store import embedding, updating
 from retro_nb.store import index as index_module
