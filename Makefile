@@ -30,6 +30,7 @@ tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (5 minutes)
 
 test: $(STAMP) ## ruff, the rooms' imports, the unit tests, every notebook under nbval (9 minutes)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then set -x; OMP_NUM_THREADS=1 $(PY) -m pytest \

@@ -105,9 +105,7 @@ def attention(bench: Bench) -> dict[str, Any]:
     return worst
 
 
-def _attention_error(
-    bench: Bench, queries: int, keys: int, causal: bool, masked: bool, size: int, score: int
-) -> float:
+def _attention_error(bench: Bench, queries: int, keys: int, causal: bool, masked: bool, size: int, score: int) -> float:
     """The largest relative error of the gradients; inf where they are not finite."""
     generator = torch.Generator().manual_seed(0)
     rows = [0.3 * torch.randn(4, 2, n, size, generator=generator) for n in (queries, keys, keys, queries)]

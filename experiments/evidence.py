@@ -153,9 +153,7 @@ class Experiment:
         data = self.data if knns is None else self.data.with_neighbours(knns)
         return token_losses(retro, data, documents or self.measured, mode, batch_size=32, progress=False)
 
-    def value(
-        self, losses: np.ndarray, documents: list[int] | None = None, facts: np.ndarray | None = None
-    ) -> float:
+    def value(self, losses: np.ndarray, documents: list[int] | None = None, facts: np.ndarray | None = None) -> float:
         """Nats per fact token for the almanac, of `self.facts` or of others, else bits per byte."""
         facts = self.facts if facts is None else facts
         if facts is not None:
@@ -299,9 +297,7 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
 
 
-def read_arguments(
-    about: str | None, corpora: Iterable[str], models: Sequence[str], home: Path
-) -> argparse.Namespace:
+def read_arguments(about: str | None, corpora: Iterable[str], models: Sequence[str], home: Path) -> argparse.Namespace:
     """Arguments of a script that trains models on corpora; `home` is the folder for runs that are no trials."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", choices=corpora)

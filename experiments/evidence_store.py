@@ -1,11 +1,11 @@
 """The store of an experiment: all that evidence.py and retrofit.py need of the texts, BERT and FAISS, as arrays.
 
-    chunks.npy, seqs.npy, doc_ids.npy, chunks.bytes.npy     the corpus, as `documents_to_chunks_` writes it
-    knns.npy                        the `FOUND` nearest chunks of each in the database
-    cosine.npy, share-….npy         for the chunks that are measured: similarity of the first neighbour, and what
-                                    smaller databases would find
-    facts.npy or overlap.npy        tokens that tell a fact of the almanac, or r(C) of the measured chunks
-    about.json                      settings, titles, which documents are measured; written last
+chunks.npy, seqs.npy, doc_ids.npy, chunks.bytes.npy     the corpus, as `documents_to_chunks_` writes it
+knns.npy                        the `FOUND` nearest chunks of each in the database
+cosine.npy, share-….npy         for the chunks that are measured: similarity of the first neighbour, and what
+                                smaller databases would find
+facts.npy or overlap.npy        tokens that tell a fact of the almanac, or r(C) of the measured chunks
+about.json                      settings, titles, which documents are measured; written last
 """
 
 from collections.abc import Callable
@@ -36,9 +36,7 @@ def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
     if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
         keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
     tokenizer = recipe.get("tokenizer")  # None is BERT's, a number a BPE of this corpus
-    settings = StoreSettings(
-        seq_len=recipe["model"]["max_seq_len"], knn=FOUND, tokenizer=tokenizer, keep_out=keep_out
-    )
+    settings = StoreSettings(seq_len=recipe["model"]["max_seq_len"], knn=FOUND, tokenizer=tokenizer, keep_out=keep_out)
     store = Store.build(corpus, folder, settings)
     np.save(folder / "knns.npy", store.neighbours)
     save_measured(folder, store.kept_out, store.vectors)

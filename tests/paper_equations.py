@@ -64,11 +64,7 @@ def attn(block, H: list[Tensor], causal: bool, visible: list[bool] | None = None
     normed = [normalised(block.norm, h) for h in H]
     out = []
     for i, h in enumerate(H):
-        context = [
-            (y, j)
-            for j, y in enumerate(normed)
-            if (not causal or j <= i) and (visible is None or visible[j])
-        ]
+        context = [(y, j) for j, y in enumerate(normed) if (not causal or j <= i) and (visible is None or visible[j])]
         out.append(h + attention(block.fn, normed[i], i, context))
     return out
 

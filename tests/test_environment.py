@@ -28,6 +28,7 @@ PROJECT, CONTRACTS = PYPROJECT["project"], PYPROJECT["tool"]["importlinter"]["co
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
+
 def requirements(lines: list[str]) -> dict[str, Requirement]:
     found = [Requirement(line) for line in lines]
     assert len({each.name for each in found}) == len(found), "something is required twice"

@@ -209,16 +209,18 @@ def test_what_is_no_notebook_is_named(project):
             runner.choose_parameters([path], given={"x": 1})
 
 
-@given_values(st.recursive(
-    st.sampled_from([(int, "int"), (float, "float"), (str, "str"), (bool, "bool"), (list, "list"), (dict, "dict")]),
-    lambda inner: st.one_of(
-        inner.map(lambda each: (list[each[0]], f"list[{each[1]}]")),
-        inner.map(lambda each: (each[0] | None, f"Optional[{each[1]}]")),
-        inner.map(lambda each: (each[0] | None, f"{each[1]} | None")),
-        st.tuples(inner, inner).map(lambda two: (dict[two[0][0], two[1][0]], f"dict[{two[0][1]}, {two[1][1]}]")),
-    ),
-    max_leaves=4,
-))
+@given_values(
+    st.recursive(
+        st.sampled_from([(int, "int"), (float, "float"), (str, "str"), (bool, "bool"), (list, "list"), (dict, "dict")]),
+        lambda inner: st.one_of(
+            inner.map(lambda each: (list[each[0]], f"list[{each[1]}]")),
+            inner.map(lambda each: (each[0] | None, f"Optional[{each[1]}]")),
+            inner.map(lambda each: (each[0] | None, f"{each[1]} | None")),
+            st.tuples(inner, inner).map(lambda two: (dict[two[0][0], two[1][0]], f"dict[{two[0][1]}, {two[1][1]}]")),
+        ),
+        max_leaves=4,
+    )
+)
 def test_an_annotation_means_what_python_says(kind):
     expected, text = kind
     assert read_annotation(text) == expected
@@ -262,7 +264,9 @@ def test_yaml_that_holds_too_much_is_refused_by_name(project, text, reason, caps
 def test_yaml_of_everyday_is_read(project):
     text = "\ufeffbase: &base {k: 2}\nother: {<<: *base, lr: 1}\nlist: [*base, *base]\n"
     assert read_yaml(preset(project, text)) == {
-        "base": {"k": 2}, "other": {"k": 2, "lr": 1}, "list": [{"k": 2}, {"k": 2}]
+        "base": {"k": 2},
+        "other": {"k": 2, "lr": 1},
+        "list": [{"k": 2}, {"k": 2}],
     }
     assert read_yaml(preset(project, "a: " + "[" * 20 + "]" * 20 + f"\nb: {list(range(20_000))}"))["b"][-1] == 19_999
     for path in PRESETS:
@@ -289,9 +293,7 @@ def test_a_corpus_is_a_path_from_where_the_command_is_given(project, monkeypatch
     moved = {"./speeches": str(project / "speeches"), "my.jsonl": str(project / "my.jsonl")}
     for given, meant in {**moved, **{name: name for name in kept}}.items():
         assert runner.choose_parameters(notebooks, given={"corpus": given}) == [{"corpus": meant}]
-    assert runner.choose_parameters(notebooks, preset(project, "corpus: my.jsonl")) == [
-        {"corpus": moved["my.jsonl"]}
-    ]
+    assert runner.choose_parameters(notebooks, preset(project, "corpus: my.jsonl")) == [{"corpus": moved["my.jsonl"]}]
 
 
 @pytest.mark.parametrize(
@@ -420,8 +422,7 @@ def test_a_sweep_survives_a_failed_point_resumes_and_draws(project, capsys):
 
 def fake_results(losses: list[float | None]) -> list[runner.Result]:
     return [
-        runner.Result("00_first", "failed" if loss is None else "done", 1.0, 1, "", {"loss": loss})
-        for loss in losses
+        runner.Result("00_first", "failed" if loss is None else "done", 1.0, 1, "", {"loss": loss}) for loss in losses
     ]
 
 

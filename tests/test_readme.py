@@ -86,6 +86,13 @@ def test_the_tests_that_pin_the_differences_exist():
     assert len(named) > 10 and missing == []
 
 
+def test_the_map_has_a_line_for_every_module():
+    drawn = README.split("## Where things are", 1)[1].split("```")[1]
+    named = re.findall(r"(\w+\.py)\b", drawn.replace("style.py is", ""))
+    there = [path.name for path in (ROOT / "retro_nb").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted([*there, "__init__.py"])
+
+
 FITTED, WRITTEN = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 

@@ -73,9 +73,7 @@ class Run:
         return record["metrics"]
 
 
-def start(
-    seed: int = 0, out_dir: str | Path = "", name: str = "notebook", device: str = "", **config: Any
-) -> Run:
+def start(seed: int = 0, out_dir: str | Path = "", name: str = "notebook", device: str = "", **config: Any) -> Run:
     """Seed everything, choose the device, and print once what this execution runs on.
 
     Args:

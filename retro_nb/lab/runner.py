@@ -194,11 +194,7 @@ def choose_parameters(
         _refuse(values, every, str(preset), "the series")
     values |= given
     return [
-        {
-            name: known[name].read(_from_here(name, value))
-            for name, value in values.items()
-            if name in known
-        }
+        {name: known[name].read(_from_here(name, value)) for name, value in values.items() if name in known}
         for known in selected.values()
     ]
 
@@ -254,9 +250,7 @@ def _error_in(notebook: Path, log: Path) -> str:
     return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
 
 
-def _papermill(
-    notebook: Path, folder: Path, arguments: Sequence[str], progress: Callable[[int], None]
-) -> Result:
+def _papermill(notebook: Path, folder: Path, arguments: Sequence[str], progress: Callable[[int], None]) -> Result:
     """Execute `notebook` into `folder` in a new process; its working directory is its own, as in JupyterLab."""
     output, log, started = folder / notebook.name, folder / "papermill.log", time.perf_counter()
     command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", *arguments]

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from retro_nb.common.arrays import PathLike, open_array
-from retro_nb.model.base import ChunkedLM
+from retro_nb.model.base import ChunkedLM, evaluating
 from retro_nb.store.chunking import document_tokens
 from retro_nb.store.dataset import RETRODataset
 from retro_nb.store.files import companion
@@ -78,20 +78,17 @@ def token_losses(
     sequences = of_documents(dataset, documents)
     if missing := set(documents) - set(dataset.sequence_documents.tolist()):
         raise ValueError(f"document {min(missing)} is not in this corpus: pass numbers of its documents")
-    losses, was_training = np.full((dataset.num_chunks, dataset.chunk_size), np.nan, np.float32), retro.training
+    losses = np.full((dataset.num_chunks, dataset.chunk_size), np.nan, np.float32)
     batches = DataLoader(sequences, batch_size, generator=torch.Generator())
     firsts = iter(dataset.first_chunks(sequences.indices).tolist())
-    retro.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # `fit` may be under way: sooner done than another compilation
-            for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
-                nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
-                for nats, row in zip(nats_of_batch, seq, strict=True):
-                    first, text = next(firsts), (row[1:] != dataset.eos_id) & (row[1:] != dataset.pad_id)
-                    _check_finite(nats[text], dataset.doc_ids[first], mode)
-                    _put(losses, nats, text, first)
-    finally:
-        retro.train(was_training)
+    # `fit` may be under way: to run eagerly is sooner done than another compilation
+    with evaluating(retro), torch.compiler.set_stance("force_eager"):
+        for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
+            nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
+            for nats, row in zip(nats_of_batch, seq, strict=True):
+                first, text = next(firsts), (row[1:] != dataset.eos_id) & (row[1:] != dataset.pad_id)
+                _check_finite(nats[text], dataset.doc_ids[first], mode)
+                _put(losses, nats, text, first)
     return losses
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from retro_nb.common.arrays import PathLike
+from retro_nb.model.base import evaluating
 from retro_nb.model.pretrained import find_included
 
 if TYPE_CHECKING:
@@ -77,14 +78,14 @@ def _try(backbone: "PreTrainedModel", blocks: list[Block]) -> None:
         seen["expected"] = h
         return torch.zeros_like(h)
 
-    name, was_training = type(backbone).__name__, backbone.training
+    name = type(backbone).__name__
     ids = torch.tensor([[0, 1]], device=backbone.device)
     with ExitStack() as stack:
-        stack.callback(backbone.train, was_training)
+        stack.enter_context(evaluating(backbone))
         hook = blocks[0].second_norm.register_forward_pre_hook(note, with_kwargs=True)
         stack.callback(hook.remove)
         stack.enter_context(reading({1: blocks[0]}, add))
-        logits = backbone.eval()(input_ids=ids, use_cache=False).logits
+        logits = backbone(input_ids=ids, use_cache=False).logits
         hidden = backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.allclose(seen["h"], seen["expected"]):
         raise ValueError(

@@ -7,6 +7,7 @@ per neighbour, d width, v vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from retro_nb.model.pretrained import save
 from retro_nb.text.tokens import TextTokenizer
 
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class ChunkedLM(nn.Module):

@@ -52,9 +52,7 @@ class Recording:
             warnings.warn(f"decoding goes on without a CUDA graph, so more slowly: {error}", stacklevel=3)
 
 
-def record(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
-) -> tuple[Callable[[], None], Tensor]:
+def record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
     """Record function(*inputs). Returns what replays it, and the tensor in which a replay leaves the result."""
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.stream(_side_stream(inputs[0].device))

@@ -5,9 +5,7 @@ PRESETS = {
     "172M": dict(dec_dim=896, heads=16, dim_head=64, dec_depth=12, dec_cross_attn_layers=(6, 9, 12)),
     "425M": dict(dec_dim=1536, heads=12, dim_head=128, dec_depth=12, dec_cross_attn_layers=(6, 9, 12)),
     "1.5B": dict(dec_dim=2048, heads=16, dim_head=128, dec_depth=24, dec_cross_attn_layers=EVERY_THIRD),
-    "7.5B": dict(
-        dec_dim=4096, heads=32, dim_head=128, dec_depth=32, dec_cross_attn_layers=(*EVERY_THIRD, 27, 30, 32)
-    ),
+    "7.5B": dict(dec_dim=4096, heads=32, dim_head=128, dec_depth=32, dec_cross_attn_layers=(*EVERY_THIRD, 27, 30, 32)),
 }
 # What all sizes share, the encoder too: width 896, 16 heads of 64, 2 layers.
 AS_IN_THE_PAPER = dict(

@@ -5,8 +5,7 @@ v vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retro_nb.model.base import ChunkedLM
+from retro_nb.model.base import ChunkedLM, evaluating
 from retro_nb.model.cuda_graphs import Recording, can_record
 from retro_nb.text.tokens import EOS_ID
 
@@ -174,7 +173,7 @@ def generate(
     positions, position, stop = torch.arange(seq.shape[1], device=seq.device), int(lengths.min()), seq.shape[1]
     patience = 1 if on_token is not None else _patience(retro, seq)
 
-    with _evaluating(retro):
+    with evaluating(retro), torch.inference_mode():
         while position < stop:
             for begin, end in retro.pieces(state.length, position):  # the prompt at first, then one token
                 chunk_ends = (begin + 1) % retro.chunk_size == 0
@@ -242,18 +241,6 @@ def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Te
     """
     prompt = F.pad(prompt, (-prompt.shape[1] % chunk_size, 0), value=pad_id)
     return prompt.gather(1, (prompt != pad_id).byte().argsort(dim=1, stable=True))  # padding first, else as it is
-
-
-@contextmanager
-def _evaluating(retro: ChunkedLM) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the mode is what it was."""
-    was_training = retro.training
-    retro.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        retro.train(was_training)
 
 
 def _row_limits(

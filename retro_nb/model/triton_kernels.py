@@ -75,9 +75,7 @@ def extend(block: PreNorm, x: Float[Tensor, "b 1 d"], past: Past, place: Place) 
     return linear(out, attn.to_out, residual=x)
 
 
-def read(
-    block: PreNorm, x: Float[Tensor, "b 1 d"], memory: OpenMemory | None, place: Place
-) -> Float[Tensor, "b 1 d"]:
+def read(block: PreNorm, x: Float[Tensor, "b 1 d"], memory: OpenMemory | None, place: Place) -> Float[Tensor, "b 1 d"]:
     """Chunked cross-attention of the next token, with its norm and residual."""
     if memory is None:
         return x

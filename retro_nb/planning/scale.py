@@ -145,9 +145,7 @@ class Plan:
         """Seconds that a machine of this rate takes for a query, of many asked together."""
         return self.comparisons(nprobe) / comparisons_per_second
 
-    def neighbour_hours(
-        self, comparisons_per_second: float | int, nprobe: int = 64, machines: int = 1
-    ) -> float:
+    def neighbour_hours(self, comparisons_per_second: float | int, nprobe: int = 64, machines: int = 1) -> float:
         """Hours for the neighbours of all chunks; each machine asks a share of them, of an index of its own."""
         return self.chunks * self.query_seconds(comparisons_per_second, nprobe) / machines / 3600
 

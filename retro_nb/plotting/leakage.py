@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from numpy.lib.stride_tricks import sliding_window_view
 
 from retro_nb.measure.leakage import shared_runs
-from retro_nb.measure.reading import pieces
+from retro_nb.measure.memory import pieces
 from retro_nb.plotting.evaluation import CONDITIONS
 from retro_nb.plotting.style import COLOURS
 from retro_nb.store.chunking import document_tokens

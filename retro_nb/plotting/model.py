@@ -189,9 +189,7 @@ def query_positions(positions: Mapping[str, Int[Tensor, " m"]], r: int, dim: int
     return figure
 
 
-def causality(
-    token: Float[Tensor, "n n"], neighbour: Float[Tensor, "l n"], chunk_size: int
-) -> Figure:
+def causality(token: Float[Tensor, "n n"], neighbour: Float[Tensor, "l n"], chunk_size: int) -> Figure:
     """Largest |Δ logit| at every position, for every changed token and for the neighbours of every chunk.
 
     White is exactly 0. The line is where the promise says that change may begin.

@@ -212,9 +212,7 @@ def chunk_document(document: Document, chunk_size: int, tokenizer: TextTokenizer
 COMPANIONS = ("spans.npy", "bytes.npy", "documents.jsonl", "tokenizer.json")
 
 
-def check_sizes(
-    chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None
-) -> None:
+def check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None) -> None:
     """Refuse sizes that no store can have."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")

@@ -303,9 +303,7 @@ def _shard(folder: Path, start: int) -> Path:
 class _Search(_Worker):
     """Finds the neighbours of blocks of chunks."""
 
-    def open(
-        self, index_path: Path, vectors_path: Path, doc_ids_path: Path, k: int, options: dict[str, Any]
-    ) -> None:
+    def open(self, index_path: Path, vectors_path: Path, doc_ids_path: Path, k: int, options: dict[str, Any]) -> None:
         self.vectors, self.doc_ids = open_array(vectors_path), open_array(doc_ids_path)
         self.find = partial(neighbours, read_index(index_path, mapped=True), self.vectors, self.doc_ids, k, **options)
 

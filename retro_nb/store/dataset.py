@@ -165,9 +165,7 @@ class RETRODataset(Dataset):
                 self._arrays["doc_ids"] = np.concatenate([[0], np.cumsum(ends)[:-1]]).astype(np.int32)
         return self._arrays
 
-    def with_neighbours(
-        self, knns: Int[np.ndarray, "c k"], draw: int | None = None, seed: int = 0
-    ) -> "RETRODataset":
+    def with_neighbours(self, knns: Int[np.ndarray, "c k"], draw: int | None = None, seed: int = 0) -> "RETRODataset":
         """The same sequences with other neighbours: fewer, shuffled, or of another database.
 
         With `draw`, a chunk gets so many of its neighbours at random, others each time it is read. A model that is

@@ -1,8 +1,8 @@
 """What people name, as a corpus: "speeches", "my_texts/", "my.jsonl", "my.parquet", "hf:user/name".
 
-    open_corpus("my_texts/")    any of the corpora of this room
-    as_corpus("my_texts/")      the same, with the folder that its store gets if no other is named
-    recognise("my_texts/")      what opens it: a bad name is refused before any work
+open_corpus("my_texts/")    any of the corpora of this room
+as_corpus("my_texts/")      the same, with the folder that its store gets if no other is named
+recognise("my_texts/")      what opens it: a bad name is refused before any work
 """
 
 import difflib
@@ -72,7 +72,7 @@ def _default_work_dir(documents: Any, described: Any) -> Path:
 
 
 def as_corpus(
-    documents_path: Any, glob: Sequence[str] | str = "**/*.txt", **options: str | None
+    documents_path: Any, glob: Sequence[str] | str | None = None, **options: str | None
 ) -> tuple[Any, Path | None]:
     """The corpus that `documents_path` means (see `open_corpus`), and where its files go by default.
 
@@ -82,7 +82,8 @@ def as_corpus(
     corpus = open_corpus(documents_path, glob=glob, **options)
     if is_path(documents_path):
         said = {name: value for name, value in options.items() if value != OPTIONS[name]}
-        return corpus, _default_work_dir(corpus, [str(Path(documents_path).resolve()), glob, *([said] if said else [])])
+        named = [str(Path(documents_path).resolve()), glob or "**/*.txt", *([said] if said else [])]
+        return corpus, _default_work_dir(corpus, named)  # under "**/*.txt" as ever: such stores are there
     fingerprint = getattr(corpus, "fingerprint", None)  # without one, no two could be told apart
     return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
 

@@ -35,9 +35,7 @@ def _columns(where: object, there: Sequence[str], text_field: str, title_field: 
     return [field for field in dict.fromkeys((text_field, title_field)) if field in there]
 
 
-def _document(
-    text: object, title: object, fields: tuple[str, str], name: str, row: int, replaced: int = 0
-) -> Document:
+def _document(text: object, title: object, fields: tuple[str, str], name: str, row: int, replaced: int = 0) -> Document:
     """The document of one row of the table with this name."""
     text_field, title_field = fields
     record = {title_field: title, text_field: "" if text is None else text}

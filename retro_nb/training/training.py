@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.common.arrays import PathLike, to_jsonable
 from retro_nb.common.devices import can_compile, compile_in_place, send
-from retro_nb.model.base import ChunkedLM
+from retro_nb.model.base import ChunkedLM, evaluating
 from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, not_finite
 from retro_nb.training.log import History, Log, Skipped
 from retro_nb.training.runs import FREE_SETTINGS, check_data, only_run, resolve_settings
@@ -128,20 +128,15 @@ def _loss_sum(
     retro: nn.Module, data: Dataset, batch_size: int, retrieval: bool, precision: str, share: tuple[int, int] = (0, 1)
 ) -> _LossSum:
     """Summed cross-entropy over `data`; with `share` (p, q), over every q-th sequence from the p-th on."""
-    device, was_training = next(retro.parameters()).device, retro.training
-    numbers = range(share[0], len(data), share[1])
+    device, numbers = next(retro.parameters()).device, range(share[0], len(data), share[1])
     total, tokens, bad = 0.0, 0, []
-    retro.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # sooner done than another compilation
-            batches = DataLoader(Subset(data, numbers), batch_size, generator=torch.Generator())
-            for first, batch in zip(count(step=batch_size), batches, strict=False):
-                if targets := int(_count_targets(retro, batch[0])):
-                    loss = _forward_loss(retro, batch, device, retrieval, precision).item()
-                    total, tokens = total + loss * targets, tokens + targets
-                    bad += [] if math.isfinite(loss) else numbers[first : first + batch_size]
-    finally:
-        retro.train(was_training)
+    batches = DataLoader(Subset(data, numbers), batch_size, generator=torch.Generator())
+    with evaluating(retro), torch.compiler.set_stance("force_eager"):  # sooner done than another compilation
+        for first, batch in zip(count(step=batch_size), batches, strict=False):
+            if targets := int(_count_targets(retro, batch[0])):
+                loss = _forward_loss(retro, batch, device, retrieval, precision).item()
+                total, tokens = total + loss * targets, tokens + targets
+                bad += [] if math.isfinite(loss) else numbers[first : first + batch_size]
     return _LossSum(total, tokens, bad)
 
 

@@ -45,7 +45,7 @@ class TrainingWrapper(nn.Module):
             iterable of `Document` (which cannot say whether it has changed: it is chunked anew, and needs a
             `work_dir`).
         knn: k, neighbours per chunk.
-        glob: which text files of a folder, or several such patterns.
+        glob: which texts of a folder, a pattern or several; .txt and .md files if left out.
         chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, vectors, index and
             neighbours beside the first; left out, they lie in `work_dir`.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
@@ -76,7 +76,7 @@ class TrainingWrapper(nn.Module):
         chunk_size: int,
         documents_path: Any,
         knn: int,
-        glob: Sequence[str] | str = "**/*.txt",
+        glob: Sequence[str] | str | None = None,
         chunks_memmap_path: PathLike | None = None,
         seqs_memmap_path: PathLike | None = None,
         doc_ids_memmap_path: PathLike | None = None,

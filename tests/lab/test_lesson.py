@@ -34,9 +34,7 @@ def test_start_seeds_all_three_generators(root):
     assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("out_dir", "expected"), [("", "runs/interactive/03_faiss_knn"), ("runs/mine", "runs/mine")]
-)
+@pytest.mark.parametrize(("out_dir", "expected"), [("", "runs/interactive/03_faiss_knn"), ("runs/mine", "runs/mine")])
 def test_results_lie_under_the_root_and_are_named_relative_to_it(root, capsys, out_dir, expected):
     run = lesson.start(out_dir=out_dir, name="03_faiss_knn")
     assert run.out_dir == root / expected and run.out_dir.is_dir()

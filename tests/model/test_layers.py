@@ -111,9 +111,7 @@ def test_attention_is_softmax_over_the_visible_keys(heads, dim_head, causal, nul
     mask = torch.rand(2, r) > 0.4 if masked else torch.ones(2, r, dtype=torch.bool)
     mask[:, 0] = True
     turn_q, turn_k = angles(range(3, 3 + n), dim_head), angles(range(r), dim_head)
-    out = layer(
-        x, context=context if cross else None, mask=mask if masked else None, q_rotary=turn_q, k_rotary=turn_k
-    )
+    out = layer(x, context=context if cross else None, mask=mask if masked else None, q_rotary=turn_q, k_rotary=turn_k)
     for b in range(2):
         for i in range(n):
             seen = [(context[b, j], j) for j in range(r) if mask[b, j] and (not causal or j <= i)]

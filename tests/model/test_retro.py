@@ -315,9 +315,7 @@ def test_options_do_what_they_say():
 def relative_position_projections(model: RETRO) -> int:
     """The paper's relative positions cost one more d × (h · dim_head) matrix in every attention."""
     layers = [*model.encoder.layers, *model.decoder.layers]
-    return sum(
-        layer.attn.fn.to_q.weight.numel() * (2 if layer.cross_attn is not None else 1) for layer in layers
-    )
+    return sum(layer.attn.fn.to_q.weight.numel() * (2 if layer.cross_attn is not None else 1) for layer in layers)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ def test_edited_lists_are_those_that_filling_gives(spec, seed):
     assert lists_of(edited) == lists_of(filled)
 
 
-
 # neighbours
 
 

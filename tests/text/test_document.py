@@ -102,7 +102,7 @@ def test_max_chars_limits_every_speech(all_speeches):
 
 @pytest.mark.parametrize("limits", [{"max_documents": 0}, {"max_chars": -3}])
 def test_limits_below_one_are_refused(limits):
-    (name, value), = limits.items()
+    ((name, value),) = limits.items()
     with pytest.raises(ValueError, match=f"{name} {value} is less than 1"):
         speeches(**limits)
 
