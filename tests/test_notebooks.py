@@ -3,13 +3,13 @@
 import ast
 import re
 import statistics
+from collections.abc import Callable
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 
 import nbformat
 import papermill
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -23,8 +23,26 @@ def name(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-every_notebook = pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=name)
-every_lesson = pytest.mark.parametrize("path", LESSONS, ids=name)
+def for_each(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """Make one test of a check of a notebook: it looks at all of them and names those that fail."""
+
+    def make_test(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            failed = {}
+            for path in paths:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    failed[name(path)] = str(error)
+            assert not failed
+
+        test.__name__ = check.__name__
+        return test
+
+    return make_test
+
+
+every_notebook, every_lesson = for_each(LESSONS + SOLUTIONS), for_each(LESSONS)
 
 
 @cache
