@@ -2,8 +2,8 @@
 
     out_dir/checkpoints/step-00000100  weights, optimizer, random states; fit.json: settings, digests of the files
 
-A run may be killed at any point, and the machine may crash. What it finds when it starts again is a whole checkpoint,
-or the one before that.
+A run may be killed at any point, and the machine may crash. The restarted run still finds an intact checkpoint: the
+newest one, or the one before it.
 """
 
 import json
@@ -34,13 +34,13 @@ from retro_nb.model.pretrained import load_weights
 from retro_nb.training.log import whole_records
 from retro_nb.training.runs import by_main, data_identity
 
-MARK = "fit.json"  # is in every folder that `fit` has made: the first file to come and the last to go
+MARK = "fit.json"  # marks every folder that `fit` created: written first, deleted last
 OPTIMIZER = "optimizer.bin"
 START_OVER = "resume=False to start over, or another out_dir"
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold a number that is not finite. It waits for the device, once."""
+    """Names of the tensors that contain non-finite values. Waits for the device once."""
     named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
     if not named:
         return []
@@ -49,14 +49,14 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's random numbers, as tensors and plain numbers."""
+    """Random states of Python, NumPy and torch, as tensors and plain numbers."""
     kind, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Go on with the random numbers where `random_states` was called."""
+    """Restore the random states that `random_states` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -65,28 +65,28 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def _load_plain(path: Path) -> Any:
-    """What torch.save wrote, if it is tensors and plain values: nothing in the file is executed."""
+    """Load a file of torch.save that holds only tensors and plain values; nothing in it is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own words advise to execute it
+    except pickle.UnpicklingError:  # torch's own message suggests executing it
         raise ValueError(f"{path} holds more than tensors and plain values, so `fit` has not written it") from None
 
 
 class Checkpoints:
     """The two newest checkpoints of a run, in out_dir/checkpoints/step-N.
 
-    Each is written under another name, and renamed when it is whole and on the disk. Only then is the one before the
-    last removed. Files that were damaged since are found by their digests.
+    Each is written under a temporary name and renamed once it is complete and on disk. Only then are all but the two
+    newest deleted. Digests reveal files that were damaged later.
 
     Args:
-        accelerator, retro, train: of the run.
-        out_dir: its folder; without one, nothing is saved.
-        run: the settings that its losses depend on.
-        resume: go on from the newest whole checkpoint; False deletes those that are there.
+        accelerator, retro, train: the run's Accelerator, model and training data.
+        out_dir: the run's folder; None saves nothing.
+        run: the settings that the losses depend on.
+        resume: continue from the newest intact checkpoint; False deletes the existing checkpoints.
 
     Raises:
-        ValueError: the newest checkpoint is of another model, of other settings or data; or none is whole.
-        FileExistsError: something that `fit` has not made lies where a checkpoint is to be saved.
+        ValueError: the newest checkpoint belongs to another model, other settings or other data; or none is intact.
+        FileExistsError: `fit` did not create the folder where a checkpoint would be saved.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Checkpoints:
     ) -> None:
         self.accelerator, self.retro = accelerator, retro
         self.folder: Path | None = None
-        self.newest: Path | None = None  # the last one known to be whole
+        self.newest: Path | None = None  # the newest checkpoint known to be intact
         if out_dir is None:
             return
         self.folder, self.log_path = Path(out_dir) / "checkpoints", Path(out_dir) / "log.jsonl"
         if accelerator.is_main_process:
-            settings = {name: "inf" if value == math.inf else value for name, value in run.items()}  # JSON has none
+            settings = {name: "inf" if value == math.inf else value for name, value in run.items()}  # JSON lacks it
             self.identity = to_jsonable({"model": retro.config, "run": settings, "data": data_identity(train)})
         self.newest = by_main(accelerator, partial(self._begin, resume))
 
@@ -114,14 +114,14 @@ class Checkpoints:
         """The step of the newest checkpoint; 0 without one."""
         return _step(self.newest) if self.newest else 0
 
-    # looking for one
+    # finding
 
     def _begin(self, resume: bool) -> Path | None:
         if not resume:
             self._delete([*self._all(), self.folder / "saving"])
         newest = self._find() if resume else None
         done = _step(newest) if newest else 0
-        self._delete([folder for folder in self._all() if _step(folder) < done][1:])  # what a kill has left
+        self._delete([folder for folder in self._all() if _step(folder) < done][1:])  # left behind by a kill
         for folder in (self.folder / "saving", *self._all()):
             if folder.exists() and not _made_by_fit(folder) and not _step(folder) <= done:
                 raise FileExistsError(
@@ -131,12 +131,12 @@ class Checkpoints:
         return newest
 
     def _all(self) -> list[Path]:
-        """All folders with the name of a checkpoint, the newest first."""
+        """All folders named like a checkpoint, newest first."""
         found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
         return sorted(found, key=_step, reverse=True)
 
     def _find(self) -> Path | None:
-        """The newest whole checkpoint, with a warning if there are damaged ones that are newer."""
+        """The newest intact checkpoint; warns if newer ones are damaged."""
         damaged: list[str] = []
         for folder in self._all():
             damage = self._damage(folder)
@@ -153,10 +153,10 @@ class Checkpoints:
         return None
 
     def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint; None if it is whole.
+        """Describe what is wrong with a checkpoint; None if it is intact.
 
         Raises:
-            ValueError: it is of another run.
+            ValueError: it belongs to another run.
         """
         try:
             saved = json.loads((folder / MARK).read_text(encoding="utf-8"))
@@ -194,24 +194,24 @@ class Checkpoints:
     # loading and saving
 
     def load(self, optimizer: Optimizer) -> None:
-        """Give model, optimizer and random numbers the states of the newest checkpoint, if there is one."""
+        """Restore model, optimizer and random states from the newest checkpoint, if any."""
         if self.newest is None:
             return
         try:
             load_weights(self.retro.own_weights, self.newest)
             optimizer.load_state_dict(_load_plain(self.newest / OPTIMIZER))
             states = self.newest / _states_name(self.accelerator.process_index)
-            if states.exists():  # there may have been fewer processes
+            if states.exists():  # the run that saved may have had fewer processes
                 set_random_states(_load_plain(states), self.accelerator.device)
         except (ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"could not load {self.newest}: {error}. Pass {START_OVER}") from error
 
     def save(self, step: int, optimizer: Optimizer) -> None:
-        """Save a whole checkpoint, then remove all but the one before it. Numbers that are not finite are refused.
+        """Save a checkpoint, then delete all older ones but the previous. Non-finite values are rejected.
 
         Raises:
-            FloatingPointError: a weight or a moment of the optimizer is not finite.
-            OSError: it could not be written.
+            FloatingPointError: a weight or an optimizer moment is not finite.
+            OSError: writing failed.
         """
         self._refuse_not_finite(step, optimizer)
         if self.folder is None:
@@ -238,7 +238,7 @@ class Checkpoints:
             )
 
     def last_good(self) -> str:
-        """What there is to go back to, in words."""
+        """The last good checkpoint, as a phrase for error messages."""
         return f"the last good checkpoint is {self.newest}" if self.newest else "there is no good checkpoint"
 
     def _open(self, saving: Path, step: int) -> None:
@@ -253,12 +253,12 @@ class Checkpoints:
         for name in files:
             settle(saving / name)
         write_json(saving / MARK, {"step": step, "files": files, **self.identity})
-        _remove(target)  # a damaged one
+        _remove(target)  # a damaged checkpoint of the same step
         move_settled(saving, target)
         self._delete(set(self._all()) - {target, self.newest})
 
     def _delete(self, folders: Iterable[Path]) -> None:
-        """Delete those that `fit` has made."""
+        """Delete the folders that `fit` created."""
         for folder in filter(_made_by_fit, folders):
             _remove(folder)
 
@@ -273,12 +273,12 @@ def _states_name(process: int) -> str:
 
 
 def _made_by_fit(folder: Path) -> bool:
-    """Whether `fit` has made a folder: it holds the mark, be it half written, or nothing at all."""
+    """Whether `fit` created a folder: it contains the mark, possibly half written, or is empty."""
     return folder.is_dir() and (any(folder.glob(f"{MARK}*")) or not any(folder.iterdir()))
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder that `fit` has made, if it is there. Its mark goes last, so that a kill leaves it marked."""
+    """Delete a folder that `fit` created, if it exists. The mark goes last, so a kill leaves the folder marked."""
     if not folder.exists():
         return
     if not _made_by_fit(folder):
@@ -290,10 +290,10 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
-    """Let Ctrl-C set the yielded event, and raise KeyboardInterrupt only when the block has ended.
+    """Let Ctrl-C set the yielded event, and raise KeyboardInterrupt only after the block.
 
-    Cutting a step in two would leave the weights half updated. A second Ctrl-C does not wait. Only the main
-    thread can do this; elsewhere nothing changes.
+    Interrupting a step would leave the weights half updated. A second Ctrl-C interrupts at once. Only the main
+    thread can handle signals; in other threads nothing changes.
     """
     asked = threading.Event()
     if not enabled or threading.current_thread() is not threading.main_thread():

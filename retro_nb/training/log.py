@@ -1,4 +1,4 @@
-"""The log of a training run: one record a step, in memory, on the progress bar and in log.jsonl (used by `fit`)."""
+"""The log of a training run: one record per step, in memory, on the progress bar and in log.jsonl (used by `fit`)."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from retro_nb.common.arrays import PathLike, replacing, settle
 
 
 class History(list[dict[str, Any]]):
-    """One record a step: step, loss (nats per token), lr, grad_norm (before clipping), tokens (seen so far),
-    skipped (steps so far that changed no weight, because their loss or gradient norm was not finite; such a number is
-    left out of their records), tokens_per_second, seconds (spent training so far), waiting_seconds (those of them in
-    which there was no batch yet), and valid_loss where it was measured."""
+    """One record per step: step, loss (nats per token), lr, grad_norm (before clipping), tokens (seen so far),
+    skipped (steps so far that changed no weight because loss or gradient norm was not finite; records omit non-finite
+    numbers), tokens_per_second, seconds (of training so far), waiting_seconds (the part of them spent waiting for a
+    batch), and valid_loss where it was measured."""
 
     def curve(self, name: str) -> tuple[list[int], list]:
         """Steps and values of a quantity where it was recorded: `plt.plot(*history.curve("valid_loss"))`."""
@@ -37,9 +37,9 @@ class History(list[dict[str, Any]]):
 
 
 def whole_records(path: PathLike) -> tuple[History, str | None]:
-    """The records of a log before the first damaged line, and what is wrong with that line; None if none is.
+    """The records of a log before its first damaged line, and a description of the damage (None if there is none).
 
-    A last line that a killed process left unfinished is no damage, and a file that is missing has no records.
+    An unfinished last line, left by a killed process, is not damage. A missing file has no records and is reported.
     """
     path, records = Path(path), History()
     if not path.exists():
@@ -58,10 +58,10 @@ def whole_records(path: PathLike) -> tuple[History, str | None]:
 
 
 def read_log(path: PathLike) -> History:
-    """Read a run's log.jsonl. A last line that a killed process left unfinished is not counted.
+    """Read a run's log.jsonl, ignoring an unfinished last line left by a killed process.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: a line is damaged.
     """
     if not Path(path).exists():
@@ -77,18 +77,18 @@ def _to_lines(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 class Skipped(NamedTuple):
-    """A step that changed no weight, because one of its numbers was not finite."""
+    """A step that changed no weight because its loss or gradient norm was not finite."""
 
     step: int
     loss: float
     grad_norm: float
-    in_a_row: int  # with the skipped ones right before it
+    in_a_row: int  # consecutive skipped steps up to this one
 
 
 class Log:
     """The records of a run in memory, on the progress bar and, given a file, on disk.
 
-    Losses stay on the device until `collect` reads many at once: each reading makes a GPU wait.
+    Losses stay on the device until `collect` reads many at once, because each read makes a GPU wait.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Log:
     ) -> None:
         path = None if out_dir is None else Path(out_dir) / "log.jsonl"
         self.history, self.pending, self.waited = History(), [], 0.0
-        self.newly_skipped: list[Skipped] = []  # among the steps that were collected last
+        self.newly_skipped: list[Skipped] = []  # among the steps of the last `collect`
         self._in_a_row = 0
-        if path:  # records beyond the checkpoint are of steps that will be done again
+        if path:  # steps after the checkpoint will be repeated, so their records are dropped
             self.history.extend(record for record in whole_records(path)[0] if record["step"] <= done)
         accelerator.wait_for_everyone()
         self.path = path if accelerator.is_main_process else None
@@ -110,7 +110,7 @@ class Log:
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=hidden)
 
     def begin_step(self, stream: Iterator[Any]) -> Any:
-        """The next of the stream; the wait for it is measured."""
+        """Return the next item of the stream, and measure the wait for it."""
         begun = time.perf_counter()
         if not self.pending:
             self.clock, self.waited = begun, 0.0
@@ -119,7 +119,7 @@ class Log:
         return item
 
     def end_step(self, step: int, lr: float, loss_and_norm: Float[Tensor, "2"], tokens: Int[Tensor, ""]) -> None:
-        """Keep what a step has given, on the device: its loss and gradient norm, and how many tokens it predicted."""
+        """Keep a step's results on the device: its loss and gradient norm, and the number of tokens it predicted."""
         self.pending.append((step, lr, loss_and_norm, tokens))
         self.bar.update()
 
@@ -146,7 +146,7 @@ class Log:
         return self.history[-1]
 
     def write(self, on_disk: bool = False) -> None:
-        """Append the new records to the file; `on_disk`: wait until a machine's crash cannot lose them."""
+        """Append the new records to the file. `on_disk` waits until a machine crash cannot lose them."""
         new, self.written = self.history[self.written :], len(self.history)
         if self.path:
             with self.path.open("a", encoding="utf-8") as file:
@@ -155,6 +155,6 @@ class Log:
                 settle(self.path)
 
     def close(self) -> None:
-        """Write what a run that ends with an error has still collected."""
+        """Close the progress bar and write the remaining records, also of a run that failed."""
         self.bar.close()
         self.write()

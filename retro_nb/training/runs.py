@@ -1,4 +1,4 @@
-"""What a training run is: its settings, its data, its folder. All are checked before any step (used by `fit`)."""
+"""Settings, data and folder of a training run, all checked before the first step (used by `fit`)."""
 
 import hashlib
 import math
@@ -21,26 +21,26 @@ from retro_nb.model.base import ChunkedLM
 from retro_nb.store.dataset import RETRODataset
 
 PAPER_WARMUP_STEPS = 750  # appendix C.1
-FREE_SETTINGS = (  # may change when a run goes on
+FREE_SETTINGS = (  # may change when a run resumes
     "epochs", "log_every", "eval_every", "checkpoint_every", "compile", "num_workers", "resume", "progress",
 )  # fmt: skip
 LEAST = {
     "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "seed": 0, "log_every": 1,
     "eval_every": 1, "checkpoint_every": 1, "num_workers": 0,
 }  # fmt: skip
-MOST_SEED = 2**32 - 2**20  # NumPy takes 32 bits, and each process adds its number
-LEFT_OUT = ("steps", "epochs", "warmup_steps", "precision", "compile")  # None leaves them to `fit`
+MOST_SEED = 2**32 - 2**20  # NumPy's seeds have 32 bits, and each process adds its number
+LEFT_OUT = ("steps", "epochs", "warmup_steps", "precision", "compile")  # None lets `fit` choose
 
 
 # settings
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of `fit` that no run can have, whatever its data and machine.
+    """Reject settings of `fit` that are invalid for any data and machine.
 
     Raises:
-        TypeError: a value of another type, such as "3" or 2.5 steps.
-        ValueError: a value out of range.
+        TypeError: a value has the wrong type, such as "3" or 2.5 steps.
+        ValueError: a value is out of range.
     """
     given = {name: value for name, value in settings.items() if value is not None or name not in LEFT_OUT}
     for name in LEAST.keys() & given.keys():
@@ -86,18 +86,18 @@ def _check_warmup(warmup_steps: Real, steps: Real) -> None:
 def resolve_settings(
     settings: Mapping[str, Any], sequences: int, device: torch.device, processes: int = 1
 ) -> dict[str, Any]:
-    """Check a run's settings and fill in what was left out.
+    """Check a run's settings and fill in those left out.
 
     Args:
         settings: the arguments of `fit`.
-        sequences: how many the training data has.
-        device, processes: what it trains on, and how many share each batch.
+        sequences: number of training sequences.
+        device, processes: the device to train on, and the number of processes that share each batch.
 
     Raises:
-        TypeError, ValueError: see `check_settings`; or a batch has fewer sequences than there are processes.
+        TypeError, ValueError: see `check_settings`; or a batch has fewer sequences than processes.
     """
     check_settings(settings)
-    numbers = {name: float for name in ("lr", "wd", "grad_clip")} | {name: int for name in LEAST}  # NumPy's are none
+    numbers = {name: float for name in ("lr", "wd", "grad_clip")} | {name: int for name in LEAST}  # NumPy's to Python's
     run = {name: numbers[name](x) if name in numbers and x is not None else x for name, x in settings.items()}
     if run["batch_size"] < processes:
         raise ValueError(
@@ -118,10 +118,10 @@ def resolve_settings(
 
 
 def check_store(retro: ChunkedLM, data: Dataset | None) -> None:
-    """Refuse chunks of another size, or of another tokenizer than the model's own.
+    """Reject a store whose chunk size or tokenizer differs from the model's.
 
     Raises:
-        ValueError: naming both.
+        ValueError: they differ; the message names both.
     """
     while isinstance(data, Subset):
         data = data.dataset
@@ -137,10 +137,10 @@ def check_store(retro: ChunkedLM, data: Dataset | None) -> None:
 
 
 def check_data(retro: ChunkedLM, train: Dataset, valid: Dataset | None) -> None:
-    """Refuse data that a model cannot be trained on or measured on.
+    """Reject data on which the model cannot be trained or measured.
 
     Raises:
-        ValueError: of another chunk size or tokenizer, or without a token to predict.
+        ValueError: another chunk size or tokenizer, or no token to predict.
     """
     for name, data in (("train", train), ("valid", valid)):
         check_store(retro, data)
@@ -153,10 +153,10 @@ def check_data(retro: ChunkedLM, train: Dataset, valid: Dataset | None) -> None:
 
 
 def data_identity(data: Dataset) -> dict[str, Any]:
-    """What the losses of a run depend on in its training data, as digests that JSON can hold.
+    """Identify the training data that a run's losses depend on, by digests that JSON can hold.
 
-    Of a `RETRODataset` and of its subsets these are the arrays and the chosen sequences; of another dataset it is the
-    number of its sequences.
+    A `RETRODataset` or a subset of it is identified by its arrays and the chosen sequences, another dataset by its
+    number of sequences.
     """
     identity: dict[str, Any] = {"sequences": len(data)}
     chosen = None
@@ -181,7 +181,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _recorded(path: Path) -> str:
-    """Digest of an array's file: the one in its folder's manifest, or else of the file."""
+    """Digest of an array's file, from its folder's manifest or else computed from the file."""
     records = (record["files"].get(path.name) for record in read_manifest(path.parent).values())
     record = next(filter(None, records), None) or file_record(path)
     return (record.get("sha256") or record["sample_sha256"])[:16]
@@ -193,7 +193,7 @@ Result = TypeVar("Result")
 
 
 def by_main(state: Accelerator | PartialState, work: Callable[[], Result]) -> Result:
-    """Let the main process do the work. Every process gets what it returns, or the error that it raises."""
+    """Run `work` in the main process only. Every process gets its result, or its exception."""
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -208,13 +208,13 @@ def by_main(state: Accelerator | PartialState, work: Callable[[], Result]) -> Re
 
 @contextmanager
 def only_run(state: Accelerator | PartialState, out_dir: PathLike | None) -> Iterator[None]:
-    """Within the block, no other process can train in `out_dir`. Blocks of one thread may be nested.
+    """Keep other processes from training in `out_dir` during the block. Blocks in one thread may be nested.
 
-    The operating system holds the lock, so it ends with the process, however that ends.
+    The operating system holds the lock and releases it when the process ends, even by a crash.
 
     Raises:
         BlockingIOError: another run is training there.
-        OSError: the folder cannot be written to.
+        OSError: the folder is not writable.
     """
     if out_dir is None:
         yield

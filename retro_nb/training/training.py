@@ -1,12 +1,12 @@
 """Training RETRO: the optimizer, the order of the data, the loop (notebook 05).
 
 `fit` is the loop that notebook 05 writes by hand, made safe for long runs: gradient accumulation, several
-processes, bfloat16, a log, checkpoints and an exact resume. It is built on two decisions.
+processes, bfloat16, a log, checkpoints and an exact resume. It rests on two decisions.
 
-- *The data is one endless stream*: epoch after epoch of shuffled sequences. A step is a place in it, so a
-  resumed run only has to know its step.
+- *The data is one endless stream*: epoch after epoch of shuffled sequences. A step is a position in it, so a
+  resumed run only needs its step number.
 - *A step's loss is the mean over its tokens*: micro-batches and processes are weighted by their tokens, so
-  cutting a batch into pieces changes neither the loss nor the gradient.
+  splitting a batch changes neither the loss nor the gradient.
 """
 
 import math
@@ -34,17 +34,17 @@ from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, 
 from retro_nb.training.log import History, Log, Skipped
 from retro_nb.training.runs import FREE_SETTINGS, check_data, only_run, resolve_settings
 
-MOST_SKIPPED = 10  # steps in a row whose numbers are not finite
+MOST_SKIPPED = 10  # consecutive steps with non-finite numbers that end a run
 
 
 def get_optimizer(
     params: Iterable[nn.Parameter], lr: float = 3e-4, wd: float = 1e-1, filter_by_requires_grad: bool = False
 ) -> AdamW:
-    """AdamW whose weight decay spares vectors: biases and norm gains (1-D) are not decayed, all else is.
+    """AdamW with weight decay on all parameters but vectors: biases and norm gains (1-D) are not decayed.
 
-    Parameters keep the order of `params` within the two groups, a tied one counts once. Checkpoints name
-    moments by position, so an order that changed with the process would resume with the wrong moments.
-    `filter_by_requires_grad` leaves frozen parameters out.
+    Parameters keep the order of `params` within the two groups; a tied one counts once. Checkpoints identify
+    moments by position, so an order that varied between processes would resume with the wrong moments.
+    `filter_by_requires_grad` leaves out frozen parameters.
     """
     kept = [param for param in dict.fromkeys(params) if param.requires_grad or not filter_by_requires_grad]
     groups = [
@@ -56,9 +56,9 @@ def get_optimizer(
 
 
 def skip_step(optimizer: AdamW, skip: Bool[Tensor, ""]) -> None:
-    """Let the optimizer's next step change nothing, neither weights nor moments nor its count of steps, if `skip`.
+    """If `skip`, make the optimizer's next step change nothing: no weights, no moments, no step count.
 
-    The device decides, so the CPU does not wait for it: the fused AdamW reads what torch's GradScaler tells it.
+    The device decides, so the CPU does not wait for it: the fused AdamW reads the flag that torch's GradScaler sets.
     """
     optimizer.found_inf = skip.float()
 
@@ -66,7 +66,7 @@ def skip_step(optimizer: AdamW, skip: Bool[Tensor, ""]) -> None:
 def learning_rate(step: int, *, steps: int, lr: float = 3e-4, warmup_steps: int = 0) -> float:
     """Learning rate of optimizer step `step`, counted from 1 to `steps` (paper, appendix C.1).
 
-    A straight line from 1e-7 at step 0 to `lr` at step `warmup_steps`, then half a cosine down to a tenth of
+    It rises linearly from 1e-7 at step 0 to `lr` at step `warmup_steps`, then falls along half a cosine to a tenth of
     `lr` at the last step.
     """
     if step < warmup_steps:
@@ -77,10 +77,10 @@ def learning_rate(step: int, *, steps: int, lr: float = 3e-4, warmup_steps: int 
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Batches of sequence numbers without end: a DataLoader's `batch_sampler`.
+    """Endless batches of sequence numbers, for a DataLoader's `batch_sampler`.
 
-    Every epoch holds each of `length` sequences once, in an order drawn from (seed, epoch). A batch may join
-    the end of one epoch to the start of the next, so all batches are full. `start` skips that many batches
+    Every epoch holds each of `length` sequences once, in an order drawn from (seed, epoch). A batch may span
+    the end of one epoch and the start of the next, so all batches are full. `start` skips that many batches
     at no cost. With `share` (p, q), process p of q gets every q-th sequence of each batch.
     """
 
@@ -112,26 +112,26 @@ def _count_targets(retro: nn.Module, seq: Tensor) -> Tensor:
 def _forward_loss(
     model: nn.Module, batch: Sequence[Tensor], device: torch.device, retrieval: bool, precision: str
 ) -> Tensor:
-    seq, retrieved = batch[0], batch[1] if retrieval else None  # the model takes them to its device
+    seq, retrieved = batch[0], batch[1] if retrieval else None  # the model moves them to its device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return model(seq, retrieved, return_loss=True)
 
 
 class _LossSum(NamedTuple):
     loss: float  # nats
-    tokens: int  # over which it was summed
-    bad: list[int]  # sequences in batches whose loss is not finite
+    tokens: int  # number of tokens in the sum
+    bad: list[int]  # sequences of batches with a non-finite loss
 
 
 @torch.no_grad()
 def _loss_sum(
     retro: nn.Module, data: Dataset, batch_size: int, retrieval: bool, precision: str, share: tuple[int, int] = (0, 1)
 ) -> _LossSum:
-    """Summed cross-entropy over `data`; with `share` (p, q), over every q-th sequence from the p-th on."""
+    """Summed cross-entropy over `data`; with `share` (p, q), over every q-th sequence starting at the p-th."""
     device, numbers = next(retro.parameters()).device, range(share[0], len(data), share[1])
     total, tokens, bad = 0.0, 0, []
     batches = DataLoader(Subset(data, numbers), batch_size, generator=torch.Generator())
-    with evaluating(retro), torch.compiler.set_stance("force_eager"):  # sooner done than another compilation
+    with evaluating(retro), torch.compiler.set_stance("force_eager"):  # faster than compiling again
         for first, batch in zip(count(step=batch_size), batches, strict=False):
             if targets := int(_count_targets(retro, batch[0])):
                 loss = _forward_loss(retro, batch, device, retrieval, precision).item()
@@ -156,13 +156,13 @@ def evaluate_loss(
 ) -> float:
     """Mean cross-entropy over all tokens of `dataset`, in nats per token, without dropout.
 
-    `dataset` gives (seq (n+1,), retrieved (l, k, r)); padding is not counted, and every token counts the same
-    whatever its batch. `retrieval="off"` drops the neighbours (the paper's RETRO[OFF]). The model stays on
-    its device and in the mode it was in.
+    `dataset` yields (seq (n+1,), retrieved (l, k, r)). Padding is not counted, and every token has the same weight
+    in any batch. `retrieval="off"` drops the neighbours (the paper's RETRO[OFF]). The model keeps its device and
+    its mode.
 
     Raises:
         ValueError: the dataset holds no token to predict, or `retrieval` is unknown.
-        FloatingPointError: a loss that is not finite, naming the sequences.
+        FloatingPointError: a loss is not finite; the message names the sequences.
     """
     if retrieval not in ("on", "off"):
         raise ValueError(f'retrieval {retrieval!r} is unknown: pass "on" or "off"')
@@ -170,7 +170,7 @@ def evaluate_loss(
 
 
 class _Trainer:
-    """Model, optimizer and stream of batches of one run, as this process sees them."""
+    """This process's model, optimizer and stream of batches in one run."""
 
     def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any], train: Dataset) -> None:
         set_seed(run["seed"], device_specific=True)
@@ -190,34 +190,34 @@ class _Trainer:
         return ShuffledBatches(len(self.train), run["batch_size"], run["seed"], start=start, share=share)
 
     def sequences(self, step: int) -> list[int]:
-        """The numbers in `train` of the sequences that a step reads, of all processes."""
+        """Numbers in `train` of the sequences that all processes read in a step."""
         batches = islice(self._sampler(step - 1, share=(0, 1)), self.run["accumulate"])
         return [number for batch in batches for number in batch]
 
     def stream(self, done: int) -> Iterator[list[Sequence[Tensor]]]:
-        """The micro-batches (seq, retrieved) of step `done` + 1, then of the one after it, and so on."""
+        """Yield the micro-batches (seq, retrieved) of each step, starting at step `done` + 1."""
         sampler = self._sampler(done, (self.accelerator.process_index, self.accelerator.num_processes))
-        # A generator of its own keeps the loader from drawing on the global one, which dropout uses.
+        # A separate generator keeps the loader from drawing on the global one, which dropout uses.
         options = {"generator": torch.Generator(), "pin_memory": self.accelerator.device.type == "cuda"}
         batches = iter(DataLoader(self.train, batch_sampler=sampler, num_workers=self.run["num_workers"], **options))
         while True:
             yield list(islice(batches, self.run["accumulate"]))
 
     def step(self, step: int, batches: list[Sequence[Tensor]]) -> tuple[float, Float[Tensor, "2"], Int[Tensor, ""]]:
-        """One optimizer step: (learning rate, loss and gradient norm, tokens), of all processes together.
+        """Take one optimizer step; return (learning rate, loss and gradient norm, tokens) over all processes.
 
         Each micro-batch's mean loss is weighted by its share of the step's tokens. The factor `num_processes`
-        undoes the mean that several processes take over their gradients. Where loss or norm is not finite, no weight
-        changes; all processes see the same numbers, so they decide alike.
+        undoes the averaging of gradients over processes. If loss or norm is not finite, no weight changes; all
+        processes see the same numbers, so they agree.
         """
         accelerator, device, run = self.accelerator, self.accelerator.device, self.run
         counts = send(torch.stack([_count_targets(self.retro, batch[0]) for batch in batches]), device)
         tokens = accelerator.reduce(counts.sum())
         step_loss = torch.zeros((), device=device)
         for left, batch, targets in zip(reversed(range(len(batches))), batches, counts, strict=True):
-            with accelerator.no_sync(self.model) if left else nullcontext():  # processes meet at the last
+            with accelerator.no_sync(self.model) if left else nullcontext():  # processes synchronize at the last
                 loss = _forward_loss(self.model, batch, device, run["retrieval"], run["precision"])
-                share = loss.float() * (targets / tokens.clamp(min=1))  # a batch may be padding alone
+                share = loss.float() * (targets / tokens.clamp(min=1))  # a batch may be all padding
                 accelerator.backward(share * accelerator.num_processes)
             step_loss += share.detach()
         lr = learning_rate(step, steps=run["steps"], lr=run["lr"], warmup_steps=run["warmup_steps"])
@@ -231,7 +231,7 @@ class _Trainer:
         return lr, loss_and_norm, tokens
 
     def check_weights(self) -> None:
-        """Refuse a model whose weights are not finite before it is trained."""
+        """Reject a model with non-finite weights before training."""
         if names := not_finite(self.retro.named_parameters()):
             raise FloatingPointError(
                 f"{len(names)} weights hold numbers that are not finite before the first step, {names[0]} first: make "
@@ -239,7 +239,7 @@ class _Trainer:
             )
 
     def check_skipped(self, skipped: list[Skipped], last_good: str) -> None:
-        """Warn of steps that were skipped, and end the run when there were MOST_SKIPPED in a row, or no others."""
+        """Warn about skipped steps; end the run after MOST_SKIPPED in a row, or if every step was skipped."""
         most = min(MOST_SKIPPED, self.run["steps"])
         too_many = [each for each in skipped if each.in_a_row == most]
         if not skipped:
@@ -262,7 +262,7 @@ class _Trainer:
     def evaluate(
         self, valid: Dataset, step: int, measure: Callable[[], dict[str, float]] | None
     ) -> dict[str, float | int]:
-        """`valid_loss`, each process taking a share of the sequences, and what `measure` gives."""
+        """Compute `valid_loss`, each process on its share of the sequences, and add the numbers from `measure`."""
         run, accelerator = self.run, self.accelerator
         share = accelerator.process_index, accelerator.num_processes
         sums = _loss_sum(self.retro, valid, run["batch_size"], run["retrieval"], run["precision"], share)
@@ -276,17 +276,17 @@ class _Trainer:
         return to_jsonable(found)
 
     def close(self) -> None:
-        """Hand the model back as it came, but trained."""
+        """Hand back the trained model in its former mode."""
         self.retro.train(self.was_training).zero_grad()
         for module in self.compiled:
-            module._compiled_call_impl = None  # there is no public way back
+            module._compiled_call_impl = None  # torch has no public way to undo compiling
         self.retro.__dict__.pop("_is_accelerate_prepared", None)  # or a later `prepare` would do nothing
         self.accelerator.free_memory()
 
 
 def _new_accelerator(retrieval: bool) -> Accelerator:
     AcceleratorState._reset_state()  # a notebook's earlier Accelerator may have had another precision
-    # Without retrieval the encoder has no gradient, which several processes do not expect.
+    # Without retrieval the encoder gets no gradient, which training on several processes does not expect.
     handler = DistributedDataParallelKwargs(find_unused_parameters=not retrieval, gradient_as_bucket_view=True)
     return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[handler])
 
@@ -317,38 +317,39 @@ def fit(
     progress: bool = True,
     num_workers: int = 0,
 ) -> History:
-    """Train `retro` in place on `train`, which gives (seq (n+1,), retrieved (l, k, r)); return the history.
+    """Train `retro` in place on `train`, which yields (seq (n+1,), retrieved (l, k, r)); return the history.
 
-    The model moves to Accelerate's device and ends there with the trained weights, in the mode it was in.
+    The model moves to Accelerate's device and stays there with the trained weights, in its former mode.
     Under `accelerate launch` the processes share each batch.
 
     Args:
         steps, epochs: optimizer steps, or passes over `train` rounded up to whole steps; pass one of them.
-        batch_size, accumulate: sequences in a micro-batch, over all processes, and micro-batches in a step.
-        lr, wd, warmup_steps: AdamW's peak rate and decay, and the schedule's warm-up (`learning_rate`); left
-            out, the warm-up is a tenth of the steps, at most the paper's 750.
-        grad_clip, precision: largest norm of the gradient (math.inf: no clipping); "no" or "bf16" (autocast),
-            left out "bf16" on a GPU that has it.
-        compile: fuse the layers' kernels by torch.compile, which takes a minute at the start; left out, on a
+        batch_size, accumulate: sequences per micro-batch, over all processes, and micro-batches per step.
+        lr, wd, warmup_steps: AdamW's peak learning rate and weight decay, and the warm-up of the schedule
+            (`learning_rate`), by default a tenth of the steps, at most the paper's 750.
+        grad_clip, precision: largest gradient norm (math.inf: no clipping); "no" or "bf16" (autocast), by default
+            "bf16" on a GPU that supports it.
+        compile: fuse the layers' kernels by torch.compile, which takes a minute at the start; by default on a
             GPU where it works.
-        retrieval, seed: False trains the baseline, without neighbours; order of the data, and global seed.
-        out_dir, resume: folder for log.jsonl and checkpoints/; left out, nothing is written. A run whose
-            checkpoint is there goes on, with the same losses as if never stopped; resume=False removes it.
+        retrieval, seed: False trains the baseline, without neighbours; seeds the data order and the global generators.
+        out_dir, resume: folder for log.jsonl and checkpoints/; None writes nothing. A run with a checkpoint there
+            resumes, with the same losses as an uninterrupted run; resume=False deletes the checkpoint.
         log_every, eval_every, checkpoint_every: steps between reading the losses off the device, evaluating
             `valid`, and saving; each also happens at the last step.
-        measure: called after each evaluation of `valid`; the numbers that it returns join the step's record.
+        measure: called after each evaluation of `valid`; the numbers it returns join the step's record.
 
-    Ctrl-C ends the step under way, saves a checkpoint and raises KeyboardInterrupt (a single process only;
-    several leave the newest regular checkpoint).
+    Ctrl-C finishes the current step, saves a checkpoint and raises KeyboardInterrupt (a single process only;
+    several keep the newest regular checkpoint).
 
     Raises:
-        TypeError: a setting of another type, or what is measured is no number.
-        ValueError: a setting out of range, a frozen language model to train without retrieval, data without a token to
-            predict, or of another chunk size or tokenizer, or a checkpoint of another model, of other settings or data.
+        TypeError: a setting has the wrong type, or `measure` returns something other than numbers.
+        ValueError: a setting is out of range; retrieval is off for a frozen language model; the data has no token to
+            predict, or another chunk size or tokenizer; or the checkpoint is of another model, other settings or data.
         BlockingIOError: another run is training in `out_dir`.
-        FileExistsError: what `fit` has not made lies where a checkpoint is to be saved.
-        FloatingPointError: the loss or the gradient of 10 steps in a row, or of all, is not finite (a single such step
-            is skipped: it changes no weight), a weight, or what is measured. The step is named, and its sequences.
+        FileExistsError: `fit` did not create the folder where a checkpoint would be saved.
+        FloatingPointError: the loss or gradient is not finite in 10 steps in a row, or in all (a single such step is
+            skipped and changes no weight), or a weight or a measured number is not finite. The message names the step
+            and its sequences.
     """
     accelerator = _new_accelerator(retrieval)
     asked = dict(
@@ -379,7 +380,7 @@ def _train(
     valid: Dataset | None,
     measure: Callable[[], dict[str, float]] | None,
 ) -> None:
-    """The steps that are left to do."""
+    """Run the remaining steps."""
     run, optimizer, alone = trainer.run, trainer.optimizer, trainer.accelerator.num_processes == 1
     with interrupt_between_steps(alone) as interrupted:
         checkpoints.load(optimizer)

@@ -1,7 +1,7 @@
 """TrainingWrapper: chunks, vectors, neighbours, training and sampling tied together for one corpus.
 
-It builds what is missing, in one work folder, and offers the rest: a dataset, a training loop, and sampling
-that retrieves from the corpus as it writes (notebooks 05 and 06).
+It builds the missing files in one work folder and provides a dataset, a training loop, and sampling that
+retrieves from the corpus while it writes (notebooks 05 and 06).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,41 +31,41 @@ from retro_nb.training.training import fit, get_optimizer
 
 
 class TrainingWrapper(nn.Module):
-    """Everything that a RETRO needs of one corpus.
+    """Everything that a RETRO needs from one corpus.
 
-    Building it chunks, embeds, indexes and searches the corpus; what an earlier run has built with the same
-    settings is used again, and REPROCESS=1 in the environment builds all anew. Where the corpus alone has changed, only
-    its new documents are embedded (`updating.update_store`). `.store` is what was built, `.stats` says what that is,
-    `.ds` is the dataset, `.retriever` answers questions about the corpus. `over` takes a store that is there.
+    The constructor chunks, embeds, indexes and searches the corpus. It reuses files that an earlier run built with
+    the same settings; REPROCESS=1 in the environment rebuilds all. If only the corpus has changed, only its new
+    documents are embedded (`updating.update_store`). `.store` is the result, `.stats` describes it, `.ds` is the
+    dataset, `.retriever` answers questions about the corpus. `over` takes an existing store.
 
     Args:
         retro: the model.
-        chunk_size: m, tokens; the model's.
-        documents_path: a folder of text files, another name or path that `sources.open_corpus` knows, a corpus, or any
-            iterable of `Document` (which cannot say whether it has changed: it is chunked anew, and needs a
-            `work_dir`).
+        chunk_size: m, in tokens; it must be the model's.
+        documents_path: a folder of text files, another name or path that `opening.open_corpus` accepts, a corpus, or
+            any iterable of `Document`. An iterable needs a `work_dir`, and is chunked again each time, because changes
+            in it cannot be detected.
         knn: k, neighbours per chunk.
-        glob: which texts of a folder, a pattern or several; .txt and .md files if left out.
-        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, vectors, index and
-            neighbours beside the first; left out, they lie in `work_dir`.
+        glob: one or several patterns for the texts of a folder; by default .txt and .md files.
+        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, by default in `work_dir`. Vectors,
+            index and neighbours are stored beside the first.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
         keep_out: documents that the database leaves out, so that nothing retrieves them: their numbers, or a share
-            of all, drawn by `splits.hold_out`. They are what `fit` validates on and `evaluation` measures on.
-        knn_extra_neighbors: the reference's margin for same-document exclusion, which is exact here: unused.
-        processed_stats_json_path: where to write `.stats`, if anywhere.
+            of all, drawn by `splits.hold_out`. `fit` validates on them, and `evaluation` measures on them.
+        knn_extra_neighbors: the reference's margin for same-document exclusion; unused, since exclusion is exact here.
+        processed_stats_json_path: file for `.stats`; None writes none.
         faiss_index_filename: name of the index, beside the chunks.
-        work_dir: one folder for all files; left out, a folder of this corpus's own under data/work.
-        bert: which BERT embeds (see `tokens.bert_folder`).
-        tokenizer: what cuts the texts: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE with
-            so many entries, trained on this corpus (see `tokens.train_tokenizer`); None for the model's own, if it has
-            one (as what `retrofit` makes), else the BERT's.
+        work_dir: one folder for all files; by default the corpus's folder under data/work.
+        bert: the BERT that embeds (see `tokens.bert_folder`).
+        tokenizer: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE of that size, trained on
+            this corpus (see `tokens.train_tokenizer`); or None for the model's tokenizer, if it has one (as those
+            from `retrofit` do), else the BERT's.
         progress: show progress bars.
-        **index_kwargs: the rest of `StoreSettings` and of `knn.chunks_to_precalculated_knn_`: `index`,
+        **index_kwargs: other fields of `StoreSettings` and arguments of `knn.chunks_to_precalculated_knn_`: `index`,
             `max_similarity`, `use_cls_repr`, `max_index_memory_usage`, …
 
     Raises:
         TypeError: `retro` is neither a RETRO nor made by `retrofit`.
-        ValueError: sizes of model and corpus or model and tokenizer do not go together, `knn` is less than 1, or
+        ValueError: the sizes of model and corpus, or of model and tokenizer, do not match; `knn` is less than 1; or
             an iterable comes without `work_dir`.
     """
 
@@ -88,7 +88,7 @@ class TrainingWrapper(nn.Module):
         faiss_index_filename: str = INDEX,
         work_dir: PathLike | None = None,
         bert: PathLike | None = None,
-        tokenizer: int | PathLike | None = None,  # in this order, in which `settings.parse_as` tries them
+        tokenizer: int | PathLike | None = None,  # `settings.parse_as` tries the types in this order
         progress: bool = True,
         **index_kwargs: Any,
     ) -> None:
@@ -105,7 +105,7 @@ class TrainingWrapper(nn.Module):
             **{name: index_kwargs.pop(name) for name in own},
         )  # fmt: skip
         if isinstance(tokenizer, int):
-            self._check_tokenizer(retro, tokenizer, PAD_ID)  # before it is trained: so many ids, or less
+            self._check_tokenizer(retro, tokenizer, PAD_ID)  # before training it: it will have at most that many ids
         tokens = choose_tokenizer(settings, corpus, folder, progress)
         self._check_tokenizer(retro, tokens.size, tokens.ids.pad, tokens.fingerprint)
         files = Files(
@@ -120,10 +120,10 @@ class TrainingWrapper(nn.Module):
 
     @classmethod
     def over(cls, retro: ChunkedLM, store: Store) -> "TrainingWrapper":
-        """The same for a store that is there.
+        """Wrap an existing store.
 
         Raises:
-            TypeError, ValueError: model and store do not go together.
+            TypeError, ValueError: model and store do not match.
         """
         cls._check(retro, store.settings.chunk_size)
         if retro.seq_len != store.settings.seq_len:
@@ -183,13 +183,13 @@ class TrainingWrapper(nn.Module):
         """Train the model on this corpus.
 
         Args:
-            valid_share: the share of documents held out of training and used for the validation loss; 0 for
-                none. Left out, it is the documents that the database keeps out, or else a tenth of all, which
-                stay in the database, where only other documents retrieve them.
-            **kwargs: `steps` or `epochs`, and the rest of `training.fit`.
+            valid_share: share of the documents held out of training for the validation loss; 0 for none. By
+                default, the documents that the database keeps out, or else a tenth of all, which stay in the
+                database, where only other documents retrieve them.
+            **kwargs: `steps` or `epochs`, and other arguments of `training.fit`.
 
         Returns:
-            The log: one record for each logged step.
+            The log: one record per step.
         """
         train, valid = self.ds, None
         if documents := self.held_out(valid_share, kwargs.get("seed", 0)):
@@ -197,7 +197,7 @@ class TrainingWrapper(nn.Module):
         return fit(self.retro, train, valid, **kwargs)
 
     def held_out(self, valid_share: float | int | None = None, seed: int = 0) -> list[int]:
-        """The documents that `fit` holds out when it is given this share and seed."""
+        """The documents that `fit` holds out for this share and seed."""
         if valid_share == 0:
             return []
         if valid_share is None and self.kept_out:
@@ -221,21 +221,21 @@ class TrainingWrapper(nn.Module):
         """Sample from the model, retrieving for every chunk as it is completed.
 
         Args:
-            start: prompts; the token that opens documents alone if left out.
-            retrieved: neighbours of the prompt's complete chunks, to be used instead of retrieving them.
+            start: prompts; by default only the token that opens a document.
+            retrieved: neighbours of the prompt's complete chunks, used instead of retrieving them.
             filter_fn, filter_thres, temperature: `top_k` or `top_p`, the share that it filters out, and the
-                temperature of what is left (0: the likeliest token).
-            exclude: numbers or titles of documents that must not be retrieved, e.g. the prompt's own.
-            on_retrieved: called with a chunk's number, and the distances and ids found for it in each row.
+                temperature of the rest (0: the likeliest token).
+            exclude: numbers or titles of documents that must not be retrieved, e.g. the prompt's document.
+            on_retrieved: called with a chunk's number and, for each row, the distances and ids found for it.
             **options: `max_new_tokens`, `generator`, `prompt_lengths`, `on_token` of `sampling.generate`.
 
         Returns:
-            Prompts and samples, at most n tokens; a row ends with the token that closes documents, then padding.
+            Prompts and samples, at most n tokens; a row ends with the token that closes a document, then padding.
         """
         device = next(self.retro.parameters()).device
         if start is None:
             start = torch.full((1, 1), self.tokenizer.ids.sos)
-        self.retriever.excluded(exclude)  # an unknown document is met here, not after the first chunk
+        self.retriever.excluded(exclude)  # rejects an unknown document now, not after the first chunk
 
         def fetch(chunk: Tensor, u: int) -> Tensor:
             distances, ids = self.retriever.nearest(chunk, exclude)
@@ -264,21 +264,21 @@ class TrainingWrapper(nn.Module):
         on_text: Callable[[str], object] | None = None,
         **options: Any,
     ) -> Generation:
-        """Write on from a prompt; say chunk by chunk what was retrieved, and from where.
+        """Continue a prompt, and report for each chunk what was retrieved and from which document.
 
         Args:
             prompt: the beginning of the text.
             exclude: numbers or titles of documents that must not be retrieved.
-            end_chunk: put padding before the prompt, so that it ends with a chunk and the first word that is written
-                reads what was retrieved for it, however short it is (see `sampling.left_pad`).
+            end_chunk: pad before the prompt so that it ends with a chunk. Then even the first word written after a
+                short prompt reads the neighbours retrieved for it (see `sampling.left_pad`).
             on_text: called with the text so far after each token, for streaming.
-            **options: those of `generate`, but `on_token` and `on_retrieved`. Chunks that `retrieved` covers
-                look for no neighbours, so none are named; nor has a chunk any that no token follows.
+            **options: those of `generate` except `on_token` and `on_retrieved`. No neighbours are looked up, or
+                reported, for chunks that `retrieved` covers and for a chunk that no token follows.
 
         Raises:
-            ValueError: padding before the prompt for a model that would read it as text, which a RETRO does.
+            ValueError: `end_chunk` is set for a model that would read the padding as text, as a RETRO does.
         """
-        start = tokenize(prompt, tokenizer=self.tokenizer)[:, :-1]  # without what closes a document: it goes on
+        start = tokenize(prompt, tokenizer=self.tokenizer)[:, :-1]  # without the token that closes a document
         if end_chunk:
             if not self.retro.hides_padding:
                 raise ValueError("end_chunk puts padding before the prompt, which a RETRO would read: use a RETROfit")
@@ -292,7 +292,7 @@ class TrainingWrapper(nn.Module):
         def note(u: int, distances: Distances, ids: Neighbours) -> None:
             found[u] = distances[0], ids[0]
 
-        on_token = None if on_text is None else stream  # to look at a token makes a GPU wait
+        on_token = None if on_text is None else stream  # reading a token makes a GPU wait
         row = self.generate(start, exclude=exclude, on_token=on_token, on_retrieved=note, **options)[0].cpu()
         text = decode(row, tokenizer=self.tokenizer)
         return Generation(text, tuple(row.tolist()), self.retriever.annotate(row, found))
