@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,27 @@ A notebook is replaced only after it has succeeded."""
 NAMES = "a stem (05_training), a number (05), a path, or tutorial (00 to 11)"
 
 
+class _Command(argparse.ArgumentParser):
+    """A command whose help ends with its settings."""
+
+    def __init__(self, *, settings: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.settings = settings
+
+    def format_help(self) -> str:
+        if self.settings is None:
+            return super().format_help()
+        return f"{super().format_help()}\nsettings, for -p and -f:\n{commands.explain_settings(self.settings)}"
+
+
 def _parser() -> argparse.ArgumentParser:
     # argparse and not typer, whose options cannot be repeated pairs such as `-p seed 3 -p steps 10`
     parser = argparse.ArgumentParser("python -m retro_nb", description="RETRO-nb: build, train, experiment.")
-    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=_Command)
 
-    def add(name: str, summary: str, text: str, settings: Iterable[str] = ()) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, text: str, settings: str | None = None) -> argparse.ArgumentParser:
         form = argparse.RawDescriptionHelpFormatter
-        known = f"settings, explained in the docstrings of TrainingWrapper, RETRO and fit:\n  {', '.join(settings)}"
-        epilog = known if settings else None
-        return subparsers.add_parser(name, help=summary, description=text, epilog=epilog, formatter_class=form)
+        return subparsers.add_parser(name, help=summary, description=text, settings=settings, formatter_class=form)
 
     def add_values(command: argparse.ArgumentParser) -> None:
         command.add_argument("-f", dest="file", type=Path, metavar="FILE", help="YAML file of parameters")
@@ -90,15 +101,15 @@ def _parser() -> argparse.ArgumentParser:
         text = "a parameter, also as NAME=VALUE; wins over the file; may be repeated"
         command.add_argument("-p", dest="given", help=text, **pairs)
 
-    command = add("survey", "report on a corpus before building", SURVEY, commands.BUILD)
+    command = add("survey", "report on a corpus before building", SURVEY, "build")
     command.add_argument("--seconds", type=float, default=20, metavar="S", help="read no longer than so (20)")
     add_values(command)
-    command = add("build", "chunk, embed and index a corpus", BUILD, commands.BUILD)
+    command = add("build", "chunk, embed and index a corpus", BUILD, "build")
     command.add_argument("--engine", choices=["here", "ray"], default="here", help="this process, or a Ray cluster")
     command.add_argument("--workers", type=int, metavar="N", help="with ray: how many work at once (2)")
     command.add_argument("--address", help="with ray: a running cluster's, e.g. auto; else one is started here")
     add_values(command)
-    add_values(add("train", "train a model on a corpus", TRAIN, commands.TRAIN))
+    add_values(add("train", "train a model on a corpus", TRAIN, "train"))
     command = add("evaluate", "measure a trained model on unseen documents", EVALUATE)
     command.add_argument("run", type=Path, metavar="RUN", help="the out_dir of `train`")
     command.add_argument("--baseline", type=Path, metavar="RUN", help="a run without retrieval, to compare with")

@@ -24,11 +24,20 @@ from accelerate import PartialState
 from retro_nb.common.arrays import ROOT, replacing, to_jsonable
 from retro_nb.common.devices import best_device
 from retro_nb.lab.lesson import Run
-from retro_nb.lab.settings import Parameters, parameters, read_as_declared, read_yaml, refuse_unknown
+from retro_nb.lab.settings import (
+    Parameters,
+    explain,
+    parameters,
+    read_as_declared,
+    read_yaml,
+    refuse_unknown,
+    sentences,
+)
 from retro_nb.measure.evaluation import bytes_of_chunks, evaluate
 from retro_nb.model.retro import RETRO
 from retro_nb.planning.survey import Survey, survey
 from retro_nb.store.cluster import build_store
+from retro_nb.store.embedding import chunks_to_embeddings_
 from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
 from retro_nb.store.store import Store, StoreSettings
 from retro_nb.text.opening import NAMED, OPTIONS, as_corpus, recognise
@@ -72,6 +81,34 @@ FIT |= parameters(fit, without=("retro", "train", "valid", "measure", "progress"
 BUILD = CORPUS | DATABASE | parameters(RETRO, "max_seq_len")
 TRAIN = CORPUS | DATABASE | MODEL | FIT
 MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir"}  # when a run goes on
+
+
+ABOUT = {  # what no docstring says
+    "corpus": "speeches, almanac, docstrings or code; a folder; a .jsonl or .parquet file; or hf:NAME, of the hub",
+    "encoding": "of a folder's files; null: guessed file by file",
+    "text_field": "what the text stands under, in tables and .jsonl files",
+    "title_field": "what the title stands under",
+    "max_documents": "speeches: at most so many",
+    "max_chars": "speeches: characters of each, from its beginning",
+    "towns": "almanac: how many towns",
+    "packages": "docstrings and code: of which packages; null: of all that are installed, or of some (docstrings)",
+    "min_chars": "docstrings: characters that a module's must have",
+    "min_bytes": "code: bytes that a file must have",
+    "max_bytes": "code: bytes that a file may have",
+    "num_workers": "processes that prepare batches; 0: this one does",
+}
+
+
+def explain_settings(command: str) -> str:
+    """Every setting of a command, with its type, its default and a sentence."""
+    database = (TrainingWrapper, chunks_to_embeddings_, chunks_to_precalculated_knn_, chunks_to_index_and_embed)
+    groups = (("the corpus", CORPUS, ()), ("the database", DATABASE, database), ("the model", MODEL, (RETRO,)))
+    groups += (("the training", FIT, (TrainingWrapper.fit, fit)),)
+    left, text = dict({"build": BUILD, "train": TRAIN}[command]), ""
+    for title, group, functions in groups:
+        if own := {name: left.pop(name) for name in group if name in left}:
+            text += f"\n{title}:\n{explain(own, ABOUT | sentences(*functions))}\n"
+    return text
 
 
 def choose_settings(command: str, file: Path | None = None, given: dict[str, Any] | None = None) -> Settings:

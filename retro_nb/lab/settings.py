@@ -8,14 +8,18 @@ notebook may come from somebody else: nothing in it is evaluated, and what YAML 
 import ast
 import difflib
 import inspect
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import reduce
+from itertools import groupby
 from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+import docstring_parser
 import yaml
 
 MOST_BYTES = 10**6  # of a YAML file
@@ -191,6 +195,33 @@ def parameters(function: Callable, *names: str, without: Sequence[str] = ()) -> 
     """The parameters of a function by name: those named, or all but `without`."""
     every = inspect.signature(function).parameters
     return {name: every[name] for name in names or every if name not in without}
+
+
+def sentences(*functions: Callable) -> dict[str, str]:
+    """What the docstrings of functions and classes say of each parameter; the first that says something counts."""
+    found: dict[str, str] = {}
+    for function in functions:
+        for about in docstring_parser.parse(inspect.getdoc(function) or "").params:
+            for name in about.arg_name.split(","):
+                found.setdefault(name.strip(), " ".join((about.description or "").split()))
+    return found
+
+
+def explain(declared: Parameters, said: dict[str, str]) -> str:
+    """A line for each parameter, its type and default; and what is said of it, once where several share a sentence."""
+    shared = groupby(declared.values(), lambda parameter: said.get(parameter.name, ""))
+    paragraphs = [[*map(_declaration, group), *_indented(sentence)] for sentence, group in shared]
+    return "\n".join(line for lines in paragraphs for line in lines)
+
+
+def _declaration(parameter: inspect.Parameter) -> str:
+    default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+    kind = re.sub(r"\b(?:\w+\.)+(?=\w)", "", inspect.formatannotation(parameter.annotation))  # Module, not torch.nn.…
+    return f"  {parameter.name}: {kind}{default}"
+
+
+def _indented(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def read_as_declared(values: dict[str, Any], declared: Parameters) -> dict[str, Any]:

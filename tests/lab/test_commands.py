@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -411,3 +413,15 @@ def test_training_needs_no_notebook_tools(recipe):
     code = f"{block}\nfrom retro_nb.__main__ import main\nsys.exit(main({arguments('train', recipe, steps=1)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["survey", "build", "train"])
+def test_help_has_every_setting_with_type_default_and_sentence(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    for name, parameter in (TRAIN if command == "train" else BUILD).items():
+        assert re.search(rf"^  {name}: .*= {re.escape(repr(parameter.default))}$", printed, re.MULTILINE), name
+    lines = printed.split("the corpus:", 1)[1].splitlines()
+    last = [line for line, after in pairwise(lines) if line.startswith("  ") and not after.strip()]
+    assert last and all(line.startswith("      ") for line in last), "a group ends with a setting without a sentence"
