@@ -73,6 +73,7 @@ def test_constraints_are_exact_and_within_the_ranges():
 
 def test_every_import_is_a_declared_dependency():
     called = {"faiss": "faiss-cpu", "yaml": "pyyaml", "PIL": "pillow", "charset_normalizer": "charset-normalizer"}
+    called |= {"docstring_parser": "docstring-parser"}
     comes_with = {"IPython": "jupyterlab", "nbformat": "papermill"}
     comes_with |= {"tokenizers": "transformers", "triton": "torch"}  # Triton with torch for CUDA only
     called |= comes_with
