@@ -1,4 +1,4 @@
-"""The almanac: invented towns, each told twice, a corpus in which retrieval must help (notebook 07)."""
+"""The almanac: invented towns, each described twice, so that retrieval must help (notebook 07)."""
 
 import math
 import random
@@ -9,23 +9,23 @@ from retro_nb.text.document import Document, Spans
 
 
 class almanac:
-    """Invented towns with random facts, each told twice: a controlled experiment on retrieval.
+    """Invented towns with random facts, each described twice: a controlled experiment on retrieval.
 
-    Town t is told in documents 2t and 2t+1, "Belvora · chronicle" and "Belvora · gazetteer": the same facts
-    in the same order, each in one of two wordings, and in the twin document in the other. A fact is one word,
-    drawn uniformly and independently from `CHOICES` words, so nothing but the twin can tell it in advance: an
-    ideal model without retrieval loses exactly `fact_entropy` nats on it, an ideal reader of the twin none.
+    Documents 2t and 2t+1, "Belvora · chronicle" and "Belvora · gazetteer", describe town t. They state the same
+    facts in the same order. Each fact has two wordings, one in each document. A fact is one word, drawn uniformly
+    and independently from `CHOICES` words, so only the twin document predicts it: an ideal model without retrieval
+    loses exactly `fact_entropy` nats on it, an ideal reader of the twin none.
 
-    What makes the twin easy to find, measured with MiniLM: short sentences, each with the town's name;
-    wordings mixed within a document, so that it resembles no other by its style; facts chosen and ordered
-    anew for each town. Both wordings of a fact have equally many word pieces, so the twins keep pace, and a
-    retrieved chunk with its continuation (128 tokens) holds the facts of the chunk to be predicted.
+    Measured with MiniLM, three things make the twin easy to find: short sentences, each with the town's name;
+    wordings mixed within a document, so that its style resembles no other; facts chosen and ordered anew for each
+    town. Both wordings of a fact have the same number of word pieces. So the twins stay aligned, and a retrieved
+    chunk with its continuation (128 tokens) holds the facts of the chunk to be predicted.
 
     towns  number of towns; a larger almanac begins with the towns of a smaller one
     seed   0 or more; gives the same documents on every machine and Python version
-    facts  facts told of each town
+    facts  number of facts about each town
 
-    Raises ValueError for numbers outside these limits.
+    Raises ValueError for numbers outside their limits.
     """
 
     def __init__(self, towns: int = 200, seed: int = 0, facts: int = 26) -> None:
@@ -40,12 +40,12 @@ class almanac:
 
     @property
     def fact_entropy(self) -> float:
-        """Nats of one fact: ln `CHOICES`."""
+        """Entropy of one fact in nats: ln `CHOICES`."""
         return math.log(CHOICES)
 
     @property
     def entropy(self) -> float:
-        """Nats of all the facts of one document."""
+        """Entropy of all facts of one document in nats."""
         return self.facts * self.fact_entropy
 
     def __len__(self) -> int:
@@ -65,14 +65,14 @@ class almanac:
                 yield Document(text, f"{name} · {telling}", source, facts)
 
     def fingerprint(self) -> dict:
-        """The parameters, and a digest of all words and sentences of the generator."""
+        """The parameters, and a digest of the generator's words and sentences."""
         wording = digest([_KINDS, _OPENINGS, _HEADS, _MIDDLES, _TAILS])
         numbers = {"towns": self.towns, "seed": self.seed, "facts": self.facts}
         return {"corpus": "almanac", **numbers, "wording": wording}
 
 
 def _pick(rng: random.Random, words: list[str]) -> str:
-    """A uniform choice by `random()`, the one method whose sequence Python promises never to change."""
+    """A uniform choice by `random()`, the only method with a sequence that Python promises never to change."""
     return words[int(rng.random() * len(words))]
 
 
@@ -82,7 +82,7 @@ def _shuffled(rng: random.Random, items: list) -> list:
 
 
 def _new_name(rng: random.Random, taken: set[str]) -> str:
-    """An invented name like "Belvora" that is not taken yet; it is then."""
+    """Invent a name like "Belvora" that is not in `taken`, and add it there."""
     while (name := _pick(rng, _HEADS) + _pick(rng, _MIDDLES) + _pick(rng, _TAILS)) in taken:
         pass
     taken.add(name)
@@ -90,7 +90,7 @@ def _new_name(rng: random.Random, taken: set[str]) -> str:
 
 
 def _tell(name: str, opening: str, sentences: Sequence[str], values: list[str]) -> tuple[str, Spans]:
-    """Fill in the sentences -> the text and the span of each value in it."""
+    """Fill in the sentences -> the text, and the span of each value in it."""
     text, spans = opening.replace("{town}", name), []
     for sentence, value in zip(sentences, values, strict=True):
         before, after = sentence.replace("{town}", name).split("{value}")
@@ -100,7 +100,7 @@ def _tell(name: str, opening: str, sentences: Sequence[str], values: list[str]) 
     return text, tuple(spans)
 
 
-# What towns are made of. Names: head + middle + tail, all different, as no head begins with another one.
+# Names are head + middle + tail. All are different, because no head begins with another one.
 _HEADS = """Bal Bel Bor Cal Cor Dal Dor Dun El Fal Fen Gal Gar Hal Har Ist Jor Kal Kel Lor
             Mal Mar Mel Mor Nor Or Pal Per Quel Ral Sel Tal Tor Ul Val Vel Wil Yar Zan Zel""".split()
 _MIDDLES = """ba be bi bo ca da de di do ga go ka ki la le li lo ma me mi
@@ -108,8 +108,8 @@ _MIDDLES = """ba be bi bo ca da de di do ga go ka ki la le li lo ma me mi
 _TAILS = """dan den dor fell gard ham len lin lith mar mere mond nar neth nia non phe ra ran rell ren
             rick ris ron roth sa sel shire stad ster tha thal thor ton vale van var ven wen wick""".split()
 
-# Fact values: `CHOICES` common words a list, each one word piece of BERT. Where a sentence says "a {value}",
-# no word begins with a vowel, so that "a" gives nothing away.
+# Fact values: lists of `CHOICES` common words, each one word piece of BERT. Where a sentence says "a {value}",
+# no word begins with a vowel, so "a" gives nothing away.
 CHOICES = 40
 _PEOPLE = """Agnes Alice Anna Arthur Bruno Clara David Diana Edgar Ella Emma Felix Frank George Grace Hannah
 Henry Hugo Irene Jack Julia Laura Leo Lucy Marco Maria Martha Max Nora Oliver Oscar Peter Rosa Ruth Samuel
@@ -149,7 +149,7 @@ _OPENINGS = {
     "gazetteer": "{town}: an entry from the gazetteer of small towns, revised.",
 }
 
-# Kinds of fact: the words, and two wordings equally long.
+# Kinds of fact: the words, and two wordings of equal length.
 _KINDS = [
     (
         _PEOPLE,

@@ -1,7 +1,7 @@
-"""The docstrings of the libraries installed beside this project: real text that everyone has, offline.
+"""The docstrings of the installed libraries: real text that every user has offline.
 
-Manuals repeat one another as speeches do not: what many functions take or return is explained in many modules.
-Of the chunks of 64 tokens, 17 in 100 share a run of 32 with another document; of the speeches', 1 in 100.
+Unlike speeches, manuals repeat one another: many modules explain the same arguments and return values. Of the chunks
+of 64 tokens, 17 in 100 share a run of 32 tokens with another document; among the speeches, 1 in 100.
 """
 
 import ast
@@ -16,8 +16,8 @@ from pathlib import Path
 from retro_nb.common.digests import digest
 from retro_nb.text.document import Document, part_of, shares
 
-# What is always installed with this project and has the longest manuals: the name one imports, and pip's.
-# Not transformers, nearly as long as all of these: its models, and so their docstrings, copy one another.
+# Import name -> pip's name, of the packages with the longest manuals that this project always installs.
+# transformers, nearly as long as all of these, is left out: its models, and so their docstrings, copy one another.
 PACKAGES = {
     "matplotlib": "matplotlib",
     "networkx": "networkx",  # with torch
@@ -26,34 +26,35 @@ PACKAGES = {
     "sklearn": "scikit-learn",
 }
 
-# Folders and files of a library that are its tests, or its copies of other projects.
+# Folders and files that hold a library's tests or its copies of other projects.
 TESTS = r"_?tests?|_?testing|test[-_].*|conftest"
 LEFT_OUT = re.compile(rf"{TESTS}|_?vendor.*|externals|third_?party.*|array_api_(compat|extra)")
 
-PROPERTY = re.compile(r"property|\.(setter|deleter)$")  # decorators of what is used like an attribute
+PROPERTY = re.compile(r"property|\.(setter|deleter)$")  # decorators of methods used like attributes
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-Block = ast.If | ast.Try | ast.ExceptHandler | ast.With  # what is defined in one belongs to the module or class
+Block = ast.If | ast.Try | ast.ExceptHandler | ast.With  # definitions inside belong to the module or class
 
 
 class docstrings:
-    """The docstrings of installed libraries, one document a module, in order of the packages and their paths.
+    """The docstrings of installed libraries, one document per module, in order of the packages and their paths.
 
-    A document reads like a page of a manual: the module, then its classes, methods and functions in order of
-    the source, each under its name and signature.
+    A document reads like a page of a manual: the module, then its classes, methods and functions in source order,
+    each under its name and signature.
 
         numpy.linalg.norm(x, ord=None, axis=None, keepdims=False)
         Matrix or vector norm.
 
-    A module whose own name is private, here numpy.linalg._linalg, lends its names to the package around it.
-    Files are parsed one at a time, and nothing is imported. Left out are tests, copies of other projects, what has
-    no docstring, and files that Python cannot decode or parse: `skipped` has them, as they are met, and why.
+    The names defined in a private module, here numpy.linalg._linalg, appear under the package around it. Files are
+    parsed one at a time, and nothing is imported. Tests, copies of other projects, definitions without a docstring,
+    and files that Python cannot decode or parse are left out. Iterating adds these last files to `skipped`, with the
+    reason.
 
     packages   import names such as "numpy"; None for those of `PACKAGES` that are installed
     min_chars  leave out modules with fewer characters of docstrings
 
-    Raises ModuleNotFoundError for packages that are not installed as Python files, ValueError for what cannot be
-    the name of one, and for `min_chars` below 1.
+    Raises ModuleNotFoundError for packages that are not installed as Python files, ValueError for an invalid package
+    name or `min_chars` below 1.
     """
 
     def __init__(self, packages: Sequence[str] | None = None, min_chars: int = 1000) -> None:
@@ -68,7 +69,7 @@ class docstrings:
             raise ModuleNotFoundError(f"{', '.join(missing)}: no Python files here, try: pip install {wanted}")
         self.packages = [name for name in found if name not in missing]
         self.min_chars = min_chars
-        self.skipped: dict[str, str] = {}  # source -> what is wrong with it
+        self.skipped: dict[str, str] = {}  # source -> the reason
         self._files = [file for files in found.values() for file in files]
 
     def __iter__(self) -> Iterator[Document]:
@@ -84,29 +85,29 @@ class docstrings:
                 yield Document(text, module, source)
 
     def split(self, count: int) -> "list[docstrings]":
-        """At most `count` corpora of like size, by the size of the files, that one after another have these modules."""
+        """Divide the modules, in order, into at most `count` corpora of similar size, measured by their files."""
         sizes = [path.stat().st_size for _, path in self._files]
         return [part_of(self, _files=self._files[some], skipped={}) for some in shares(sizes, count)]
 
     def fingerprint(self) -> dict:
-        """The parameters, the packages' versions and Python's, and a digest of path and size of every file."""
+        """The parameters, the versions of the packages and of Python, and a digest of each file's path and size."""
         return {
             "corpus": "docstrings",
             "packages": {name: _version(name) for name in self.packages},
             "min_chars": self.min_chars,
-            "python": "{}.{}".format(*sys.version_info),  # another one may parse other files
+            "python": "{}.{}".format(*sys.version_info),  # another version may parse other files
             "files": digest([[source, path.stat().st_size] for source, path in self._files]),
         }
 
 
 def source_files(package: str) -> list[tuple[str, Path]]:
-    """The Python files of a package that are its own, with paths relative to site-packages; none if not installed."""
+    """A package's own Python files, with paths relative to site-packages; empty if it is not installed."""
     if not package.isidentifier():
         raise ValueError(f"package {package!r} is not a name to import: pass the outermost one, e.g. 'sklearn'")
-    spec = importlib.util.find_spec(package)  # of an outermost name, so that nothing is imported
+    spec = importlib.util.find_spec(package)  # a top-level name, so that nothing is imported
     if spec is None:
         return []
-    if not spec.submodule_search_locations:  # a module without a package: a file, or nothing but machine code
+    if not spec.submodule_search_locations:  # a single-file module, or a compiled one
         return [(f"{package}.py", Path(spec.origin))] if (spec.origin or "").endswith(".py") else []
     found = {}
     for folder in map(Path, spec.submodule_search_locations):
@@ -116,7 +117,7 @@ def source_files(package: str) -> list[tuple[str, Path]]:
 
 
 def _version(package: str) -> str | None:
-    """The installed version; None for what pip does not know by this name, such as a part of Python."""
+    """The installed version; None if pip does not know this name, such as a module of the standard library."""
     try:
         return version(PACKAGES.get(package, package))
     except PackageNotFoundError:
@@ -127,9 +128,9 @@ def _version(package: str) -> str | None:
 
 
 def _read(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of a module and of all that it documents, in order of the source."""
+    """(heading, docstring) of a module and of each definition in it, in source order."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of invalid escapes, such as "\d"
+        warnings.simplefilter("ignore")  # warnings of invalid escapes, such as "\d"
         tree = ast.parse(path.read_bytes())
     if docstring := ast.get_docstring(tree):
         yield module, docstring
@@ -138,7 +139,7 @@ def _read(path: Path, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _definitions(node: ast.AST, name: str, in_class: bool = False) -> Iterator[tuple[str, str]]:
-    """The same of the classes and functions defined in a node, a module or class of this name."""
+    """(heading, docstring) of the classes and functions defined in a module or class `name`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Block):
             yield from _definitions(child, name, in_class)
@@ -151,7 +152,7 @@ def _definitions(node: ast.AST, name: str, in_class: bool = False) -> Iterator[t
 
 
 def _heading(node: ast.ClassDef | Function, name: str, in_class: bool) -> str:
-    """A line such as "class sklearn.svm.SVC(*, C=1.0)", "sklearn.svm.SVC.fit(X, y)", "sklearn.svm.SVC.coef_"."""
+    """A heading such as "class sklearn.svm.SVC(*, C=1.0)", "sklearn.svm.SVC.fit(X, y)" or "sklearn.svm.SVC.coef_"."""
     if isinstance(node, ast.ClassDef):
         made = [child for child in node.body if isinstance(child, Function) and child.name == "__init__"]
         return f"class {name}{_parameters(made[-1], in_class=True)}" if made else f"class {name}"
@@ -162,6 +163,6 @@ def _heading(node: ast.ClassDef | Function, name: str, in_class: bool) -> str:
 
 
 def _parameters(function: Function, in_class: bool) -> str:
-    """Its parameters as in the source, but for a method's `self`, which nobody passes."""
+    """The parameters as in the source, without a method's `self` or `cls`."""
     listed = ast.unparse(function.args)
     return f"({re.sub(r'^(self|cls)(, /)?(, |$)', '', listed) if in_class else listed})"

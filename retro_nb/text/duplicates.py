@@ -1,12 +1,12 @@
 """Near-duplicate documents: those that share most of their 13-grams of tokens (paper, §2.1).
 
-The paper leaves training documents out whose 13-grams have a Jaccard similarity of .8 or more with those of a
-document that is evaluated, and estimates the similarity by MinHash. Here it is exact, but for two 13-grams that
+The paper drops training documents if their 13-grams have a Jaccard similarity of .8 or more with those of an
+evaluation document, and estimates the similarity by MinHash. Here the similarity is exact, except where two 13-grams
 have the same 64-bit hash.
 
-Two sets with a Jaccard similarity of at least t share a member among the first |A| − ⌈t·|A|⌉ + 1 of each, whatever
-order all members are sorted in (the prefix filter of set similarity joins; Chaudhuri et al. 2006). Sorted by how many
-documents have them, the rarest first, few documents share such a member, and only those are compared.
+Two sets with a Jaccard similarity of at least t share a member among the first |A| − ⌈t·|A|⌉ + 1 of each, in any common
+order of the members (the prefix filter of set similarity joins; Chaudhuri et al. 2006). With the rarest members first,
+few documents share a member of their prefixes, and only those are compared.
 """
 
 import math
@@ -19,7 +19,7 @@ from jaxtyping import Int, Integer, UInt64
 
 GRAM = 13  # tokens
 JACCARD = 0.8
-FACTORS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # odd: nothing is lost
+FACTORS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # odd, so invertible
 
 Grams = UInt64[np.ndarray, " _"]  # distinct hashes in ascending order
 
@@ -44,14 +44,14 @@ def grams_of(tokens: Integer[np.ndarray, " n"], gram: int = GRAM) -> Grams:
 
 
 def _mixed(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """Each value by another one, so that alike ones are far apart (the finaliser of SplitMix64)."""
+    """Scramble the values one-to-one, so that similar ones end up far apart (the finaliser of SplitMix64)."""
     values = (values ^ (values >> np.uint64(30))) * FACTORS[1]
     values = (values ^ (values >> np.uint64(27))) * FACTORS[2]
     return values ^ (values >> np.uint64(31))
 
 
 def jaccard(first: Grams, second: Grams) -> float:
-    """|A ∩ B| / |A ∪ B|; 0 where both are empty."""
+    """|A ∩ B| / |A ∪ B|; 0 if both are empty."""
     shared = len(np.intersect1d(first, second, assume_unique=True))
     return shared / max(1, len(first) + len(second) - shared)
 
@@ -63,16 +63,16 @@ def near_duplicates(
     gram: int = GRAM,
     at_least: float = JACCARD,
 ) -> list[Pair]:
-    """All pairs of documents with this Jaccard similarity or more, in ascending order of their numbers.
+    """All pairs of documents with a Jaccard similarity of `at_least` or more, in ascending order of their numbers.
 
     Args:
-        documents: their tokens. A document of fewer than `gram` has no pair.
-        among: numbers of documents; only pairs with one of them are wanted, all pairs if left out.
+        documents: the tokens of each document. One with fewer than `gram` tokens has no pair.
+        among: document numbers; return only pairs that include one of them, all pairs by default.
         gram: tokens in a run.
         at_least: the similarity, above 0 and up to 1.
 
     Raises:
-        ValueError: `gram` below 1, or a similarity that is not above 0 and up to 1.
+        ValueError: `gram` is below 1, or `at_least` is not above 0 and up to 1.
     """
     if gram < 1 or not 0 < at_least <= 1:
         raise ValueError(f"runs of {gram} tokens, similarity {at_least}: pass 1 or more, and above 0 up to 1")
@@ -82,7 +82,7 @@ def near_duplicates(
 def near_duplicate_sets(
     grams: Sequence[Grams], among: Collection[int] | None = None, *, at_least: float = JACCARD
 ) -> list[Pair]:
-    """As `near_duplicates`, of documents whose runs have been hashed (`grams_of`)."""
+    """Like `near_duplicates`, for documents already hashed by `grams_of`."""
     wanted = np.ones(len(grams), bool)
     if among is not None:
         wanted[:] = False
@@ -99,10 +99,10 @@ def near_duplicate_sets(
 
 
 def repeating(documents: Sequence[Integer[np.ndarray, " _"]], seconds: float | int = math.inf) -> tuple[list[int], int]:
-    """The documents that are near-duplicates of one before them, and how many were looked at before the time was over.
+    """Near-duplicates of an earlier document, and the number of documents checked within the time.
 
-    Faster than `near_duplicates` where many documents are alike: of each, one such pair is enough. The first document
-    is always looked at.
+    Faster than `near_duplicates` if many documents are alike, because one pair per document is enough. The first
+    document is always checked.
     """
     end, found = time.monotonic() + seconds, []
     grams = [grams_of(tokens) for tokens in documents]
@@ -118,7 +118,7 @@ def repeating(documents: Sequence[Integer[np.ndarray, " _"]], seconds: float | i
 def _candidates(
     grams: Sequence[Grams], sizes: Int[np.ndarray, " e"], at_least: float
 ) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
-    """(document, those before it that may be as similar), by the prefix filter and by the sizes."""
+    """(document, earlier documents that may be as similar), by the prefix filter and by the sizes."""
     prefixes = _prefixes(grams, at_least)
     members = np.concatenate([*prefixes, np.empty(0, np.uint64)])
     owners = np.repeat(np.arange(len(grams)), [len(each) for each in prefixes])
@@ -135,12 +135,12 @@ def _candidates(
 
 
 def _prefixes(grams: Sequence[Grams], at_least: float) -> list[Grams]:
-    """Of each document the rarest runs: so many that an as similar document shares one of them."""
+    """The rarest runs of each document, enough that every document as similar shares one of them."""
     values, counts = np.unique(np.concatenate([*grams, np.empty(0, np.uint64)]), return_counts=True)
     prefixes = []
     for each in grams:
         size = len(each) - math.ceil(at_least * len(each) - 1e-9) + 1 if len(each) else 0
         rarity = counts[np.searchsorted(values, each)]
-        rarest = np.argsort(rarity, kind="stable")[:size]  # equally rare ones by their hash
+        rarest = np.argsort(rarity, kind="stable")[:size]  # ties by hash
         prefixes.append(each[rarest][rarity[rarest] > 1])
     return prefixes

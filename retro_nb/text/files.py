@@ -1,4 +1,4 @@
-"""Texts in files: a folder of them, or one JSON object a line; and what is undecodable in them."""
+"""Texts in files: a folder of text files, or one JSON object per line; and how undecodable bytes are handled."""
 
 import codecs
 import json
@@ -10,7 +10,7 @@ from charset_normalizer import from_bytes
 from retro_nb.common.digests import digest
 from retro_nb.text.document import Document, check_count, part_of, shares
 
-# Byte order marks, which no file in UTF-8 begins with; UTF-32's first, whose mark begins with UTF-16's.
+# Byte order marks that no UTF-8 file begins with. UTF-32 comes first, because its mark begins with UTF-16's.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -21,7 +21,7 @@ MEGABYTE = 2**20
 
 
 def decode_text(data: bytes, encoding: str = "utf-8") -> tuple[str, int]:
-    """Bytes -> (text without its byte order mark, number of U+FFFD that stand for undecodable bytes)."""
+    """Bytes -> (text without its byte order mark, number of U+FFFD that replace undecodable bytes)."""
     text = data.decode(encoding, errors="replace")
     found = text.count("\ufffd")
     if found:  # some may be the author's own
@@ -30,7 +30,7 @@ def decode_text(data: bytes, encoding: str = "utf-8") -> tuple[str, int]:
 
 
 def _detect(data: bytes) -> str:
-    """The encoding of a text: told by its byte order mark, UTF-8 if it can be, else the best guess."""
+    """The encoding of a text: by its byte order mark, UTF-8 if that decodes it, else the best guess."""
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             return encoding
@@ -44,24 +44,24 @@ def _detect(data: bytes) -> str:
 
 
 def _mend(text: str) -> tuple[str, int]:
-    """The same for decoded text: "\\ud800" is valid JSON, but half a character, which no file can hold."""
+    """Like `decode_text`, for decoded text: "\\ud800" is valid JSON, but a lone surrogate, which no file can hold."""
     return decode_text(text.encode("utf-8", errors="surrogatepass"))
 
 
 class text_folder:
-    """The text files of a folder, in order of their relative paths, which are also their titles.
+    """The text files of a folder, in order of their relative paths, which without suffix are also their titles.
 
-    A byte order mark is dropped; what cannot be decoded becomes U+FFFD and is counted in `Document.replaced`. No
-    file is skipped: an empty one is a Document with an empty text. The files are listed once, at construction, and
-    opened one at a time, when their turn comes.
+    A byte order mark is dropped. Undecodable bytes become U+FFFD and are counted in `Document.replaced`. No file is
+    skipped: an empty one is a Document with an empty text. The files are listed once, at construction, and opened
+    one at a time.
 
-    glob      which files, or several such patterns
-    encoding  how to read them, a name that Python knows; None to find it out file by file: UTF-8 if a file can be
-              UTF-8, UTF-16 or UTF-32 if a byte order mark says so, else what charset-normalizer takes its first
-              megabyte for. That tells scripts apart, but not always the old encodings of western and central
-              Europe, where an accent may become another: name the encoding if you know it
+    glob      a pattern, or several
+    encoding  a name that Python knows; None to detect it file by file: UTF-16 or UTF-32 by a byte order mark, UTF-8
+              if that decodes the file, else charset-normalizer's guess from the first megabyte. The guess tells
+              scripts apart, but may confuse the old encodings of western and central Europe, so that an accent
+              becomes another: name the encoding if you know it
 
-    Raises FileNotFoundError if there is no such folder or the glob matches no file in it, NotADirectoryError if
+    Raises FileNotFoundError if the folder does not exist or the glob matches no file in it, NotADirectoryError if
     it is a file, ValueError for an unknown encoding.
     """
 
@@ -90,22 +90,22 @@ class text_folder:
             yield Document(text, Path(source).with_suffix("").as_posix(), source, replaced=replaced)
 
     def split(self, count: int) -> "list[text_folder]":
-        """At most `count` corpora of like size that one after another have these files."""
+        """Divide the files, in order, into at most `count` corpora of similar size."""
         sizes = [(self.folder / name).stat().st_size for name in self._paths]
         return [part_of(self, _paths=self._paths[some]) for some in shares(sizes, count)]
 
     def fingerprint(self) -> dict:
-        """A digest of path, size and time of change of every file, and the encoding; the folder itself may move."""
+        """A digest of each file's path, size and modification time, and the encoding; the folder itself may move."""
         stats = [(name, (self.folder / name).stat()) for name in self._paths]
         files = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
-        said = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as it was before there was a choice
+        said = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as in older fingerprints
         return {"corpus": "text_folder", "documents": len(self), "files": files} | said
 
 
 def write_texts(texts: Mapping[str, str], folder: str | Path) -> None:
-    """Write texts into a folder, each as `title`.txt in UTF-8, so that `text_folder` finds them there.
+    """Write each text as `title`.txt in UTF-8 into a folder for `text_folder` to read.
 
-    A file that is as it should be is not touched: its time of change stays, and a store knows that it is the same.
+    A file that already has this content is not touched: its modification time stays, so a store sees no change.
     """
     for title, text in texts.items():
         path, data = Path(folder) / f"{title}.txt", text.encode()
@@ -115,7 +115,7 @@ def write_texts(texts: Mapping[str, str], folder: str | Path) -> None:
 
 
 def _check_encoding(encoding: str | None) -> None:
-    """Refuse what Python cannot decode by, which an empty text would not tell."""
+    """Raise ValueError for an encoding that Python does not know. (Decoding an empty text would not reveal it.)"""
     try:
         b"text".decode(encoding or "utf-8", errors="replace")
     except LookupError:
@@ -126,23 +126,23 @@ def _check_encoding(encoding: str | None) -> None:
 
 
 class jsonl:
-    """One JSON object a line, its text under `text_field`; blank lines hold no object and are passed over.
+    """One JSON object per line, with its text under `text_field`; blank lines are skipped.
 
-    The title is the value under `title_field`, or "line N" where there is none; the source is "file.jsonl:N".
-    What is not UTF-8 becomes U+FFFD and is counted, as in `text_folder`.
+    The title is the value under `title_field`, or "line N" without one; the source is "file.jsonl:N". Bytes that are
+    not UTF-8 become U+FFFD and are counted, as in `text_folder`.
 
-    Raises FileNotFoundError if there is no such file, and while iterating ValueError, naming file and line,
-    for a line that is not a JSON object or has no text.
+    Raises FileNotFoundError if the file does not exist. Iterating raises ValueError, naming file and line, for a line
+    that is not a JSON object or has no text.
     """
 
     def __init__(self, path: str | Path, text_field: str = "text", title_field: str = "title") -> None:
         self.path, self.text_field, self.title_field = Path(path), text_field, title_field
-        self._start, self._stop, self._line = 0, None, 1  # bytes to read, None for all, and the first line's number
+        self._start, self._stop, self._line = 0, None, 1  # bytes to read (None: to the end), first line's number
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is not a file: pass the path of a .jsonl file")
 
     def __iter__(self) -> Iterator[Document]:
-        with open(self.path, "rb") as file:  # bytes, so that only "\n" ends a line
+        with open(self.path, "rb") as file:  # bytes: only "\n" ends a line
             file.seek(self._start)
             for number, data in enumerate(file, start=self._line):
                 if data.strip():
@@ -166,9 +166,9 @@ class jsonl:
         )
 
     def split(self, count: int) -> "list[jsonl]":
-        """At most `count` corpora of like size that one after another have these lines.
+        """Divide the lines, in order, into at most `count` corpora of similar size.
 
-        The lines are counted, so that each part knows the number of its first: the file is read once, as bytes.
+        Each part needs the number of its first line, so the file is read once, as bytes, to count lines.
         """
         check_count(count)
         stop = self.path.stat().st_size if self._stop is None else self._stop
@@ -178,15 +178,15 @@ class jsonl:
             for share in range(1, count + 1):
                 start, first = file.tell(), line
                 goal = self._start + (stop - self._start) * share // count
-                if start < goal:  # else the last line has reached beyond
+                if start < goal:  # else the previous part's last line reaches beyond
                     while block := file.read(min(MEGABYTE, goal - 1 - file.tell())):
                         line += block.count(b"\n")
-                    line += file.readline().count(b"\n")  # the line in which the last byte meant lies, to its end
+                    line += file.readline().count(b"\n")  # on to the end of the line that holds the last byte
                     parts.append(part_of(self, _start=start, _stop=file.tell(), _line=first))
         return parts
 
     def fingerprint(self) -> dict:
-        """The fields read, and the file's name, size and time of change; its folder may move."""
+        """The fields read, and the file's name, size and modification time; its folder may move."""
         stat = self.path.stat()
         said = {} if self._stop is None else {"bytes": [self._start, self._stop]}
         return {
@@ -199,13 +199,13 @@ class jsonl:
 def record_document(
     record: object, fields: tuple[str, str], *, source: str, untitled: str, where: str, replaced: int = 0
 ) -> Document:
-    """The document that a record holds, as those of `jsonl` and those of tables do.
+    """The document of a record, from a `jsonl` line or a table's row.
 
-    record    a mapping; halves of characters in its text become U+FFFD and are counted
-    fields    what the text and what the title stand under
-    untitled  the title of a record that has none
-    where     for people: "my.jsonl, line 7"
-    replaced  those counted when the record was read
+    record    a mapping; lone surrogates in its text become U+FFFD and are counted
+    fields    keys of the text and of the title
+    untitled  the title of a record without one
+    where     place named in errors: "my.jsonl, line 7"
+    replaced  replacements already counted when the record was read
 
     Raises ValueError for a record without text.
     """

@@ -1,8 +1,8 @@
-"""What people name, as a corpus: "speeches", "my_texts/", "my.jsonl", "my.parquet", "hf:user/name".
+"""Open a corpus by name or path: "speeches", "my_texts/", "my.jsonl", "my.parquet", "hf:user/name".
 
-open_corpus("my_texts/")    any of the corpora of this room
-as_corpus("my_texts/")      the same, with the folder that its store gets if no other is named
-recognise("my_texts/")      what opens it: a bad name is refused before any work
+open_corpus("my_texts/")    the corpus
+as_corpus("my_texts/")      the corpus, and the default folder for its store
+recognise("my_texts/")      a function that opens it; a bad name fails before any work
 """
 
 import difflib
@@ -24,7 +24,7 @@ from retro_nb.text.tables import hf_dataset, parquet, saved_to_disk
 NAMED = {"speeches": speeches, "almanac": almanac, "docstrings": docstrings, "code": code}
 HUB = "hf:"
 TEXTS = ("**/*.txt", "**/*.md")
-OPTIONS = {"encoding": "utf-8", "text_field": "text", "title_field": "title"}  # and what they are without a word
+OPTIONS = {"encoding": "utf-8", "text_field": "text", "title_field": "title"}  # with their defaults
 
 
 def open_corpus(where: Any, *, glob: str | Sequence[str] | None = None, **options: str | None) -> Any:
@@ -35,26 +35,26 @@ def open_corpus(where: Any, *, glob: str | Sequence[str] | None = None, **option
         a .jsonl or a .parquet file           `jsonl`, `parquet`
         a folder                              saved by `datasets`: `hf_dataset`; with .parquet files: `parquet`;
                                               else `text_folder`
-        anything else that is no string       itself
+        any other object                      itself
 
-    A folder called like one of the names is "./speeches".
+    Write "./speeches" for a folder with one of these names.
 
     Args:
         where: the name or path, or a corpus.
-        glob: which texts of a folder, .txt and .md if not said. Where it matches any, the folder is one of texts, even
-            with .parquet files in it.
-        **options: `encoding` of `text_folder`; `text_field` and `title_field` of the others that are read from files.
+        glob: pattern(s) of the texts in a folder, .txt and .md by default. If a given glob matches any file, the
+            folder is opened as a `text_folder`, even with .parquet files in it.
+        **options: `encoding` for `text_folder`; `text_field` and `title_field` for the other file formats.
 
     Raises:
-        FileNotFoundError: it means nothing; the message has the closest name.
-        NotADirectoryError: it is a file of another kind.
-        ValueError: an option that this corpus does not have.
+        FileNotFoundError: no such name or path; the message suggests the closest name.
+        NotADirectoryError: the path is a file of another kind.
+        ValueError: this corpus does not have one of the options.
     """
     return recognise(where, glob=glob, **options)()
 
 
 def recognise(where: Any, *, glob: str | Sequence[str] | None = None, **options: str | None) -> Callable[[], Any]:
-    """What opens the corpus that `open_corpus` opens; its errors, but for those of opening it."""
+    """A function that opens the corpus of `open_corpus`. Raises its errors, except those of the opening itself."""
     opening = _opening(where, glob)
     known = [name for name in OPTIONS if name in signature(opening.func).parameters]
     for name, value in options.items():
@@ -67,34 +67,34 @@ def recognise(where: Any, *, glob: str | Sequence[str] | None = None, **options:
 
 
 def _default_work_dir(documents: Any, described: Any) -> Path:
-    """One folder for each corpus, so that two never overwrite one another."""
+    """One folder per corpus, so that no two overwrite each other."""
     return WORK / f"{type(documents).__name__}-{digest(described, 10)}"
 
 
 def as_corpus(
     documents_path: Any, glob: Sequence[str] | str | None = None, **options: str | None
 ) -> tuple[Any, Path | None]:
-    """The corpus that `documents_path` means (see `open_corpus`), and where its files go by default.
+    """The corpus that `documents_path` means (see `open_corpus`), and the default folder for its store.
 
-    That is a folder for each path and its options, so that files which change are built again in the same place;
-    for a corpus without a path, one for each fingerprint; None for one that has neither.
+    Each path with its options has one folder, so that changed files are built again in the same place. A corpus
+    without a path has one folder per fingerprint; without either, the folder is None.
     """
     corpus = open_corpus(documents_path, glob=glob, **options)
     if is_path(documents_path):
         said = {name: value for name, value in options.items() if value != OPTIONS[name]}
         named = [str(Path(documents_path).resolve()), glob or "**/*.txt", *([said] if said else [])]
-        return corpus, _default_work_dir(corpus, named)  # under "**/*.txt" as ever: such stores are there
-    fingerprint = getattr(corpus, "fingerprint", None)  # without one, no two could be told apart
+        return corpus, _default_work_dir(corpus, named)  # the old default glob, to find existing stores
+    fingerprint = getattr(corpus, "fingerprint", None)  # without one, corpora cannot be told apart
     return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
 
 
 def is_path(where: Any) -> bool:
-    """Whether `open_corpus` looks for it on the disk."""
+    """Whether `open_corpus` looks for `where` on disk."""
     return isinstance(where, Path) or (isinstance(where, str) and where not in NAMED and not where.startswith(HUB))
 
 
 def _opening(where: Any, glob: str | Sequence[str] | None) -> partial:
-    """The corpus's class with what it must be told."""
+    """The corpus's class with its required arguments."""
     if is_path(where):
         return _file(Path(where)) if not Path(where).is_dir() else _folder(Path(where), glob)
     if not isinstance(where, str):

