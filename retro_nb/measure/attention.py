@@ -1,4 +1,4 @@
-"""How much each token reads of each retrieved token (notebook 07).
+"""Weights with which each token reads each retrieved token (notebook 07).
 
 Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k neighbours, r retrieved tokens per
 neighbour, d width, h heads; c chunks of a batch that have neighbours.
@@ -21,15 +21,15 @@ from retro_nb.model.retro import RETRO
 def cross_attention(
     retro: RETRO, seq: Int[Tensor, "b n"], retrieved: Int[Tensor, "b l k r"]
 ) -> dict[int, Float[Tensor, "b h n _"]]:
-    """How much each token reads of each retrieved token, for every layer of P by its number.
+    """Cross-attention weights of each token on each retrieved token, by the number of every layer in P.
 
-    Token i reads what was retrieved for chunk (i + 1) // m − 1. Its row holds 1 + k·r weights that sum to 1: the
-    null key's, then those of the k·r tokens, neighbour after neighbour. The first m − 1 tokens read nothing: zeros.
+    Token i reads the neighbours of chunk (i + 1) // m − 1. Its row holds 1 + k·r weights that sum to 1: that of the
+    null key, then those of the k·r tokens, neighbour after neighbour. The first m − 1 tokens read nothing: zeros.
 
-    It is one forward pass in evaluation mode, in which a hook takes down what each layer is given.
+    It takes one forward pass in evaluation mode, in which a hook records the inputs of each layer.
 
     Raises:
-        ValueError: the sequence has no complete chunk; others as `RETRO.forward`.
+        ValueError: the sequence has no complete chunk; others as in `RETRO.forward`.
     """
     if seq.shape[1] < retro.chunk_size:
         raise ValueError(f"{seq.shape[1]} tokens are no chunk of {retro.chunk_size}: nothing is read, pass more")
@@ -51,9 +51,9 @@ def cross_attention(
 def _weights(
     cca: ChunkedCrossAttention, x: Float[Tensor, "b n d"], memory: Memory, kept: Int[Tensor, " c"] | None = None
 ) -> Float[Tensor, "b h n _"]:
-    """The softmax of one layer, from its own queries and keys; its arguments are those of the layer's `forward`.
+    """Softmax of one layer, from its queries and keys; the arguments are those of the layer's `forward`.
 
-    Queries stand where they stand in decoding: token i at m − 1 + (i + 1) % m.
+    Queries have their positions from decoding: token i is at m − 1 + (i + 1) % m.
     """
     attn, m, (b, n, _) = cca.attn, cca.chunk_size, x.shape
     places = m - 1 + torch.arange(1, n + 1, device=x.device) % m
@@ -61,7 +61,7 @@ def _weights(
     keys, _ = attn.with_null(memory.keys, memory.values)
     bias = hiding(~F.pad(memory.mask, (1, 0), value=True), keys.dtype)
     weights = q.new_zeros(b, attn.heads, n, keys.shape[2])
-    weights[:, :, m - 1 :, 0] = 1  # all that a chunk without neighbours has is the null key
+    weights[:, :, m - 1 :, 0] = 1  # a chunk without neighbours has only the null key
     for row, chunk in enumerate(range(b * (n // m)) if kept is None else kept.tolist()):
         text, u = divmod(chunk, n // m)
         readers = slice(m - 1 + u * m, m - 1 + (u + 1) * m)

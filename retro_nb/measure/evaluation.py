@@ -1,17 +1,17 @@
-"""Does retrieval help? Bits per byte of text that the model has not seen, under several conditions (notebook 07).
+"""Does retrieval help? Bits per byte of held-out text under several conditions (notebook 07).
 
     on         every chunk's own neighbours
     off        no neighbours, RETRO[OFF]
-    shuffled   the neighbours of a chunk of another document: what a model gains by reading anything at all
+    shuffled   neighbours of a chunk in another document: the gain from reading anything at all
     N only     the retrieved chunks without their continuations
-    F only     the continuations alone
-    oracle     the very chunk that comes next, with its continuation: what a perfect retriever would find
+    F only     only the continuations
+    oracle     the chunk that comes next, with its continuation: the result of a perfect retriever
 
-A model that ignores what it retrieves scores the same on and shuffled; one that gains nothing from the oracle cannot
-read, and says nothing about retrieval. [CLS] is given and [SEP] is no text: neither is counted, so that the bits are
-those of the text, and its bytes are those of the original.
+A model that ignores its neighbours scores the same on "on" and "shuffled". A model that gains nothing from the oracle
+cannot read, so it tells nothing about retrieval. [CLS] is given and [SEP] is not text, so neither is counted: the bits
+are those of the text, and the bytes those of the original.
 
-Shapes: c chunks of the corpus, m tokens in each; e documents that are evaluated.
+Shapes: c chunks of the corpus, m tokens in each; e evaluated documents.
 """
 
 import math
@@ -54,19 +54,19 @@ def token_losses(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Float32[np.ndarray, "c m"]:
-    """Nats of every token of these documents, at its place in the chunk array; NaN everywhere else.
+    """Loss in nats of every token of these documents, at its place in the chunk array; NaN everywhere else.
 
     Args:
-        retro: the model; it is evaluated where it lies, and left in the mode that it is in.
-        dataset: sequences and neighbours. `dataset.with_neighbours(…)` evaluates other ones.
-        documents: their numbers.
+        retro: the model; it keeps its device and its mode.
+        dataset: sequences and neighbours; `dataset.with_neighbours(…)` replaces the neighbours.
+        documents: numbers of the documents.
         mode: one of `MODES`.
-        seed: of "shuffled".
+        seed: seed of "shuffled".
 
     Raises:
-        ValueError: an unknown mode, a store of another chunk size or tokenizer, a document without a sequence, or a
-            single document to shuffle.
-        FloatingPointError: a loss that is not finite, naming the document and the mode.
+        ValueError: an unknown mode, a store of another chunk size or tokenizer, a document without a sequence, or
+            only one document to shuffle.
+        FloatingPointError: a loss is not finite; the message names the document and the mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
@@ -81,7 +81,7 @@ def token_losses(
     losses = np.full((dataset.num_chunks, dataset.chunk_size), np.nan, np.float32)
     batches = DataLoader(sequences, batch_size, generator=torch.Generator())
     firsts = iter(dataset.first_chunks(sequences.indices).tolist())
-    # `fit` may be under way: to run eagerly is sooner done than another compilation
+    # `fit` may be running: eager execution is faster than compiling again
     with evaluating(retro), torch.compiler.set_stance("force_eager"):
         for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
             nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
@@ -93,7 +93,7 @@ def token_losses(
 
 
 def _read(retrieved: Int[Tensor, "b l k r"], mode: str, pad_id: int) -> Int[Tensor, "b l k r"] | None:
-    """What the model gets to read of the neighbours; padding where it does not."""
+    """The neighbours that the model may read in this mode; hidden parts are padding."""
     if mode == "off":
         return None
     m = retrieved.shape[-1] // 2
@@ -105,7 +105,7 @@ def _read(retrieved: Int[Tensor, "b l k r"], mode: str, pad_id: int) -> Int[Tens
 
 
 def _check_finite(nats: Float32[Tensor, " _"], document: int | np.integer, mode: str) -> None:
-    """Refuse losses of text that are not finite: in the array, NaN means that a token is not counted."""
+    """Reject non-finite losses of text, because NaN in the array means that a token is not counted."""
     if not nats.isfinite().all():
         raise FloatingPointError(
             f"document {document}, mode {mode!r}: a token's loss is {nats[~nats.isfinite()][0]}, so the model's logits "
@@ -114,13 +114,13 @@ def _check_finite(nats: Float32[Tensor, " _"], document: int | np.integer, mode:
 
 
 def _put(losses: np.ndarray, nats: Float32[Tensor, " n"], text: Bool[Tensor, " n"], first: int) -> None:
-    """Nats of the labels that are text, of a sequence that begins with chunk `first`: label i is token i + 1."""
+    """Write the nats of text labels for a sequence that begins with chunk `first`: label i is token i + 1."""
     places = first * losses.shape[1] + 1 + text.nonzero()[:, 0]
     losses.reshape(-1)[places.numpy()] = nats[text].numpy()
 
 
 def next_chunks(doc_ids: Int[np.ndarray, " c"]) -> Int[np.ndarray, "c 1"]:
-    """What a perfect retriever would find for each chunk: the one that follows in its document; −1 at its end."""
+    """The next chunk in the document, which a perfect retriever would find; −1 for a document's last chunk."""
     follows = np.append(doc_ids[1:] == doc_ids[:-1], False)
     return np.where(follows, np.arange(1, len(doc_ids) + 1), NO_NEIGHBOUR)[:, None].astype(np.int32)
 
@@ -128,9 +128,9 @@ def next_chunks(doc_ids: Int[np.ndarray, " c"]) -> Int[np.ndarray, "c 1"]:
 def shuffled(
     knns: Int[np.ndarray, "c k"], doc_ids: Int[np.ndarray, " c"], documents: Sequence[int], seed: int = 0
 ) -> Int[np.ndarray, "c k"]:
-    """Each chunk of these documents gets the neighbours of a random chunk of another one of them.
+    """Give each chunk of these documents the neighbours of a random chunk in another of them.
 
-    Those of them that are in its own document, which that other chunk may have found, are left out.
+    Neighbours from the chunk's own document, which the other chunk may have found, are left out.
 
     Raises:
         ValueError: there is only one document.
@@ -171,7 +171,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token, so only models with the same tokenizer compare."""
+        """Perplexity per token, comparable only between models with the same tokenizer."""
         return float(np.exp(self.nats.sum() / self.tokens.sum()))
 
 
@@ -193,14 +193,14 @@ def score(
 
 
 def bytes_of_chunks(chunks_memmap_path: PathLike) -> Int[np.ndarray, " c"]:
-    """Bytes of the text from each chunk to the next."""
+    """Bytes of text from each chunk's start to the next chunk's start."""
     return open_array(companion(Path(chunks_memmap_path), "bytes.npy"))
 
 
 def interval(first: Score, second: Score | None = None, *, share: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Where bits per byte lie with this confidence; with a second score, where first − second lies.
+    """Confidence interval of bits per byte or, with a second score, of the difference first − second.
 
-    Bootstrap over documents: they are drawn with replacement `RESAMPLES` times, the same ones for both scores.
+    It is a bootstrap over documents, drawn with replacement `RESAMPLES` times, the same ones for both scores.
     """
     rng, count = np.random.default_rng(seed), len(first.nats)
     picks = rng.integers(count, size=(RESAMPLES, count))
@@ -219,14 +219,14 @@ def fact_tokens(
     m: int,
     tokenizer: PathLike | TextTokenizer | None = None,
 ) -> Bool[np.ndarray, "c m"]:
-    """Which tokens of the chunk array tell a fact of the almanac (its documents know where they stand).
+    """Mask of the tokens in the chunk array that tell a fact of the almanac, whose documents record the facts' places.
 
-    Of a fact of several tokens it is the first one. `tokenizer` is the array's.
+    For a fact of several tokens, only the first is marked. `tokenizer` is the one of the chunk array.
     """
     told = np.zeros((len(doc_ids), m), dtype=bool)
     for number, document in enumerate(corpus):
         spans = np.concatenate([tokens.spans for tokens in document_tokens(document.text, tokenizer=tokenizer)])
-        # The first token that ends after the fact's beginning; it may begin before, with the space.
+        # The first token that ends after the fact's start; it may start earlier, with the space.
         places = np.searchsorted(spans[:, 1], [start for start, _ in document.facts], side="right")
         first = np.searchsorted(doc_ids, number)
         told[first + places // m, places % m] = True
@@ -234,11 +234,11 @@ def fact_tokens(
 
 
 def found_twins(knns: Int[np.ndarray, "c k"], doc_ids: Int[np.ndarray, " c"]) -> Bool[np.ndarray, " c"]:
-    """Whether a chunk of the almanac has a neighbour about its own town, which the documents 2t and 2t + 1 tell of."""
+    """Whether a chunk of the almanac has a neighbour about its own town; documents 2t and 2t + 1 are about town t."""
     return ((doc_ids[knns] // 2 == doc_ids[:, None] // 2) & (knns >= 0)).any(axis=1)
 
 
-# all of it
+# several models
 
 
 def evaluate(
@@ -251,14 +251,14 @@ def evaluate(
     """Score models and modes on the same documents.
 
     Args:
-        models: by name, a model and one of `MODES`: {"on": (retro, "on"), "baseline": (other, "off")}.
-        dataset, documents: the corpus, and which of it the models have not seen.
+        models: a model and one of `MODES` by name: {"on": (retro, "on"), "baseline": (other, "off")}.
+        dataset, documents: the corpus, and its documents that the models have not seen.
         chunk_bytes: see `bytes_of_chunks`.
         **options: `seed`, `batch_size`, `progress` of `token_losses`.
 
     Returns:
-        A summary for JSON: counts, and under each name bits_per_byte, perplexity and the interval; for all but
-        the first also `more_than_<first>`, the difference of the bits per byte and its interval.
+        A summary for JSON: counts, and for each name bits_per_byte, perplexity and the interval. All but the first
+        also have `more_than_<first>`, the difference in bits per byte with its interval.
     """
     scores = {
         name: score(token_losses(retro, dataset, documents, mode, **options), documents, dataset.doc_ids, chunk_bytes)
@@ -268,7 +268,7 @@ def evaluate(
 
 
 def summary(scores: Mapping[str, Score]) -> dict[str, Any]:
-    """See `evaluate`."""
+    """Summarize scores, as `evaluate` returns them."""
     reference, *others = scores
     first = scores[reference]
     made = {"documents": len(first.nats), "tokens": int(first.tokens.sum()), "bytes": int(first.bytes.sum())}

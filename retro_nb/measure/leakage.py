@@ -1,7 +1,7 @@
-"""How much of a chunk its neighbours already say word for word, and what is left without it (notebook 08).
+"""How much of a chunk its neighbours contain word for word, and how much gain remains without it (notebook 08).
 
-A model that retrieves may merely copy. So the paper (§2.6) measures, for each evaluated chunk, the longest run of
-tokens that it shares with its nearest neighbours, and asks how good the model is on the chunks that share little.
+A model with retrieval may merely copy. So the paper (§2.6) measures, for each evaluated chunk, the longest run of
+tokens that it shares with its nearest neighbours, and evaluates the model on the chunks that share little.
 """
 
 import math
@@ -23,20 +23,20 @@ def shared_runs(
     texts: Sequence[Integer[np.ndarray, " _"]] | Integer[np.ndarray, "k r"],
     special: SpecialIds = BERTS_IDS,
 ) -> Int64[np.ndarray, " m"]:
-    """For each token of the chunk, the length of the longest run around it that one of the texts has as well.
+    """Length of the longest run around each token of the chunk that also occurs in one of the texts.
 
     The maximum is s, the longest common substring (§2.6). Padding, [CLS] and [SEP] are in no run; `special`
     holds these ids for another tokenizer. Time grows with m · Σ r, memory with m + Σ r.
 
     The table of common suffixes has a row for each token of the chunk and a column for each token of the texts. A
-    field holds the length of the longest run that ends there in both; only one row is kept at a time:
+    cell holds the length of the longest run that ends there in both; only one row is kept at a time:
 
               not  to  be
-        to      0   1   0    equal tokens: one more than in the field above to the left
+        to      0   1   0    equal tokens: one more than in the cell above left
         be      0   0   2    s = 2, "to be"
         or      0   0   0    unequal tokens: 0
     """
-    padding = [special.pad]  # around each text, so that no run goes on into the next one
+    padding = [special.pad]  # around each text, so that no run extends into the next one
     text = np.concatenate([padding, *(part for each in texts for part in (each, padding))], dtype=np.int64)
     row, longest = np.zeros(len(text) + 1, np.int64), np.zeros(len(chunk), np.int64)
     for i, token in enumerate(chunk.tolist()):
@@ -59,12 +59,12 @@ def overlaps(
     """r(C) of the e chunks `rows`: the longest run shared with a neighbour, as a share of the chunk (§2.6).
 
     `neighbours` are chunk ids, 10 in the paper, −1 for none; each is compared as the model reads it, N and F. The
-    paper divides by m. Here a chunk has the length of its text, without padding, [CLS] and [SEP]: the few tokens
-    that close a document can be copied whole, too. A chunk without text has r = 0. `special` are the ids of another
-    tokenizer than BERT's (`chunking.special_ids`).
+    paper divides by m. Here the length of a chunk leaves out padding, [CLS] and [SEP], because the few tokens at the
+    end of a document can also be copied in full. A chunk without text has r = 0. `special` are the ids of a tokenizer
+    other than BERT's (`chunking.special_ids`).
 
     Raises:
-        ValueError: the sizes do not belong together.
+        ValueError: the sizes do not match.
         IndexError: a row or a neighbour is outside the chunk array.
     """
     if len(rows) != len(neighbours) or len(chunks) != len(doc_ids):
@@ -96,11 +96,11 @@ def leakage_curve(
         alphas: limits α; 1 keeps every chunk.
 
     Returns:
-        For each α `alpha`, the shares of `chunks` and of `bytes` kept, and `bits_per_byte` by model: None where no
-        byte is kept.
+        For each α: `alpha`, the shares of `chunks` and `bytes` kept, and `bits_per_byte` by model, None if no byte is
+        kept.
 
     Raises:
-        ValueError: the sizes do not belong together, there are no bytes at all, or a share is not in 0 … 1.
+        ValueError: the sizes do not match, there are no bytes at all, or a share is not in 0 … 1.
     """
     counts = {"overlap": len(overlap), "sizes": len(sizes), **{name: len(losses) for name, losses in nats.items()}}
     if len(set(counts.values())) > 1:
@@ -130,8 +130,8 @@ def gain_curve(
 ) -> list[tuple[float, float, float]]:
     """Bits per byte that a better model saves on the chunks with r(C) ≤ α: (value, low, high) for each α.
 
-    The value lies from low to high with a confidence of 95 %. It is a bootstrap over the documents that have such
-    chunks (see `evaluation.interval`), because the chunks of one document are no independent witnesses.
+    low and high bound the 95 % confidence interval. It is a bootstrap over the documents that have such chunks (see
+    `evaluation.interval`), because the chunks of one document are not independent.
 
     Args:
         overlap, sizes, alphas: as for `leakage_curve`.
@@ -139,7 +139,7 @@ def gain_curve(
         documents: each chunk's document.
 
     Returns:
-        Three times NaN for an α that keeps no byte.
+        One triple for each α; three NaN where no byte is kept.
     """
     gains = []
     for alpha in alphas:

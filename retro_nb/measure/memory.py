@@ -1,4 +1,4 @@
-"""A database in which words were exchanged: does the model say what it reads? (notebook 07)
+"""A database with replaced words: does the model say what it reads? (notebook 07)
 
 Shapes: c chunks of the corpus, m tokens in each.
 """
@@ -15,7 +15,7 @@ from retro_nb.text.tokens import TextTokenizer, get_tokenizer
 
 
 def pieces(text: str, *, tokenizer: PathLike | TextTokenizer | None = None) -> list[str]:
-    """The text of each token of a document, with the white space after it: [CLS] has none, [SEP] is left out."""
+    """Text of each token of a document, with the white space after it; empty for [CLS], without [SEP]."""
     starts = [start for part in document_tokens(text, tokenizer=tokenizer) for start, _ in part.spans.tolist()]
     return [text[start:stop] for start, stop in pairwise(starts)]
 
@@ -28,23 +28,23 @@ def rewritten(
     *,
     tokenizer: PathLike | TextTokenizer | None = None,
 ) -> Int32[np.ndarray, "c m_plus_1"]:
-    """The chunk array as it would be if some words of a document were others: a database that has been edited.
+    """Copy of the chunk array in which some words of a document are replaced: an edited database.
 
-    The words are exchanged in the document's text, and the text is cut into chunks anew. What was found stays found:
-    the neighbours of all chunks are left as they were, only what they say has changed.
+    The words are replaced in the document's text, and the text is chunked again. The neighbours of all chunks remain
+    the same; only their content changes.
 
     Args:
-        chunks: the chunk array; it stays as it is.
+        chunks: the chunk array; it is not modified.
         first: the number of the document's first chunk.
         text: the document's text.
-        words: what is to stand in place of the characters [start, stop).
+        words: replacements of the characters [start, stop).
         tokenizer: the chunk array's (see `tokens.get_tokenizer`).
 
     Raises:
-        ValueError: not exactly one token changes for each word. If their number did, all later tokens would move.
+        ValueError: not exactly one token changes for each word. Another number of tokens would shift all later ones.
     """
     edited, m = text, chunks.shape[1] - 1
-    for (start, stop), word in sorted(words.items(), reverse=True):  # from the end: the places before stay
+    for (start, stop), word in sorted(words.items(), reverse=True):  # from the end, so that earlier places stay valid
         edited = edited[:start] + word + edited[stop:]
     tokenizer = get_tokenizer(tokenizer)
     cut = tokens_to_chunks(document_tokens(edited, tokenizer=tokenizer), m, tokenizer.ids.pad)

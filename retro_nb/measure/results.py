@@ -1,4 +1,4 @@
-"""What experiments/evidence.py has found, for the notebooks that show it (07 and 08)."""
+"""Results of experiments/evidence.py, for the notebooks that show them (07 and 08)."""
 
 import json
 from pathlib import Path
@@ -13,27 +13,27 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def results(corpus: str) -> dict[str, Any]:
-    """The measurements on a corpus, one number a seed, with the command and the settings that made them.
+    """Measurements on a corpus, one number per seed, with the command and settings that produced them.
 
     Raises:
-        FileNotFoundError: there are none of this corpus.
+        FileNotFoundError: there are none for this corpus.
     """
     return json.loads(_path(f"{corpus}.json").read_text(encoding="utf-8"))
 
 
 def chunk_results(corpus: str) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The same chunk by chunk, for the e chunks of the documents that were held out, in their order.
+    """Measurements on each of the e chunks of the held-out documents, in order.
 
     Returns:
-        rows        (e,) their numbers in the corpus's chunk array
-        knns        (e, 10) the chunks nearest to each in the database, −1 for none
-        cosine      (e,) similarity to the first of them
+        rows        (e,) chunk numbers in the corpus's chunk array
+        knns        (e, 10) nearest chunks in the database, −1 for none
+        cosine      (e,) similarity to the nearest
         overlap     (e,) r(C), see `leakage.overlaps`
-        bytes       (e,) of the original text
+        bytes       (e,) bytes of the original text
         nats_on, nats_off, nats_shuffled, nats_baseline   (seeds, e) loss, summed over each chunk's tokens
 
     Raises:
-        FileNotFoundError: there are none of this corpus.
+        FileNotFoundError: there are none for this corpus.
     """
     with np.load(_path(f"{corpus}-chunks.npz")) as arrays:
         return dict(arrays)
