@@ -1,7 +1,7 @@
 """The parts of RETRO: normalisation, rotary positions, attention, chunked cross-attention (notebook 04).
 
 Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k neighbours, r retrieved tokens
-per neighbour, d width, h heads. `_` stands for a size that no other argument has to share.
+per neighbour, d width, h heads. `_` is a size that no other argument shares.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from retro_nb.common.devices import attention_kernels
 from retro_nb.model.linear import Linear
 
-ROTARY_DIM = 32  # at most so many features of a head are rotated, the others carry content only
+ROTARY_DIM = 32  # most features of a head that are rotated; the others carry content only
 
 
 class RMSNorm(nn.Module):
     """Scale every token to root mean square 1: x / sqrt(mean(x²) + eps) · gamma (Zhang & Sennrich 2019).
 
-    `gated` multiplies the result by sigmoid(gate · x), one learned number a feature.
+    `gated` multiplies the result by sigmoid(gate · x), one learned number per feature.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-8, gated: bool = False):
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """Residual around `fn`, normalised at its entrance: x + fn(norm(x))."""
+    """Residual around `fn` with the norm before it: x + fn(norm(x))."""
 
     def __init__(self, fn: nn.Module, norm: nn.Module):
         super().__init__()
@@ -52,7 +52,7 @@ class PreNorm(nn.Module):
 
 
 class PostNorm(nn.Module):
-    """Residual around `fn`, normalised at its exit: norm(scale · x + fn(x)) (DeepNet, Wang et al. 2022)."""
+    """Residual around `fn` with the norm after it: norm(scale · x + fn(x)) (DeepNet, Wang et al. 2022)."""
 
     def __init__(self, fn: nn.Module, norm: nn.Module, scale: float = 1.0):
         super().__init__()
@@ -67,12 +67,12 @@ class PostNorm(nn.Module):
 
 
 def rotary(positions: Int[Tensor, " n"], dim_head: int) -> Float[Tensor, "2 n {dim_head}"]:
-    """Cosine and sine of the angles by which positions turn a head's first min(dim_head, 32) features.
+    """Cosine and sine of the angles that rotate a head's first min(dim_head, 32) features at `positions`.
 
     The sine is −sin for the first feature of a pair, as `rotate` needs it; the other features have angle 0.
 
-    Feature pair i of position p turns by p / 10000^(2i / dim) radians (RoFormer, Su et al. 2021). A query
-    at p and a key at p' then meet at angle p − p': attention sees distances, never positions.
+    Feature pair i at position p rotates by p / 10000^(2i / dim) radians (RoFormer, Su et al. 2021). The score
+    of a query at p and a key at p' then depends on p − p' only: attention sees distances, never positions.
     """
     dim = min(dim_head, ROTARY_DIM)
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=positions.device) / dim)
@@ -82,28 +82,28 @@ def rotary(positions: Int[Tensor, " n"], dim_head: int) -> Float[Tensor, "2 n {d
 
 
 def rotate(x: Float[Tensor, "*b n d"], rotary: Float[Tensor, "2 n d"]) -> Float[Tensor, "*b n d"]:
-    """Turn the leading features of every head by `rotary`; feature i is paired with feature i + dim/2."""
+    """Rotate the leading features of every head by `rotary`; feature i is paired with feature i + dim/2."""
     (cos, sin), half = rotary, min(x.shape[-1], ROTARY_DIM) // 2
     first, second, still = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.addcmul(x * cos, torch.cat((second, first, still), dim=-1), sin).type_as(x)
 
 
 class Place(NamedTuple):
-    """Where the tokens stand that are decoded now, in the forms in which the layers ask for it.
+    """Positions of the tokens being decoded, in the forms that the layers need.
 
-    All of it lies on the device: what is recorded once (graphs.py) serves every token.
+    All tensors lie on the device, so that one recording (cuda_graphs.py) serves every token.
     """
 
     positions: Int[Tensor, " n"]
     turn: Float[Tensor, "2 n _"]  # rotary of queries and keys in the self-attention
     reader: Float[Tensor, "2 n _"]  # rotary of queries in the attending chunk, at m−1+i
-    bias: Float[Tensor, "n _"]  # for the first tokens of the sequence: 0, or −inf for those not seen
+    bias: Float[Tensor, "n _"]  # added to scores of the first tokens of the sequence: 0, or −inf if hidden
 
 
 class Past:
-    """The keys and values of the tokens so far, in one self-attention: decoding computes each of them once.
+    """Key-value cache of one self-attention: decoding computes the keys and values of each token once.
 
-    Room for `capacity` tokens is taken at the first use and stays where it is.
+    The first use allocates memory for `capacity` tokens, which never moves.
     """
 
     def __init__(self, capacity: int):
@@ -114,7 +114,7 @@ class Past:
     def extend(
         self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"], place: Place
     ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
-        """Put the new tokens' keys and values in their places; return those of all tokens in `place.bias`."""
+        """Store the new tokens' keys and values; return those of all tokens that `place.bias` covers."""
         b, h, _, d = keys.shape
         all_keys, all_values = self.room(b, h, d, keys)
         all_keys.index_copy_(2, place.positions, keys)
@@ -123,16 +123,16 @@ class Past:
         return all_keys[:, :, :seen], all_values[:, :, :seen]
 
     def room(self, b: int, h: int, d: int, like: Tensor) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
-        """Where the keys and values of all `capacity` tokens lie."""
-        if self.keys is None:  # zeros: what is not seen is still multiplied, by 0
+        """The tensors for the keys and values of all `capacity` tokens."""
+        if self.keys is None:  # zeros: hidden values are still multiplied, by 0
             self.keys, self.values = (like.new_zeros(b, h, self.capacity, d) for _ in range(2))
         return self.keys, self.values
 
 
 def hiding(hidden: Bool[Tensor, "*b r"], dtype: torch.dtype) -> Float[Tensor, "*b r"]:
-    """What is added to attention scores: −inf where a key is hidden, 0 elsewhere.
+    """Bias for attention scores: −inf where a key is hidden, 0 elsewhere.
 
-    Rows begin at multiples of 8 numbers. Where they do not, GPU kernels copy them at every use.
+    Rows begin at multiples of 8 numbers; otherwise GPU kernels would copy them at every use.
     """
     r = hidden.shape[-1]
     room = torch.zeros(*hidden.shape[:-1], -(-r // 8) * 8, dtype=dtype, device=hidden.device)
@@ -144,7 +144,7 @@ class Attention(nn.Module):
 
     Args:
         dim: width d of the queries' side and of the result.
-        context_dim: width of the attended side, `dim` when left out.
+        context_dim: width of the attended side, by default `dim`.
         causal: token i sees tokens 0 … i only.
         dropout: share of the attention weights dropped in training.
         null_kv: adds one learned key and value, so that a query may attend to nothing at all.
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         q_rotary: Float[Tensor, "2 n _"] | None = None,
         k_rotary: Float[Tensor, "2 _ _"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Attend from x to `context` (to x itself when left out); `mask` is True where a key may be seen."""
+        """Attend from x to `context` (by default x itself); `mask` is True where a key is visible."""
         keys, values = self.keys_values(x if context is None else context, k_rotary)
         return self.attend(self.queries(x, q_rotary), keys, values, mask)
 
@@ -205,8 +205,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b n _"]:
         """Softmax over all r keys together, weighted sum of the values, heads merged."""
         if mask is not None and self.null_k is None:
-            # A row without any visible key would divide 0 by 0. It sees everything instead: whoever reads
-            # that row's result knows it to be padding.
+            # A row without any visible key would divide 0 by 0. It attends to everything instead; callers know
+            # that its result is padding.
             mask = mask | ~mask.any(dim=-1, keepdim=True)
         if self.null_k is not None:
             k, v = self.with_null(k, v)
@@ -215,7 +215,7 @@ class Attention(nn.Module):
         n, r = q.shape[2], k.shape[2]
         if mask is not None:
             mask = rearrange(mask, "b r -> b 1 1 r")
-        whole = self.causal and mask is None and n == r  # the case with a kernel of its own
+        whole = self.causal and mask is None and n == r  # this case has its own kernel
         if self.causal and not whole and n > 1:
             past = torch.ones(n, r, dtype=torch.bool, device=q.device).tril(r - n)
             mask = past if mask is None else mask & past
@@ -228,7 +228,7 @@ class Attention(nn.Module):
     def with_null(
         self, k: Float[Tensor, "b h r d"], v: Float[Tensor, "b h r d"]
     ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
-        """Keys and values with the learned ones before them."""
+        """Prepend the learned null key and value."""
         null = (repeat(t, "(h d) -> b h 1 d", b=len(k), h=self.heads) for t in (self.null_k, self.null_v))
         k, v = (torch.cat((first.type_as(t), t), dim=2) for first, t in zip(null, (k, v), strict=True))
         return k, v
@@ -236,7 +236,7 @@ class Attention(nn.Module):
     # decoding
 
     def extend(self, x: Float[Tensor, "b n d"], past: Past, place: Place) -> Float[Tensor, "b n d"]:
-        """Self-attention for the next tokens: they look at the past and at themselves, and enter the past."""
+        """Self-attention of the next tokens over the past and themselves; adds them to the past."""
         parts = torch.stack((self.to_q(x), self.to_k(x), self.to_v(x)))
         parts = rearrange(parts, "three b n (h d) -> three b h n d", h=self.heads)
         q, k = rotate(parts[:2], place.turn)
@@ -249,9 +249,9 @@ class Attention(nn.Module):
         v: Float[Tensor, "b h r d"],
         bias: Float[Tensor, "*_ r"],
     ) -> Float[Tensor, "b n _"]:
-        """`attend` with all that is hidden said in `bias`.
+        """`attend` with `bias` as the only mask.
 
-        Written out: for a single query, PyTorch's fused kernels leave most of a GPU idle.
+        Written out, because PyTorch's fused kernels leave most of a GPU idle for a single query.
         """
         weights = (q * self.dim_head**-0.5 @ k.mT + bias).softmax(dim=-1)
         out = weights @ v
@@ -271,7 +271,7 @@ class FeedForward(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What the attending chunks of one layer read: keys and values of their k·r retrieved tokens."""
+    """Keys and values of the k·r retrieved tokens that each attending chunk reads in one layer."""
 
     keys: Float[Tensor, "b h r d"]  # b runs over the l chunks of all sequences, r over all k neighbours
     values: Float[Tensor, "b h r d"]
@@ -280,7 +280,7 @@ class Memory(NamedTuple):
 
 
 class OpenMemory(NamedTuple):
-    """The memory of one chunk in each sequence, laid open for many tokens to read one after another."""
+    """The memory of one chunk per sequence, prepared for many tokens that read one after another."""
 
     keys: Float[Tensor, "b h r d"]  # the null key first
     values: Float[Tensor, "b h r d"]
@@ -290,8 +290,8 @@ class OpenMemory(NamedTuple):
 class ChunkedCrossAttention(nn.Module):
     """CCA(H, E): every attending chunk reads the encoded neighbours of the chunk before (paper eq. 3–6).
 
-    The attending chunk of u is the last token of chunk u and the first m−1 tokens of chunk u+1. Its tokens
-    are the ones which may know chunk u as a whole, hence its neighbours E_u:
+    The attending chunk of u is the last token of chunk u and the first m−1 tokens of chunk u+1. These
+    tokens may depend on the whole of chunk u, hence on its neighbours E_u:
 
         sequence          0 …  m−2 │ m−1 … 2m−2 │ 2m−1 … 3m−2 │ …
         attends           nothing  │    E_1     │     E_2     │
@@ -308,7 +308,7 @@ class ChunkedCrossAttention(nn.Module):
     def remember(
         self, encoded: Float[Tensor, "b l k r _"] | None, mask: Bool[Tensor, "b l k r"] | None
     ) -> Memory | None:
-        """Project the encoded neighbours, if there are any, to keys and values; mask is False on padding."""
+        """Project the encoded neighbours, if any, to keys and values; mask is False on padding."""
         if encoded is None:
             return None
         _, l, k, r, _ = encoded.shape
@@ -324,13 +324,13 @@ class ChunkedCrossAttention(nn.Module):
         memory: Memory | None,
         kept: Int[Tensor, " c"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """What the tokens read, zero where there is nothing to read yet.
+        """Output of the cross-attention, zero where there is nothing to read yet.
 
         Args:
             x: whole sequences.
-            memory: of their l chunks; None where no chunk has neighbours.
-            kept: the memory holds only these c of the b·l chunks; the others have no neighbours, so that all
-                they can read is the null value.
+            memory: that of their l chunks; None if no chunk has neighbours.
+            kept: the memory holds only these c of the b·l chunks; the others have no neighbours and read only
+                the null value.
         """
         if memory is None:
             return torch.zeros_like(x)
@@ -354,12 +354,12 @@ class ChunkedCrossAttention(nn.Module):
     def _with_null_elsewhere(
         self, out: Float[Tensor, "c m d"], kept: Int[Tensor, " c"], chunks: int
     ) -> Float[Tensor, "{chunks} m d"]:
-        """`out` in the places `kept` of all chunks, the null value in the others.
+        """Place `out` at the chunks `kept` and the null value at all others.
 
-        The rows are copied into a tensor of their own. Inductor computes `index_copy` into an expanded view in
+        The rows are copied into a separate tensor, because Inductor computes `index_copy` into an expanded view in
         place, so that all rows of the view change (pytorch/pytorch#183986; torch 2.11 to 2.13 at least).
         """
-        to_out = self.attn.to_out  # not called: it multiplies single rows otherwise, and this is one of many
+        to_out = self.attn.to_out  # not called: Linear computes a single row differently, and this is one of many
         null = F.linear(self.attn.null_v, to_out.weight, to_out.bias).type_as(out)
         read = out.new_zeros(chunks, *out.shape[1:]).index_copy(0, kept, out)
         has_read = torch.zeros(chunks, dtype=torch.bool, device=out.device).index_fill(0, kept, True)
@@ -368,7 +368,7 @@ class ChunkedCrossAttention(nn.Module):
     # decoding
 
     def open(self, encoded: Float[Tensor, "b 1 k r _"], mask: Bool[Tensor, "b 1 k r"]) -> OpenMemory:
-        """`remember` one chunk in each sequence, with the null key and all that is hidden in its place."""
+        """`remember` one chunk per sequence, with the null key prepended and the mask as a bias."""
         keys, values, mask, _ = self.remember(encoded, mask)
         bias = hiding(~F.pad(mask, (1, 0), value=True), keys.dtype)
         return OpenMemory(*self.attn.with_null(keys, values), rearrange(bias, "b r -> b 1 1 r"))
@@ -376,7 +376,7 @@ class ChunkedCrossAttention(nn.Module):
     def read(
         self, x: Float[Tensor, "b n d"], memory: OpenMemory | None, turn: Float[Tensor, "2 n _"]
     ) -> Float[Tensor, "b n d"]:
-        """What tokens of one attending chunk read, zero where it has no neighbours; `turn` is their rotary."""
+        """Output for tokens of one attending chunk, zero if it has no neighbours; `turn` is their rotary."""
         if memory is None:
             return torch.zeros_like(x)
         return self.attn.look(self.attn.queries(x, turn), *memory)

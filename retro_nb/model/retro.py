@@ -23,8 +23,8 @@ from retro_nb.model.transformer import Decoder, DecodingState, Encoder, deepnet_
 class RETRO(ChunkedLM):
     """A causal language model that reads, after every chunk, the neighbours retrieved for it.
 
-    The arguments are those of retro-pytorch 0.3.9; the last seven are the paper's and, at their defaults,
-    leave the reference's model.
+    The arguments are those of retro-pytorch 0.3.9. The last seven come from the paper; their defaults give the
+    reference's model.
 
     Args:
         num_tokens: vocabulary size v.
@@ -41,19 +41,19 @@ class RETRO(ChunkedLM):
         enc_scale_residual, dec_scale_residual: other residual scales for `use_deepnet`.
         norm_klass: RMSNorm (default) or LayerNorm, the class or its name.
         gated_rmsnorm: RMSNorm with a gate, see `layers.RMSNorm`.
-        enc_heads, enc_dim_head: for an encoder with other heads than the decoder.
+        enc_heads, enc_dim_head: heads of the encoder and their size; by default the decoder's.
         ff_mult: width of the feed-forward layers, as a multiple of d (paper: 4).
-        separate_embeddings: EMB_enc ≠ EMB (paper section 2.4: "disjoint"), each as wide as its side. Without,
-            one table of width enc_dim serves both and a linear map leads to dec_dim.
-        absolute_positions: a learned vector for every position, beside the relative ones. The paper has
-            relative positions only; here they are always rotary.
+        separate_embeddings: EMB_enc ≠ EMB (paper section 2.4: "disjoint"), each as wide as its stack. If False,
+            one table of width enc_dim serves both, and a linear map projects to dec_dim.
+        absolute_positions: a learned vector per position, in addition to relative positions. The paper has
+            relative positions only; here these are always rotary.
         tied_output: the output weights are the decoder's token embedding (the paper's sizes count one table).
-        project_encoded: the encoder ends in a linear map to dec_dim. In the paper K and V of the chunked
-            cross-attention read width d' themselves.
+        project_encoded: the encoder ends in a linear map to dec_dim. In the paper, K and V of the chunked
+            cross-attention project from width d' directly.
 
-    What all-padding neighbours promise: their tokens are never read, so adding them to real neighbours
-    changes nothing. A chunk with no other neighbours reads the learned null value, which is one vector and
-    not zero; only `retrieved=None` skips reading. The first m−1 tokens never read; with `use_deepnet` they
+    The tokens of all-padding neighbours are never read, so adding such neighbours to real ones changes
+    nothing. A chunk with no other neighbours reads the learned null value, a single vector that is not zero;
+    only `retrieved=None` skips reading. The first m−1 tokens never read; with `use_deepnet` they
     are still normalised where they would have read, as in the reference.
     """
 
@@ -152,7 +152,7 @@ class RETRO(ChunkedLM):
     # whole sequences
 
     def _hidden(self, seq: Int[Tensor, "b n"], retrieved: Retrieved | None) -> Float[Tensor, "b n _"]:
-        """What the output layer reads."""
+        """Input of the output layer."""
         self._check_length(seq.shape[1])
         retrieved = self._check_retrieved(retrieved, chunks=seq.shape[1] // self.chunk_size)
         retrieved, kept = self._with_neighbours(retrieved)
@@ -168,8 +168,8 @@ class RETRO(ChunkedLM):
 
         Args:
             batch: number of sequences.
-            capacity: most tokens that will be fed, max_seq_len when left out. On a GPU every token looks at
-                so many places, filled or not.
+            capacity: most tokens that will be fed, by default max_seq_len. On a GPU without the Triton kernels,
+                every single token attends over this many positions, filled or not.
             retrieval: False for RETRO[OFF], the model of forward(retrieved=None).
         """
         capacity, weight, m = self._capacity(capacity), self.to_logits.weight, self.chunk_size
@@ -186,29 +186,29 @@ class RETRO(ChunkedLM):
     ) -> Float[Tensor, "b n v"]:
         """Feed the next tokens and return their logits: those of `forward` on everything fed so far.
 
-        All tokens of a call lie in one attending chunk, the last token of a chunk and the first m−1 of the
-        next, because they read the same neighbours (`pieces` cuts a longer text). A piece that begins with
-        a chunk's last token brings the neighbours of that chunk.
+        All tokens of a call must lie in one attending chunk, the last token of a chunk and the first m−1 of
+        the next, because they read the same neighbours (`pieces` cuts a longer text). Pass a chunk's
+        neighbours with the piece that begins with its last token.
 
-        On a GPU, without gradients, single tokens replay a recording of the layers (graphs.py). So let the
-        weights stay where they are while a state is in use; hooks on the layers do not run.
+        On a GPU, without gradients, single tokens replay a recording of the layers (cuda_graphs.py). So do not
+        move the weights while a state is in use; hooks on the layers do not run.
 
         Args:
             seq: (b, n) the next tokens.
             state: from `start_decoding`; it is updated.
-            retrieved: (b, k, r) the neighbours of the chunk that ends with this piece's first token. Without,
+            retrieved: (b, k, r) the neighbours of the chunk that ends with this piece's first token. If None,
                 the attending chunk reads nothing.
 
         Raises:
             ValueError: a piece that crosses into the next attending chunk, neighbours where no chunk ends
-                or in a state without retrieval, more tokens than the state has room for.
+                or in a state without retrieval, more tokens than the state's capacity.
         """
         retrieved = self._check_piece(seq, state, retrieved)
         x = self._embed(seq, state.length)
         x = self.decoder.decode(x, state, self.encoder, *self._embed_retrieved(retrieved))
         return self.to_logits(x)
 
-    # what both share
+    # shared helpers
 
     def _embed(self, seq: Int[Tensor, "b n"], start: int = 0) -> Float[Tensor, "b n _"]:
         self._check_tokens(seq, "seq")
@@ -228,7 +228,7 @@ class RETRO(ChunkedLM):
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:
-        """The decoder, and with it the encoder, which it calls."""
+        """The decoder, which calls the encoder."""
         return (self.decoder,)
 
     # sizes, weights
@@ -238,14 +238,14 @@ class RETRO(ChunkedLM):
         """A model of the paper's Table 2: "172M", "425M", "1.5B" or "7.5B" (without embeddings).
 
         `changes` are constructor arguments that differ, such as num_tokens. Build inside
-        `torch.device("meta")` to look at a size without taking its memory.
+        `torch.device("meta")` to inspect a size without allocating its memory.
         """
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**{**AS_IN_THE_PAPER, **PRESETS[name], **changes})
 
     def num_parameters(self, embeddings: bool = True) -> int:
-        """How many parameters; with embeddings=False without token, position and output tables."""
+        """Number of parameters; embeddings=False leaves out the token, position and output tables."""
         tables = (self.token_emb, self.enc_token_emb, self.pos_emb, self.to_logits)
         left_out = {id(p) for table in tables if table is not None for p in table.parameters()}
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in left_out)
@@ -254,12 +254,12 @@ class RETRO(ChunkedLM):
     def from_retro_pytorch(cls, state_dict: Mapping[str, Tensor], **config) -> "RETRO":
         """The model of a retro-pytorch 0.3.9 checkpoint.
 
-        `config` are the arguments that its RETRO was built with. That one always has 8 heads, whatever
-        `heads` was, and so has this. Outputs differ where the reference misplaces the queries of its chunked
-        cross-attention: in every chunk all but the first at position 0.
+        `config` holds the arguments that the checkpoint's RETRO was built with. The reference always has 8
+        heads, whatever `heads` was, and so does this model. Outputs differ where the reference misplaces the
+        queries of its chunked cross-attention: in every chunk it puts all but the first at position 0.
 
         Raises:
-            ValueError: names or shapes do not fit, so `config` is another model's.
+            ValueError: names or shapes do not fit, so `config` belongs to another model.
         """
         model = cls(**{**config, "heads": 8})
         try:
@@ -272,10 +272,10 @@ class RETRO(ChunkedLM):
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "RETRO":
         """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
 
-        `folder` may also be the name of a model that comes with the project, in data/checkpoints: "speeches".
+        `folder` may also be the name of an included model in data/checkpoints, such as "speeches".
 
         Raises:
-            FileNotFoundError: there is no such folder or name, or a file is missing in it.
+            FileNotFoundError: no such folder or name, or a file in it is missing.
             ValueError: the configuration is not RETRO's, the weights are damaged, or the two do not belong
                 together.
         """
@@ -283,16 +283,16 @@ class RETRO(ChunkedLM):
 
 
 def _residual_stream(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """Embeddings in the type in which the layers add to them: autocast's, where it is on.
+    """Cast embeddings to the dtype of the residual stream: autocast's, if it is enabled.
 
-    In bfloat16 the sums are rounded, and a GPU moves half the bytes between two matrix products.
+    In bfloat16 the sums are rounded, but a GPU moves half the bytes between two matrix products.
     """
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _layers(name: str, layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    """The layers that cross-attend, None being all."""
+    """Numbers of the layers that cross-attend; None means all."""
     layers = tuple(range(1, depth + 1)) if layers is None else tuple(layers)
     if outside := [i for i in layers if not 1 <= i <= depth]:
         raise ValueError(f"{name} names layer {outside[0]}, but the layers are 1 … {depth}: leave it out")

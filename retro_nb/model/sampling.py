@@ -1,4 +1,4 @@
-"""Writing with RETRO: token by token, with new neighbours at the end of every chunk (notebook 06).
+"""Sampling from RETRO token by token, with new neighbours at the end of every chunk (notebook 06).
 
 Shapes: b batch, n sequence length, m chunk length, l chunks, k neighbours, r retrieved tokens per neighbour,
 v vocabulary.
@@ -21,7 +21,7 @@ from retro_nb.text.tokens import EOS_ID
 
 FetchNeighbours = Callable[[Tensor, int], Tensor]  # (b, m) tokens of a chunk, its number -> (b, k, r)
 OnToken = Callable[[int, Tensor], object]  # position, (b,) tokens
-HOTTEST = 1e30  # highest temperature: times Gumbel noise, which is below 17, it is still a float32
+HOTTEST = 1e30  # highest temperature: its product with Gumbel noise (below 17) still fits float32
 MEND = (
     "nothing can be drawn where a logit is NaN or ∞, or where all are −∞. Load a checkpoint whose weights are finite, "
     "compute in float32 if a smaller type overflows, or let the filter keep a token"
@@ -29,7 +29,7 @@ MEND = (
 
 
 def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tensor, "*b v"]:
-    """Keep the likeliest tokens, −inf for the others.
+    """Keep the likeliest tokens; set the others to −inf.
 
     Args:
         logits: scores of the v tokens.
@@ -48,7 +48,7 @@ def top_p(logits: Float[Tensor, "*b v"], thres: float | int = 0.9) -> Float[Tens
         thres: share of the probability to filter out, 0 … 1: 0.1 keeps 90 % of it. At least one token stays.
     """
     _check_share(thres)
-    if thres == 0:  # rounding must not cost the least likely tokens
+    if thres == 0:  # rounding must not drop the least likely tokens
         return logits
     values, tokens = logits.sort(descending=True, stable=True)
     probabilities = values.softmax(dim=-1)
@@ -72,8 +72,8 @@ def gumbel_sample(
 
     Raises:
         ValueError: a temperature outside 0 … 1e30.
-        FloatingPointError: on a CPU, a score is NaN or ∞, or all scores to choose from are −∞. A GPU is not
-            made to wait for this check; `generate` has its own.
+        FloatingPointError: on a CPU, a score is NaN or ∞, or all scores to choose from are −∞. A GPU would
+            have to wait for this check and skips it; `generate` has its own.
     """
     _check_temperature(temperature)
     tokens, possible = draw(t, temperature, dim, _uniform(t, temperature, generator))
@@ -86,20 +86,20 @@ def gumbel_sample(
 def _uniform(
     t: Float[Tensor, "*b v"], temperature: float | int, generator: torch.Generator | None
 ) -> Float[Tensor, "..."]:
-    """Random numbers from 0 to 1 of t's shape, a single one where greedy choice needs none."""
+    """Uniform random numbers in t's shape; a single one for greedy choice, which needs none."""
     return torch.rand(t.shape if temperature > 0 else (), generator=generator, device=t.device)
 
 
 def draw(
     t: Float[Tensor, "..."], temperature: float | int, dim: int, uniform: Float[Tensor, "..."]
 ) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
-    """The tokens that are drawn, and whether they could be.
+    """The drawn tokens, and whether each draw was possible.
 
-    Where scores are NaN or ∞, argmax chooses one of these; where all are −∞, it has no other. So the score of the
-    token that is drawn tells of every fault, and no further look at all v scores is needed.
+    If scores are NaN or ∞, argmax chooses one of them; if all are −∞, it must choose −∞. So the score of the drawn
+    token reveals every fault, without another pass over all v scores.
     """
     noisy = t
-    if temperature > 0:  # log 0 is never drawn; a division by a temperature of 1e-40 would overflow
+    if temperature > 0:  # clamp avoids log 0; dividing by a temperature of 1e-40 would overflow
         noisy = t.float().sub(uniform.clamp(min=1e-30).log_().neg_().log_(), alpha=temperature)
     tokens = noisy.argmax(dim=dim, keepdim=True)
     return tokens.squeeze(dim), t.gather(dim, tokens).isfinite().squeeze(dim)
@@ -129,33 +129,33 @@ def generate(
 ) -> Int[Tensor, "b _"]:
     """Continue the prompts, one token at a time, in evaluation mode.
 
-    Each row ends at the first `eos_id` that it generates itself, after max_new_tokens, or at the model's
-    max_seq_len; what follows in the row is padding. Prompts are kept as they are, whatever they hold.
+    Each row ends at the first `eos_id` that it generates, after max_new_tokens, or at the model's max_seq_len;
+    the rest of the row is padding. Prompts stay unchanged, whatever they contain.
 
     Args:
         prompt: (b, p) with 1 ≤ p ≤ max_seq_len.
-        fetch_neighbours: gets a completed chunk (b, m) and its number (from 0), returns its neighbours
-            (b, k, r). Called once a chunk, when a token follows it. Rows that have ended hold padding there.
-        retrieved: neighbours of the prompt's first l chunks, used as they are. Chunks that neither this nor
-            fetch_neighbours covers get all-padding neighbours. With neither given, nothing is ever read.
-        prompt_lengths: (b,) for prompts of different lengths, each padded at its end. A longer prompt goes on
-            being read while shorter rows are already being written.
-        max_new_tokens: for each row, counted from its own prompt's end.
-        filter_fn, filter_thres: top_k or top_p and the share that it filters out.
+        fetch_neighbours: takes a completed chunk (b, m) and its number (from 0), returns its neighbours
+            (b, k, r). Called once per chunk, if a token follows it. Rows that have ended hold padding there.
+        retrieved: neighbours of the prompt's first l chunks, used unchanged. Chunks that neither this nor
+            fetch_neighbours covers get all-padding neighbours. If both are None, the model reads nothing.
+        prompt_lengths: (b,) lengths of the prompts, each padded at its end. Shorter rows already generate while
+            longer prompts are still being read.
+        max_new_tokens: limit per row, counted from the end of its prompt.
+        filter_fn, filter_thres: top_k or top_p, and the share to filter out.
         temperature: 0 is greedy, 1 samples the model as it is.
-        generator: noise for all rows is drawn at every step, so a row's text does not depend on when the
-            others end. On a GPU up to 15 steps more are drawn than were needed.
-        eos_id: what ends a text: of the model's own tokenizer if it has one, else BERT's [SEP].
-        on_token: called with every new position and its (b,) tokens, as they come.
+        generator: draws noise for all rows at every step, so a row's text does not depend on when the
+            others end. On a GPU it draws for up to 15 steps more than needed.
+        eos_id: token that ends a text; by default that of the model's tokenizer, or BERT's [SEP] if it has none.
+        on_token: called with each new position and its (b,) tokens.
 
     Returns:
-        (b, n), prompt included, as long as the longest row.
+        (b, n) tokens, prompts included; n is the length of the longest row.
 
     Raises:
         ValueError: an empty prompt or one longer than max_seq_len, lengths outside the prompt, `retrieved`
             for chunks that the shortest prompt does not complete, a temperature outside 0 … 1e30.
-        FloatingPointError: the logits of a row that is being written hold NaN or ∞, or nothing but −∞. On a GPU
-            this is seen up to 15 tokens later, as it is looked for together with the rows' ends.
+        FloatingPointError: the logits of a row being generated hold NaN or ∞, or only −∞. On a GPU the error
+            comes up to 15 tokens later, because the check runs together with that for ended rows.
     """
     _check_temperature(temperature)
     if filter_fn in (top_k, top_p):
@@ -175,7 +175,7 @@ def generate(
 
     with evaluating(retro), torch.inference_mode():
         while position < stop:
-            for begin, end in retro.pieces(state.length, position):  # the prompt at first, then one token
+            for begin, end in retro.pieces(state.length, position):  # first the prompt, then single tokens
                 chunk_ends = (begin + 1) % retro.chunk_size == 0
                 found = neighbours(begin // retro.chunk_size) if neighbours and chunk_ends else None
                 logits = retro.decode(seq[:, begin:end], state, found)[:, -1]
@@ -192,11 +192,11 @@ def generate(
 
 @dataclass
 class _Rows:
-    """The texts that are being written. All of it changes in place, so that a GPU can replay `write`."""
+    """The rows being generated. All fields are updated in place, so that a GPU can replay `write`."""
 
     seq: Int[Tensor, "b n"]
     lengths: Int[Tensor, " b"]  # of the prompts
-    ends: Int[Tensor, " b"]  # where each row ends, as far as is known
+    ends: Int[Tensor, " b"]  # where each row ends, as known so far
     failed: Int[Tensor, " b"]  # where each row's logits were first not finite
     pad_id: int
     eos_id: int
@@ -209,7 +209,7 @@ class _Rows:
         uniform: Float[Tensor, "*_"],
         position: Int[Tensor, " 1"],
     ) -> Int[Tensor, "b 1"]:
-        """Draw tokens from the filtered logits and put them at `position`; return what then stands there."""
+        """Draw tokens from the filtered logits and put them at `position`; return the tokens now there."""
         token, possible = draw(filtered(logits), temperature, -1, uniform)
         in_prompt, ended = position < self.lengths, self.ends <= position
         self.failed.copy_(self.failed.where(possible | in_prompt | ended, self.failed.minimum(position)))
@@ -220,10 +220,10 @@ class _Rows:
         return there
 
     def look(self) -> int:
-        """Where the last row ends, as far as is known; a GPU waits once for this and for what has failed.
+        """Where the last row ends, as known so far. A GPU waits once for this and for the check of `failed`.
 
         Raises:
-            FloatingPointError: a row could not be written on.
+            FloatingPointError: a row's logits were not finite.
         """
         stop, where = torch.stack((self.ends.max(), self.failed.min())).tolist()
         if where < stop:
@@ -233,20 +233,20 @@ class _Rows:
 
 
 def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Tensor, "b _"]:
-    """Prompts with so much padding before them that they end with a chunk.
+    """Pad prompts on the left so that they end with a chunk.
 
-    Then the first token that is written reads what was retrieved for the whole prompt, however short it is: the
-    paper's recipe for answering questions (§4.3). Prompts of different lengths come padded at their ends, and end
-    together. It is for models that do not attend to padding before a text, which is what `retrofit` makes.
+    The first generated token then reads what was retrieved for the whole prompt, however short: the paper's recipe
+    for answering questions (§4.3). Pass prompts of different lengths padded at their ends; the result aligns their
+    ends. Use it with models that do not attend to padding before a text, such as those that `retrofit` makes.
     """
     prompt = F.pad(prompt, (-prompt.shape[1] % chunk_size, 0), value=pad_id)
-    return prompt.gather(1, (prompt != pad_id).byte().argsort(dim=1, stable=True))  # padding first, else as it is
+    return prompt.gather(1, (prompt != pad_id).byte().argsort(dim=1, stable=True))  # padding first, else in order
 
 
 def _row_limits(
     retro: ChunkedLM, prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"] | None, max_new_tokens: int | None
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """Of each row: how many tokens are its prompt, and at how many it ends at the latest."""
+    """Length of each row's prompt, and the length at which the row ends at the latest."""
     b, p = prompt.shape
     if not b or not p:
         raise ValueError(f"the prompt has shape {(b, p)}: it needs one token at least, such as [CLS] (101)")
@@ -262,16 +262,16 @@ def _row_limits(
 
 
 def _patience(retro: ChunkedLM, seq: Int[Tensor, "b n"]) -> int:
-    """After how many tokens to look whether all rows have ended, and always before neighbours are fetched.
+    """Number of tokens between checks whether all rows have ended; a check always precedes a fetch of neighbours.
 
-    A look makes a GPU wait. Without, some padding too many is written behind the rows and cut away.
+    A check makes a GPU wait. Between checks, surplus padding may follow the rows; it is cut off at the end.
     """
     return 1 if seq.is_cpu else math.gcd(16, retro.chunk_size)
 
 
 def _room(prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"], n: int, pad_id: int) -> Int[Tensor, "b {n}"]:
-    """The prompts at the beginning of rows of n tokens, the rest padding."""
-    seq = F.pad(prompt.long(), (0, n - prompt.shape[1]), value=pad_id)  # a negative number cuts
+    """Rows of n tokens: each prompt, then padding."""
+    seq = F.pad(prompt.long(), (0, n - prompt.shape[1]), value=pad_id)  # a negative number crops
     positions = torch.arange(n, device=prompt.device)
     return seq.masked_fill(positions >= rearrange(lengths, "b -> b 1"), pad_id)
 
@@ -283,7 +283,7 @@ def _neighbours(
     given: Int[Tensor, "b l k r"] | None,
     shortest: int,
 ) -> Callable[[int], Tensor] | None:
-    """A function from a chunk's number to its neighbours (b, k, r); None for no retrieval at all."""
+    """Function from a chunk's number to its neighbours (b, k, r); None without retrieval."""
     if fetch is None and given is None:
         return None
     m, l = retro.chunk_size, 0 if given is None else given.shape[1]

@@ -24,7 +24,7 @@ from retro_nb.model.layers import (
 )
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
-Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside its residual
+Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside a residual
 
 
 class Layer(nn.Module):
@@ -38,14 +38,14 @@ class Layer(nn.Module):
 def of_chunks(
     x: Shaped[Tensor, "b n *d"], m: int, kept: Int[Tensor, " c"] | None = None
 ) -> Shaped[Tensor, "_ _ {m} *d"]:
-    """What belongs to the l complete chunks of each sequence, (b, l, m); or to the chunks `kept` of all, (c, 1, m)."""
+    """Split x into the l complete chunks of each sequence, (b, l, m); with `kept`, only these chunks, (c, 1, m)."""
     l = x.shape[1] // m
     chunks = rearrange(x[:, : l * m], "b (l m) ... -> b l m ...", m=m)
     return chunks if kept is None else rearrange(chunks, "b l ... -> (b l) 1 ...")[kept]
 
 
 class Encoder(nn.Module):
-    """Reads the retrieved tokens in both directions, in the light of the chunk that retrieved them.
+    """Bidirectional encoder of the retrieved tokens, conditioned on the chunk that retrieved them.
 
     E_u^j = Encoder(RET(C_u)^j, H_u): in the layers P_enc each neighbour attends to H_u, the activations of
     the chunk it was retrieved for (paper section 2.4, eq. 7: both sides count their positions from 0).
@@ -105,20 +105,20 @@ class Encoder(nn.Module):
 
 @dataclass
 class DecodingState:
-    """Everything `RETRO.decode` keeps of the tokens it was fed; made by `RETRO.start_decoding`."""
+    """Everything `RETRO.decode` keeps about the tokens fed so far; made by `RETRO.start_decoding`."""
 
-    capacity: int  # tokens there is room for
+    capacity: int  # most tokens that can be fed
     retrieval: bool  # RETRO[ON], or RETRO[OFF] = forward(retrieved=None)
-    pasts: list[Past]  # self-attention keys and values, one past a layer
+    pasts: list[Past]  # self-attention keys and values, one past per layer
     chunk: Tensor  # b m d: the current chunk after self-attention at layer min(P), to condition the encoder
     angles: Tensor  # 2 _ _: rotary of all positions that can occur
     memories: dict[int, OpenMemory | None] = field(default_factory=dict)  # what each layer reads of E_u
-    recording: Recording = field(default_factory=Recording)  # of the step of one token, on a GPU
+    recording: Recording = field(default_factory=Recording)  # of a one-token step, on a GPU
     length: int = 0  # tokens fed so far
 
 
 class WithModules:
-    """What a decoded token goes through, block by block; `triton_kernels` does the same in fewer kernels."""
+    """Decode by calling the modules, block by block; `triton_kernels` does the same in fewer kernels."""
 
     @staticmethod
     def extend(block: nn.Module, x: Tensor, past: Past, place: Place) -> Tensor:
@@ -171,9 +171,9 @@ class Decoder(nn.Module):
         mask: Bool[Tensor, "_ _ k r"] | None = None,
         kept: Int[Tensor, " c"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Whole sequences at once (paper Algorithm 1); without `retrieved` the layers P do not read.
+        """Process whole sequences (paper Algorithm 1); without `retrieved` the layers P do not read.
 
-        The neighbours are (b, l, k, r); or, of the chunks `kept` among all b·l, (c, 1, k, r).
+        The neighbours have shape (b, l, k, r); with `kept`, those of the c kept chunks have shape (c, 1, k, r).
         """
         turn = rotary(torch.arange(x.shape[1], device=x.device), self.dim_head)
         encoded = None
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         retrieved: Float[Tensor, "b 1 k r _"] | None = None,
         mask: Bool[Tensor, "b 1 k r"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """The same for the next piece of the sequences, all of it in one attending chunk."""
+        """Process the next piece of the sequences, which lies in one attending chunk."""
         positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
         if state.retrieval and (state.length + 1) % self.chunk_size == 0:  # the first token ends a chunk
             if retrieved is not None:
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
     def _step(
         self, x: Float[Tensor, "b n d"], positions: Int[Tensor, " n"], state: DecodingState
     ) -> Float[Tensor, "b n d"]:
-        """All layers; for a single token on a GPU, from the second time on, as a recording."""
+        """Run all layers; for a single token on a GPU, from the second call on, replay a recording."""
         if x.shape[1] == 1 and can_record(x):
             return state.recording.play(partial(self._layers, state, state.capacity), x, positions)
         return self._layers(state, state.length + x.shape[1], x, positions)
@@ -217,9 +217,9 @@ class Decoder(nn.Module):
     def _layers(
         self, state: DecodingState, seen: int, x: Float[Tensor, "b n d"], positions: Int[Tensor, " n"]
     ) -> Float[Tensor, "b n d"]:
-        """All layers for tokens at `positions`, which look among the first `seen` tokens.
+        """Run all layers for tokens at `positions`, which attend over the first `seen` tokens.
 
-        Nothing but the tensors x and positions changes from token to token, and doing it twice does no harm.
+        Only the tensors x and positions change from token to token, and repeating a call does no harm.
         """
         m = self.chunk_size
         turn, reader = (state.angles.index_select(1, each) for each in (positions, m - 1 + (positions + 1) % m))
@@ -241,7 +241,7 @@ class Decoder(nn.Module):
         encoded: Float[Tensor, "b 1 k r _"] | None,
         mask: Bool[Tensor, "b 1 k r"] | None,
     ) -> None:
-        """From now on the layers P read `encoded`; if it fits, where they read before, as is recorded."""
+        """Make the layers P read `encoded`, copied into the recorded memory if it fits; otherwise record anew."""
         for i, layer in enumerate(self.layers, start=1):
             if layer.cross_attn is None:
                 continue
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
 
 
 def norm_of(norm_klass: type[nn.Module] | str | None, gated: bool, deepnet: bool) -> Callable[[int], nn.Module]:
-    """What makes the norms of both stacks, from their width."""
+    """Function from a width to a norm, for both stacks."""
     if gated:
         return partial(RMSNorm, gated=True)
     if deepnet:
@@ -268,7 +268,7 @@ def norm_of(norm_klass: type[nn.Module] | str | None, gated: bool, deepnet: bool
 
 @torch.no_grad()
 def deepnet_init(module: nn.Module, gain: float) -> None:
-    """Xavier's normal initialisation, scaled by `gain` in values, attention outputs and feed-forward."""
+    """Xavier normal initialisation, scaled by `gain` in values, attention outputs and feed-forward."""
     scaled = set()
     for part in module.modules():
         if isinstance(part, Attention):
