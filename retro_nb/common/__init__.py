@@ -1,1 +1,1 @@
-"""Files and arrays on disk, processes, devices: what every other room uses."""
+"""Files and arrays on disk, processes and devices, for all other subpackages."""

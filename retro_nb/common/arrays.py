@@ -1,7 +1,7 @@
 """Arrays on disk: written atomically, opened read-only.
 
-Every file is written under a temporary name and moved into place when it is whole and on the disk, so a reader
-never meets half a file, and a failed write or a machine's crash leaves the previous one alone.
+Every file is written under a temporary name and moved into place once it is complete and on the disk. So a reader
+never sees half a file, and a failed write or a crash of the machine leaves the previous file intact.
 """
 
 import errno
@@ -31,7 +31,7 @@ def _root() -> Path:
 
 ROOT = _root()  # the checkout, or a cache folder when the package is installed on its own
 WORK = ROOT / "data" / "work"
-# Of a larger file only so many bytes, evenly spaced blocks, are read: a terabyte at every start would take hours.
+# Of a larger file, only evenly spaced blocks of this total size are read: a terabyte at every start would take hours.
 CHECKSUM_LIMIT = 2**30
 CHECKSUM_BLOCK = 2**22
 
@@ -43,8 +43,8 @@ def inside(folder: PathLike, name: Any) -> Path:
     """The path of a file in `folder` that a JSON file names. Every file name read from JSON passes through here.
 
     Raises:
-        ValueError: the name is not that of an entry of the folder itself (it has a separator, a drive, or is ".."), or
-            the entry is a symbolic link to something elsewhere.
+        ValueError: the name cannot be an entry of the folder itself (it has a separator or a drive, or is ".."), or
+            the entry is a symbolic link to a file elsewhere.
     """
     plain_name = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
     if not plain_name or name != Path(name).name or name != PureWindowsPath(name).name:
@@ -56,7 +56,7 @@ def inside(folder: PathLike, name: Any) -> Path:
 
 
 def file_record(path: PathLike, *, whole: bool = False) -> dict:
-    """Size in bytes and SHA-256 of a file; beyond CHECKSUM_LIMIT, unless `whole`, of evenly spaced blocks of it."""
+    """Size in bytes and SHA-256 of a file; above CHECKSUM_LIMIT of evenly spaced blocks only, unless `whole`."""
     size = Path(path).stat().st_size
     blocks = -(-size // CHECKSUM_BLOCK)
     most = blocks if whole else CHECKSUM_LIMIT // CHECKSUM_BLOCK
@@ -69,11 +69,11 @@ def file_record(path: PathLike, *, whole: bool = False) -> dict:
 
 
 def read_json(path: PathLike) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is not JSON, or nested too deeply to be read.
+        OSError: the file does not exist or cannot be read.
+        ValueError: the file is not JSON, or is nested too deeply.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
@@ -88,7 +88,7 @@ def read_json(path: PathLike) -> Any:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Around a write to `path`: turn a bare "No space left on device" into an error with file and mend."""
+    """Around a write to `path`: turn a bare "No space left on device" into an error with the file and a remedy."""
     try:
         yield
     except OSError as error:
@@ -101,7 +101,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def settle(path: PathLike) -> None:
-    """Wait until a file, or which files a folder has, is on the disk: so that a machine's crash does not lose it."""
+    """Wait until a file, or a folder's list of files, is on the disk, where it survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,30 +114,30 @@ def settle(path: PathLike) -> None:
 
 
 def move_settled(source: PathLike, target: PathLike) -> None:
-    """Move what is on the disk over `target`, so that after a machine's crash either is there as a whole."""
+    """Move a settled file over `target`, so that a crash of the machine leaves either the old or the new file whole."""
     os.replace(source, target)
     settle(Path(target).parent)
 
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it over `path` if the block succeeds, delete it if not.
+    """Yield a temporary path in the folder of `path`; move it over `path` if the block succeeds, else delete it.
 
-    It is on the disk before it is moved. Its name has the process's number, so that no two processes write into
-    one file.
+    The file is on the disk before it is moved. Its name has the process id, so that no two processes write into one
+    file.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # a link that came with the folder would be written through
+        temporary.unlink(missing_ok=True)  # writing would follow a link that came with the folder
     try:
         yield temporary
         with explain_write_errors(path):
             settle(temporary)
             move_settled(temporary, path)
     finally:
-        with suppress(OSError):  # nothing is left to delete, or the disk has become read-only
+        with suppress(OSError):  # it was moved, or the disk has become read-only
             temporary.unlink()
 
 
@@ -158,20 +158,20 @@ def writing(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
 
 
 def to_jsonable(value: Any) -> Any:
-    """`value` as it comes back from JSON: a tuple is a list, NumPy's numbers are Python's, a path is a string."""
+    """`value` after a round trip through JSON: tuples become lists, NumPy numbers Python's, paths strings."""
     return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else os.fspath(x)))
 
 
 def write_json(path: PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     path = Path(path)
-    # A file name that is not UTF-8 holds halves of characters: they become \\udcxx, which JSON reads back.
+    # A file name that is not UTF-8 holds lone surrogates: they become \\udcxx, which JSON reads back.
     with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, explain_write_errors(path):
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The opening of a `.npy` file: equally long for any number of rows, because numpy pads it."""
+    """The header of a `.npy` file: of the same length for any number of rows, because NumPy pads it."""
     file = io.BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
@@ -179,10 +179,10 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 class ArrayWriter:
-    """Append rows to a `.npy` file whose length is not known beforehand.
+    """Append rows to a `.npy` file of unknown length.
 
     Use it as a context manager: the file appears under its name only when the block ends without an error.
-    The header says how many rows there are and is written again at the end.
+    The header holds the number of rows, so it is written again at the end.
     """
 
     def __init__(self, path: PathLike, dtype: Any, row_shape: tuple[int, ...] = ()) -> None:
@@ -204,7 +204,7 @@ class ArrayWriter:
         self.rows += len(rows)
 
     def flush(self) -> None:
-        """Write everything out, the number of rows too: only the move is then left to do."""
+        """Write everything, the number of rows included, so that only the move is left."""
         with explain_write_errors(self.path):
             self._file.seek(0)
             self._file.write(_header(self.dtype, (self.rows, *self.row_shape)))
@@ -221,19 +221,19 @@ class ArrayWriter:
 
 
 class ResumableRows:
-    """The rows of a `.npy` file computed block by block, by one process or several; a kill costs at most a block.
+    """The rows of a `.npy` file computed block by block, by one process or several; a kill loses at most one block.
 
-    Finished blocks lie in `<path>.partial`. Beside it, `<path>.progress` is a note: a line with the settings that the
-    blocks were computed with, for other settings start afresh, and then a 1 for each row that is there and a 0 for
-    each that is not. Once all are there, a last line has the file's record (`file_record`): after a kill, the file
-    under `path` is taken for these rows only if it is that one. Plain writes, not a memory map, because a full disk
-    kills a process that writes through a map.
+    Finished blocks are in `<path>.partial`. The note `<path>.progress` starts with a line of the blocks' settings;
+    other settings start afresh. Then it has a 1 for each finished row and a 0 for each missing one. Once all rows are
+    finished, a last line has the file's record (`file_record`): after a kill, the file under `path` counts as these
+    rows only if it matches that record. Writes are plain, because a full disk kills a process that writes through a
+    memory map.
 
     Args:
-        path, shape, dtype, settings: the file, its content, and all that the content depends on.
-        shared: all processes of a launch make the file together. Each makes these rows, gets a share of the
-            blocks, and waits in `finish` for the others. They have to see one another's writes at once, as the
-            processes of one host do.
+        path, shape, dtype, settings: the file, its content, and everything the content depends on.
+        shared: all processes of a launch build the file together. Each creates this object, gets a share of the
+            blocks, and waits in `finish` for the others. Each must see the others' writes at once, as the processes
+            of one host do.
     """
 
     def __init__(
@@ -246,13 +246,13 @@ class ResumableRows:
         self.about = (json.dumps(self.settings) + "\n").encode()
         self.header = _header(self.dtype, self.shape)
         self.rank, self.processes = launched() if shared else (0, 1)
-        self._looked = self.processes > 1  # what is shared was begun before it was divided
+        self._looked = self.processes > 1  # `blocks` begins a shared file before dividing it
 
     def _offset(self, row: int) -> int:
         return len(self.header) + row * self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
 
     def _marks(self) -> np.ndarray | None:
-        """Whether each row is there; None where nothing is, or something else."""
+        """Whether each row is finished; None if the files are missing or belong to other rows."""
         if self.partial.is_symlink() or self.progress.is_symlink():  # `ResumableRows` makes none
             return None
         try:
@@ -270,12 +270,12 @@ class ResumableRows:
 
     @property
     def done(self) -> int:
-        """How many rows are there."""
+        """Number of finished rows."""
         marks = self._marks()
         return 0 if marks is None else int(marks.sum())
 
     def _begin(self) -> None:
-        self.progress.unlink(missing_ok=True)  # it may be about other rows, which these will overwrite
+        self.progress.unlink(missing_ok=True)  # it may describe other rows, which these will overwrite
         self.partial.unlink(missing_ok=True)
         with explain_write_errors(self.partial), open(self.partial, "xb") as file:
             file.write(self.header)
@@ -286,7 +286,7 @@ class ResumableRows:
             file.write(self.about + rows)
 
     def blocks(self, block: int) -> Iterator[slice]:
-        """The slices of at most `block` rows that are still to do; of shared rows, the share of this process."""
+        """Slices of at most `block` unfinished rows; for a shared file, this process's share of them."""
         marks = self._marks()
         if marks is None:
             marks = np.zeros(self.shape[0], bool)
@@ -302,7 +302,7 @@ class ResumableRows:
         """Store one block, in any order, and mark its rows."""
         if not self._looked and self._marks() is None:
             self._begin()
-        self._looked = True  # the note has a mark for each row: not to be read again and again
+        self._looked = True  # the note has a mark per row: read it only once
         with explain_write_errors(self.partial), open(self.partial, "r+b") as file:
             file.seek(self._offset(rows.start))
             file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
@@ -317,7 +317,7 @@ class ResumableRows:
         if not self.shape[0] and self.rank == 0:
             self._begin()
         while self.processes > 1 and self.progress.exists() and self.done < self.shape[0]:
-            time.sleep(0.02)  # and not in a barrier, which a launch may let wait for ten minutes only
+            time.sleep(0.02)  # not a barrier, which may time out after ten minutes
         if self.rank == 0 and self.partial.exists():
             self._note(b"1" * self.shape[0] + b"\n" + _record_line(self.partial))
             with explain_write_errors(self.path):
@@ -336,12 +336,12 @@ def open_array(path: PathLike, *, dtype: Any = np.int32, shape: tuple[int, ...] 
 
     Args:
         path: a `.npy` file (under any name), or a raw memory map as the reference implementation writes.
-        dtype: what a raw file holds; a `.npy` file says so itself.
-        shape: the rows wanted and the shape of each. A raw file needs it; a `.npy` file is held to it.
+        dtype: dtype of a raw file; a `.npy` file has its own.
+        shape: the number of rows wanted, and the shape of a row. Required for a raw file, checked for a `.npy` file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, corrupt, or holds something of another shape.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated or corrupt, or has another shape.
     """
     path = Path(path)
     if not path.exists():
@@ -352,7 +352,7 @@ def open_array(path: PathLike, *, dtype: Any = np.int32, shape: tuple[int, ...] 
         return _open_raw(path, np.dtype(dtype), shape)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy reads the header as Python: damage shows as many kinds of error
+    except Exception as error:  # NumPy parses the header as Python: damage raises many kinds of error
         raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and build it again") from error
     if shape is not None and (array.shape[1:] != tuple(shape[1:]) or array.shape[:1] < tuple(shape[:1])):
         raise ValueError(f"{path} has shape {array.shape}, wanted {tuple(shape)}: build it again for these settings")

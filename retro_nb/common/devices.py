@@ -1,4 +1,4 @@
-"""What the machine's devices can do, and how numbers get there without anyone waiting."""
+"""Capabilities of the machine's devices, torch.compile, and copies to a device without waiting."""
 
 import os
 import warnings
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SAFE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-CUDNN_TILE = 128  # queries, and keys, that cuDNN's backward pass takes at a time
+CUDNN_TILE = 128  # queries, and keys, per tile of cuDNN's backward pass
 
 
 def best_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU. Processes launched together have one GPU each."""
+    """This process's GPU if the machine has any, else the CPU. Processes launched together have one GPU each."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -40,15 +40,15 @@ def best_dtype(device: torch.device) -> torch.dtype:
 def attention_kernels(queries: int = 0, keys: int = 0) -> AbstractContextManager:
     """The kernels that `F.scaled_dot_product_attention` may choose from, inside a `with` block.
 
-    The models' attention takes its kernels from here, and so does that of the language models that RETROfit runs; a
-    BERT, which needs no gradients, does not. cuDNN's kernels, the fastest on Hopper GPUs, are allowed only over whole
-    tiles of queries and of keys. Elsewhere their backward pass fills the last tile with keys of score 0, and
-    exp(0 − logsumexp) overflows if all scores of a query are below −88: the gradients of the queries are NaN. The
+    The attention of the models, and of the language models that RETROfit runs, uses these kernels; a BERT, which
+    needs no gradients, does not. cuDNN's kernels, the fastest on Hopper GPUs, are allowed only for whole tiles of
+    queries and of keys. Otherwise their backward pass pads the last tile with keys of score 0. Then
+    exp(0 − logsumexp) overflows if all scores of a query are below −88, and the gradients of the queries are NaN. The
     encoder's cross-attention, over the 64 tokens of a chunk, is such a case. Seen with torch 2.11 and cuDNN 9.19 on an
     H200 (docs/cudnn-attention.md); reported up to torch 2.13 and cuDNN 9.20 as pytorch/pytorch#196678.
 
     Args:
-        queries, keys: their numbers; left out, cuDNN is not allowed.
+        queries, keys: number of each; if left out, cuDNN is not allowed.
     """
     whole_tiles = queries and keys and queries % CUDNN_TILE == 0 and keys % CUDNN_TILE == 0
     return sdpa_kernel([*SAFE_KERNELS, SDPBackend.CUDNN_ATTENTION] if whole_tiles else SAFE_KERNELS)
@@ -56,14 +56,14 @@ def attention_kernels(queries: int = 0, keys: int = 0) -> AbstractContextManager
 
 @lru_cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile works for "cuda" or "cpu": tried once, with a warning where it does not.
+    """Whether torch.compile works for "cuda" or "cpu": tried once, with a warning if it fails.
 
     It needs Triton on a GPU and a C++ compiler on a CPU.
     """
     try:
         compiled = torch.compile(lambda x: x.sin() + 1, dynamic=False)
         compiled(torch.ones(8, device=device_type))
-    except Exception as error:  # whatever the compilers say, there is a way without them
+    except Exception as error:  # compilers raise many kinds of error, and none is fatal
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"torch.compile does not work here, so this runs without it, slower: {reason}", stacklevel=2)
         return False
@@ -71,10 +71,10 @@ def can_compile(device_type: str) -> bool:
 
 
 def compile_in_place(modules: Iterable[nn.Module], **options: Any) -> None:
-    """Compile modules by torch.compile, with its options, when they are next called.
+    """Compile modules with torch.compile and its options at their next call.
 
-    einops notes the type of a tensor where it first meets one. Were that within compiled code, Dynamo would find the
-    note changed at the second call and compile everything again: so it meets parameters here.
+    einops caches each tensor type at first use. Within compiled code, Dynamo would see the changed cache at the second
+    call and compile everything again. So einops is called on a parameter here first.
     """
     rearrange(nn.Parameter(torch.empty(1)), "d -> d")
     for module in modules:
@@ -82,9 +82,9 @@ def compile_in_place(modules: Iterable[nn.Module], **options: Any) -> None:
 
 
 def vary(module: nn.Module, arguments: Iterable[Tensor | None]) -> None:
-    """Tell torch.compile, if `module` is compiled, that the first size of these arguments varies from call to call.
+    """Mark the first dimension of these arguments as dynamic if `module` is compiled.
 
-    Otherwise torch.compile makes code for the first size alone, and at the second call code for any size.
+    Otherwise torch.compile specialises on the first call's size and compiles again for any size at the second.
     """
     if module._compiled_call_impl is not None:
         for tensor in arguments:
@@ -93,7 +93,7 @@ def vary(module: nn.Module, arguments: Iterable[Tensor | None]) -> None:
 
 
 def send(x: Shaped[Tensor, "..."], device: torch.device) -> Shaped[Tensor, "..."]:
-    """`x` on the device, without waiting for what that is computing: only pinned memory is copied so."""
+    """Copy `x` to the device without waiting for its computations, which requires pinned memory."""
     if x.device == device:
         return x
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

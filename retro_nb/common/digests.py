@@ -1,4 +1,4 @@
-"""Short identities of values."""
+"""Short digests of values."""
 
 import hashlib
 import json
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def digest(value: Any, length: int = 16) -> str:
-    """The first hexadecimal digits of the SHA-256 of anything JSON can write; the order of a mapping does not count."""
+    """The first `length` hexadecimal digits of the SHA-256 of a JSON-able value; the order of mappings is ignored."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]

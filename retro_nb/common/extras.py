@@ -1,4 +1,4 @@
-"""What is installed with the package, and what comes with its extras: pip install 'retro-nb[notebooks,data,scale]'."""
+"""Imports of optional packages, from the extras: pip install 'retro-nb[notebooks,data,scale]'."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Around imports of packages that an extra brings: where one is missing, the error says which extra that is.
+    """Around imports of an extra's packages: if one is missing, raise an error that names the extra.
 
     Args:
-        name: of the extra, as in pyproject.toml.
+        name: the extra's name in pyproject.toml.
 
     Raises:
         ModuleNotFoundError: a package is missing.

@@ -1,8 +1,8 @@
-"""What was built, with which settings: a folder's `manifest.json`.
+"""A folder's `manifest.json`: what was built, with which settings.
 
-A changed setting rebuilds what depends on it and says so, an unchanged one costs nothing, and a file that was
-damaged since is found out. A manifest may come from somebody else: nothing outside its folder is read, written or
-deleted through it (`storage.inside`), and one of a newer format is refused.
+A changed setting rebuilds what depends on it, with a warning; unchanged settings cost nothing; damaged files are
+detected. A manifest may come from another person: through it, nothing outside its folder is read, written or deleted
+(`arrays.inside`). A newer format is refused.
 """
 
 import glob
@@ -23,20 +23,20 @@ from retro_nb.common.launch import broadcast, launched
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-STAGING = "update"  # a folder within a store's: the store as it will be
-READY = "ready.json"  # in there, once it is whole: what goes when it is moved
+STAGING = "update"  # a folder in the store's folder: the new store
+READY = "ready.json"  # in STAGING once that is complete: the arrays to delete
 
 
 def reprocess_requested() -> bool:
-    """Whether the environment says REPROCESS=1: build everything again, whatever the manifest says."""
+    """Whether the environment has REPROCESS=1: build everything again, regardless of the manifest."""
     return os.environ.get("REPROCESS", "").lower() in ("1", "t", "true")
 
 
 def check_writable(folder: PathLike) -> None:
-    """Meet a read-only folder at the door rather than after an hour of work.
+    """Fail on a read-only folder at once rather than after an hour of work.
 
     Raises:
-        PermissionError: naming the folder and the mend.
+        PermissionError: the folder cannot be written; the message suggests a remedy.
     """
     folder = Path(folder)
     try:
@@ -52,16 +52,16 @@ def check_writable(folder: PathLike) -> None:
 
 
 def read_manifest(folder: PathLike) -> dict:
-    """What a folder's manifest says of each array in it; empty where there is none or a damaged one.
+    """A folder's manifest: the record of each array; empty if it is missing or damaged.
 
     Raises:
-        ValueError: it is of a newer format than this version knows.
+        ValueError: the manifest has a newer format than this version knows.
     """
     return _read(Path(folder))[0]
 
 
 def _read(folder: Path) -> tuple[dict, str | None]:
-    """A folder's manifest, and what is wrong with it if it is there and damaged."""
+    """A folder's manifest, and a description of the damage if it exists but is damaged."""
     try:
         manifest = read_json(inside(folder, MANIFEST))
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def _read(folder: Path) -> tuple[dict, str | None]:
 
 
 def _check_records(folder: Path, arrays: dict[str, dict]) -> None:
-    """Raise an error unless each array has settings, statistics and records of files that lie in the folder."""
+    """Raise an error unless each array has settings, statistics and records of files in the folder."""
     for array, record in arrays.items():
         for name in (array, *record["files"]):
             inside(folder, name)
@@ -96,14 +96,14 @@ def _check_records(folder: Path, arrays: dict[str, dict]) -> None:
 
 
 def _write_manifest(folder: Path, arrays: dict) -> None:
-    arrays = dict(sorted(arrays.items()))  # the same bytes in whichever order they were built
+    arrays = dict(sorted(arrays.items()))  # the same bytes for any order of building
     write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "arrays": arrays, "sha256": digest(arrays, 64)})
 
 
 def array_key(path: PathLike) -> str:
-    """A short identity of an array: of its content; where that is too large to read, of its settings too.
+    """Digest of an array's content, and of its settings too if the content is too large to read.
 
-    So it is with an array of which a part lies in a file named after it (an index's lists).
+    The settings also count if a part of the array is in a file named after it (an index's lists).
     """
     path = Path(path)
     content, record = file_record(path), read_manifest(path.parent).get(path.name, {})
@@ -112,7 +112,7 @@ def array_key(path: PathLike) -> str:
 
 
 def intact(path: PathLike) -> bool:
-    """Whether an array and all files that go with it are as they were recorded."""
+    """Whether an array and all its files match their records."""
     path = Path(path)
     record = read_manifest(path.parent).get(path.name)
     files = {inside(path.parent, name): about for name, about in record["files"].items()} if record else {}
@@ -123,8 +123,8 @@ def intact(path: PathLike) -> bool:
 def _locked(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
     """Hold a folder's lock, since two notebooks may want one array at once; yield whether it is held.
 
-    It is not once `done` says that another process has done the work: that process may hold the lock for the next
-    array by then, and wait for this one to take its share of it.
+    Yield False once `done` reports that another process has done the work. By then that process may hold the lock for
+    the next array and wait for this process to do its share.
     """
     lock = FileLock(folder / ".lock")
     while not lock.is_locked:
@@ -144,15 +144,15 @@ def _locked(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
 
 
 def replace_store(folder: PathLike, gone: Sequence[str] = ()) -> None:
-    """Move the whole store in the folder's STAGING over its own; the arrays named in `gone` go with what they had.
+    """Replace the folder's store by the one in its STAGING, and delete the arrays named in `gone` with their files.
 
-    What else the folder's manifest knows stays as it is.
+    Other arrays in the folder's manifest stay as they are.
 
     Raises:
-        FileNotFoundError: there is none to be moved.
+        FileNotFoundError: STAGING has no store.
     """
     staging = Path(folder) / STAGING
-    read_manifest(folder)  # one of a newer format is refused before anything is written
+    read_manifest(folder)  # refuses a newer format before anything is written
     if not read_manifest(staging):
         raise FileNotFoundError(f"no store in {staging} is ready to take the place of that in {folder}")
     write_json(staging / READY, {"gone": list(gone)})
@@ -160,12 +160,12 @@ def replace_store(folder: PathLike, gone: Sequence[str] = ()) -> None:
 
 
 def finish_replacement(folder: PathLike) -> None:
-    """Go on with a `replace_store` that was stopped while it moved files; nothing to do where none was.
+    """Resume a `replace_store` that was stopped while it moved files, if there was one.
 
-    A replacement that is damaged is left alone, with a warning.
+    A damaged replacement is left alone, with a warning.
 
     Raises:
-        ValueError: a manifest is of a newer format than this version knows.
+        ValueError: a manifest has a newer format than this version knows.
     """
     folder = Path(folder)
     if _replacement(folder) is None:
@@ -189,7 +189,7 @@ def finish_replacement(folder: PathLike) -> None:
 
 
 def _replacement(folder: Path) -> tuple[dict, list[str]] | None:
-    """What the store that is to be moved into a folder holds, and which arrays go; None where there is none."""
+    """The manifest of the store in a folder's STAGING, and the arrays to delete; None without an intact one."""
     if not os.path.lexists(folder / STAGING / READY):
         return None
     try:
@@ -217,7 +217,7 @@ def _replacement(folder: Path) -> tuple[dict, list[str]] | None:
 
 
 def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | None:
-    """Why an array and the files that go with it cannot be used as they are; None if they can."""
+    """The reason to rebuild an array and its files; None if they can be used as they are."""
     arrays, damage = _read(path.parent)
     if path.name not in arrays:
         return f"{MANIFEST} is corrupt ({damage})" if damage else f"{MANIFEST} has no record of it"
@@ -235,13 +235,13 @@ def _why_stale(path: Path, settings: dict, outputs: dict[str, Path]) -> str | No
 
 
 def _left_behind(files: Iterable[Path], *, unfinished: bool) -> list[Path]:
-    """What killed builds of files left beside them; with `unfinished`, the blocks to go on from as well."""
+    """Files that killed builds left in the same folder; with `unfinished`, also the blocks to resume from."""
     endings = ("*.tmp", "partial", "progress") if unfinished else ("*.tmp",)
     return [left for file in files for end in endings for left in file.parent.glob(f"{glob.escape(file.name)}.{end}")]
 
 
 def _left_beside_whole(files: Sequence[Path]) -> list[Path]:
-    """The same where the files are whole. Blocks that wait, with their note, for a build with other settings stay."""
+    """Like `_left_behind`, for whole files. Blocks of a build with other settings stay, with their note."""
     notes = [file for file in files if not file.with_name(f"{file.name}.partial").exists()]
     return [*_left_behind(files, unfinished=False), *(each for each in map(_note, notes) if each.exists())]
 
@@ -256,11 +256,11 @@ def _tidy(files: Iterable[Path], *, unfinished: bool) -> None:
 
 
 def _tidy_whole(path: Path, settings: dict, outputs: dict[str, Path]) -> None:
-    """Where an array is whole: delete what a kill left behind just before its builder would have done so."""
+    """Delete the leftovers of a whole array if its builder was killed just before its own clean-up."""
     files = [*outputs.values(), path.parent / MANIFEST]
     if not _left_beside_whole(files):
         return
-    with suppress(OSError, Timeout):  # a folder that cannot be written; another process builds, and will tidy
+    with suppress(OSError, Timeout):  # the folder is read-only; or another process builds and will tidy
         with FileLock(path.parent / ".lock", timeout=0):
             if _why_stale(path, settings, outputs) is None:
                 for left in _left_beside_whole(files):
@@ -276,27 +276,27 @@ def cached(
     force_reprocess: bool = False,
     shared: bool = False,
 ) -> dict:
-    """Build an array unless it is there already, whole and made with these settings.
+    """Build an array unless it exists already, whole and built with these settings.
 
     Args:
         path: the array; its folder holds the manifest.
-        settings: everything the content depends on (see `to_jsonable` for what JSON makes of it).
-        build: writes `path` and `files`, returns statistics.
-        files: what else `build` writes.
+        settings: everything the content depends on (`to_jsonable` shows its JSON form).
+        build: writes `path` and `files`, and returns statistics.
+        files: other files that `build` writes.
         force_reprocess: build in any case and from the beginning, as does REPROCESS=1 in the environment.
-        shared: where several processes were launched together, all of them run `build`, each for its part (see
-            `ResumableRows`). Else one builds and the others wait for it.
+        shared: if several processes were launched together, all of them run `build`, each for its part (see
+            `ResumableRows`). Otherwise one builds and the others wait for it.
 
-    Processes launched together all have to call this if it is shared or forced.
+    All processes of a launch must call this if it is shared or forced.
 
     Returns:
-        The statistics, of this build or of the one that made the files.
+        The statistics of this build, or of the one that made the files.
 
     Raises:
-        PermissionError: it has to be built and the folder is read-only.
-        ValueError: the folder's manifest is of a newer format than this version knows.
+        PermissionError: the array has to be built and the folder is read-only.
+        ValueError: the folder's manifest has a newer format than this version knows.
     """
-    read_manifest(Path(path).parent)  # by every process: none waits for one that was refused
+    read_manifest(Path(path).parent)  # in every process, so that none waits for one that failed here
     force = force_reprocess or reprocess_requested()
     asked = Path(path), to_jsonable(settings), files, force
     rank, processes = launched()
@@ -309,7 +309,7 @@ def cached(
             begun.append(broadcast(True))
         return build()
 
-    if rank == 0:  # it decides, and holds the lock for all
+    if rank == 0:  # decides for all, and holds the lock
         stats = _build_if_stale(*asked, begin)
     if shared and not begun and broadcast(False):
         build()
@@ -337,7 +337,7 @@ def _build_if_stale(
             warnings.warn(f"building {path.name} again: {reason}", stacklevel=4)
         damaged = not force and arrays.get(path.name, {}).get("settings") == settings
         _tidy((*outputs.values(), folder / MANIFEST), unfinished=force or damaged)
-        if damaged:  # forgotten at once: from here on, an unfinished build is one of the mended array
+        if damaged:  # drop the record now: an unfinished build is then one of the mended array
             _write_manifest(folder, {name: record for name, record in arrays.items() if name != path.name})
         stats = to_jsonable(build())
         record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
@@ -347,6 +347,6 @@ def _build_if_stale(
 
 
 def _recorded_name(file: PathLike, folder: Path) -> str:
-    """A file's name in the manifest. That of a file in another folder is no path: only its builder knows the place."""
+    """A file's name in the manifest. For a file in another folder it is no path: only its builder finds it."""
     name = os.path.relpath(file, folder)
     return quote(name, safe="") if os.path.dirname(name) else name
