@@ -1,4 +1,4 @@
-"""What every notebook does around its subject: start, show the library's source, check, save metrics."""
+"""Common steps of all notebooks: start, show the library's source, check exercises, save metrics."""
 
 import inspect
 import math
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "faiss-cpu", "transformers", "numpy", "retro-nb")
 
 
 def _versions() -> dict[str, str]:
-    """Python's version and the PACKAGES', from their metadata: importing them would take seconds."""
+    """Versions of Python and the PACKAGES, from their metadata, because importing them would take seconds."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -32,7 +32,7 @@ def _versions() -> dict[str, str]:
 
 
 def _relative(path: Path) -> str:
-    """A path as the reader sees it: from the project's root, never from this machine's."""
+    """A path relative to the project's root or, outside it, its name alone: never this machine's folders."""
     path, root = path.resolve(), ROOT.resolve()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
@@ -56,14 +56,14 @@ class Run:
 
     seed: int
     device: torch.device
-    out_dir: Path = field(repr=False)  # an existing folder for all that this execution leaves behind
+    out_dir: Path = field(repr=False)  # existing folder for all results of this execution
     config: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def save_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write `metrics.json` into `out_dir`, atomically, and return the metrics as plain values.
 
-        With them go settings, seed, device, versions and the seconds since `start`. Tensors and NumPy
+        The file also records settings, seed, device, versions and the seconds since `start`. Tensors and NumPy
         values become numbers and lists; NaN and infinity, which JSON lacks, become null.
         """
         record = {"metrics": _plain(metrics), "config": _plain(self.config), "seed": self.seed}
@@ -74,18 +74,18 @@ class Run:
 
 
 def start(seed: int = 0, out_dir: str | Path = "", name: str = "notebook", device: str = "", **config: Any) -> Run:
-    """Seed everything, choose the device, and print once what this execution runs on.
+    """Seed everything, choose the device, and print versions, device and seed.
 
     Args:
         seed: for torch (all devices), NumPy and random.
-        out_dir: folder for results, created if need be; a relative one is meant from the project's root,
-            whatever the working directory. Left empty: `runs/interactive/<name>`.
+        out_dir: folder for results, created if missing; a relative path starts at the project's root, not at the
+            working directory. Default: `runs/interactive/<name>`.
         name: the notebook's stem, such as "03_faiss_knn".
-        device: "cpu", "cuda", "mps" …; left empty, a CUDA GPU where there is one, else the CPU. Apple's
-            MPS must be asked for: its numbers differ from those in the notebooks.
+        device: "cpu", "cuda", "mps" …; by default a CUDA GPU if available, else the CPU. Apple's MPS is used only
+            on request, because its numbers differ from those in the notebooks.
         **config: the notebook's other parameters, recorded in metrics.json.
     """
-    from retro_nb.plotting import use_style  # here, since matplotlib takes a while to import
+    from retro_nb.plotting import use_style  # imported here because matplotlib is slow to import
 
     random.seed(seed)
     np.random.seed(seed)
@@ -104,21 +104,21 @@ def show(obj: Any) -> None:
     """Display the source of a function, class or module of the library as a Python block.
 
     Raises:
-        TypeError: `obj` is a value, which has no source of its own.
+        TypeError: `obj` is a value, which has no source.
     """
     from IPython.display import Markdown, display
 
     source = inspect.getsource(obj).rstrip()
     longest = max((len(ticks) for ticks in re.findall("`+", source)), default=0)
     fence = "`" * max(3, longest + 1)
-    # The frame is for pages made by nbconvert, whose style takes the fixed-width font from it.
+    # The frame is for nbconvert's pages, which take the fixed-width font from it.
     frame = '<div style="font-family: monospace; font-size: 0.9em">\n\n{}\n\n</div>'
     display(Markdown(frame.format(f"{fence}python\n{source}\n{fence}")))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` found: true or false, and silent as the last value of a cell."""
+    """Result of `check`: true or false, and displays nothing as the last value of a cell."""
 
     passed: bool
 
@@ -131,7 +131,7 @@ class Verdict:
 
 def _agrees(answer: Any, expected: Any, tolerance: float) -> bool:
     if isinstance(answer, torch.Tensor | np.ndarray | Number | list | tuple) and not isinstance(answer, bool):
-        with suppress(TypeError, ValueError):  # not numbers, or ragged: compared as they are
+        with suppress(TypeError, ValueError):  # not numbers, or ragged: compared with ==
             mine, right = np.asarray(answer, dtype=float), np.asarray(expected, dtype=float)
             return mine.shape == right.shape and np.allclose(mine, right, rtol=tolerance, atol=tolerance)
     return bool(answer == expected)
@@ -142,10 +142,10 @@ def check(name: str, answer: Any, expected: Any = True, hint: str = "", toleranc
 
     Args:
         name: the exercise, such as "3.1".
-        answer: the learner's answer, or a function without arguments that computes it, so that even an
-            error in it becomes a ✗. None and `...` mean: not answered yet.
-        expected: what it must equal; numbers, arrays and tensors up to `tolerance`, shapes included.
-        hint: printed with ✗; with ○ it would come before the first try.
+        answer: the learner's answer, or a function without arguments that computes it, so that an error
+            in it also becomes a ✗. None and `...` mean: not answered yet.
+        expected: the right answer; numbers, arrays and tensors are compared up to `tolerance`, shapes included.
+        hint: printed with ✗ only; with ○ it would appear before the first try.
 
     Returns:
         A value that is true if the answer is right, so that a solution can say `assert check(…)`.

@@ -1,6 +1,6 @@
-"""Execute the committed notebooks again and store them in one normal form, so that diffs show only changes.
+"""Execute the committed notebooks again and store them in a normal form, so that diffs show only changes.
 
-The form is what tests/test_notebooks.py asks of every committed notebook.
+tests/test_notebooks.py requires this form of every committed notebook.
 """
 
 import base64
@@ -27,14 +27,14 @@ PNG = "image/png"
 
 
 def _small_png(encoded: str) -> str:
-    """The same picture in 256 colours, in base64: half the size, and no eye sees it in a chart."""
+    """Reduce a picture to 256 colours, in base64: half the size, and invisible in a chart."""
     picture, packed = Image.open(io.BytesIO(base64.b64decode(encoded))), io.BytesIO()
     picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(packed, "png", optimize=True)
     return base64.b64encode(packed.getvalue()).decode()
 
 
 def _normal_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Drop stderr and live widgets, shrink pictures, and join what was printed in pieces."""
+    """Drop stderr and live widgets, shrink pictures, and join text that was printed in pieces."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
@@ -66,7 +66,7 @@ def refresh(names: Sequence[str] = ()) -> list[Result]:
     """Execute committed notebooks and their solutions, and replace each that succeeds, atomically.
 
     Args:
-        names: as `find_notebooks` takes them; none means all.
+        names: see `find_notebooks`; none means all.
 
     Raises:
         ValueError: an unknown name.

@@ -1,11 +1,12 @@
 """Notebooks as experiments: run them with other parameters, sweep a grid, execute the committed ones again.
 
-Every notebook runs under papermill in a process of its own, so that a crash, a leak or a full GPU ends with
-the notebook that caused it. What it leaves lies together in one folder: the executed notebook, the
-parameters it was given, and the `metrics.json` it wrote. Nothing here parses a notebook's printed output.
+Every notebook runs under papermill in a separate process, so that a crash, a leak or a full GPU ends with the
+notebook that caused it. One folder holds all its results: the executed notebook, its parameters, and the
+`metrics.json` it wrote. Nothing here parses a notebook's printed output.
 
-papermill only warns of an unknown parameter and passes YAML's `1e-4` on as text; here the first is an error
-and every value is cast to the type that the notebook's parameters cell declares. That cell is parsed, never evaluated.
+papermill only warns about an unknown parameter, and passes YAML's `1e-4` as text. Here an unknown parameter is an
+error, and every value is cast to the type declared in the notebook's parameters cell. That cell is parsed, never
+evaluated.
 """
 
 import ast
@@ -52,10 +53,10 @@ def series() -> list[Path]:
 
 
 def find_notebooks(names: Iterable[str]) -> list[Path]:
-    """The notebooks meant by stems ("05_training"), numbers ("05"), paths, or "tutorial", which is all of them.
+    """Find notebooks by stems ("05_training"), numbers ("05"), paths, or "tutorial" for all of them.
 
     Raises:
-        ValueError: a name that means no notebook, with the known ones.
+        ValueError: a name matches no notebook; the message lists the known ones.
     """
     found: dict[Path, None] = {}
     for name in names:
@@ -77,7 +78,7 @@ def find_notebooks(names: Iterable[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a notebook's parameters cell says of one: `name: annotation = default`."""
+    """One parameter as declared in a notebook's parameters cell: `name: annotation = default`."""
 
     notebook: Path
     name: str
@@ -89,10 +90,10 @@ class Parameter:
         return f"{self.name}{annotation}" + (f" = {self.default:.80}" if self.default else "")
 
     def kind(self) -> Any:
-        """Its type: that of its annotation or, without one, of its default.
+        """Type of the parameter, from its annotation or else from its default.
 
         Raises:
-            ValueError: the annotation is not known, or there is none and the default is no literal.
+            ValueError: the annotation is unknown, or there is none and the default is not a literal.
         """
         if self.annotation is not None:
             try:
@@ -108,10 +109,10 @@ class Parameter:
             ) from None
 
     def read(self, value: Any) -> Any:
-        """A value, which may be text, as its type.
+        """Cast a value, possibly text, to the parameter's type.
 
         Raises:
-            ValueError: it cannot be meant as one, or the type is not known.
+            ValueError: the value cannot be cast, or the type is unknown.
         """
         kind = self.kind()
         try:
@@ -126,7 +127,7 @@ def declared(notebook: Path) -> dict[str, Parameter]:
     """The parameters in a notebook's first cell with the tag `parameters`, by name.
 
     Raises:
-        ValueError: it is no notebook, or that cell is no Python.
+        ValueError: the file is not a notebook, or that cell is not Python.
     """
     try:
         cells = nbformat.read(notebook, as_version=4).cells
@@ -137,9 +138,9 @@ def declared(notebook: Path) -> dict[str, Parameter]:
 
 
 def _assigned(notebook: Path, source: str) -> Iterator[Parameter]:
-    """The names that a cell gives values to, in order."""
+    """Yield the names that a cell assigns, in order."""
     try:
-        source = TransformerManager().transform_cell(source)  # it may have magics
+        source = TransformerManager().transform_cell(source)  # the cell may contain magics
         lines = ast.parse(source, type_comments=True).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{notebook}: the cell of parameters is no Python: {error}") from error
@@ -154,10 +155,10 @@ def _assigned(notebook: Path, source: str) -> Iterator[Parameter]:
 
 
 def _from_here(name: str, value: Any) -> Any:
-    """A corpus that is a file or folder where the command was given: the notebook runs in a folder of its own."""
+    """Make a corpus path absolute, because the notebook runs in another working directory."""
     if name != "corpus":
         return value
-    from retro_nb.text.opening import is_path  # takes a while
+    from retro_nb.text.opening import is_path  # slow to import
 
     return str(Path(value).resolve()) if is_path(value) and Path(value).exists() else value
 
@@ -174,14 +175,14 @@ def choose_parameters(
     """The parameters for each notebook, cast to its declared types.
 
     Args:
-        notebooks: which to run.
-        preset: a flat YAML file for the whole series. What only other notebooks know is left out.
-        given: values that win over the preset's; each must be known to one of `notebooks`.
+        notebooks: the notebooks to run.
+        preset: a flat YAML file for the whole series. Parameters that only other notebooks declare are ignored.
+        given: values that override the preset's; one of `notebooks` must declare each.
 
-    A `corpus` that is a path is meant from here.
+    A `corpus` that is a path is relative to the current directory.
 
     Raises:
-        ValueError: an unknown name, with the known ones, or a value of another type.
+        ValueError: an unknown name (the message lists the known ones) or a value of the wrong type.
     """
     given = given or {}
     selected = {notebook: declared(notebook) for notebook in notebooks}
@@ -204,7 +205,7 @@ def choose_parameters(
 
 @dataclass
 class Result:
-    """How the execution of one notebook went."""
+    """Outcome of executing one notebook."""
 
     notebook: str
     status: str  # "done" or "failed"
@@ -224,7 +225,7 @@ def _tree_mb(process: psutil.Process) -> int:
 
 
 def _watch(process: psutil.Popen, log: Path, progress: Callable[[int], None]) -> int:
-    """Wait for a papermill process, reporting its cells; return the peak memory below it."""
+    """Wait for a papermill process and report its cells; return the peak memory of its children."""
     peak = 0
     try:
         while process.poll() is None:
@@ -241,7 +242,7 @@ def _watch(process: psutil.Popen, log: Path, progress: Callable[[int], None]) ->
 
 
 def _error_in(notebook: Path, log: Path) -> str:
-    """The error that ended an execution: its cell's, numbered as In [N], else papermill's last word."""
+    """The error that ended an execution: that of a cell, numbered as In [N], or the last line of papermill's log."""
     with suppress(OSError, ValueError):
         for cell in reversed(nbformat.read(notebook, as_version=4).cells):
             for output in cell.get("outputs", []):
@@ -251,7 +252,7 @@ def _error_in(notebook: Path, log: Path) -> str:
 
 
 def _papermill(notebook: Path, folder: Path, arguments: Sequence[str], progress: Callable[[int], None]) -> Result:
-    """Execute `notebook` into `folder` in a new process; its working directory is its own, as in JupyterLab."""
+    """Execute `notebook` into `folder` in a new process. It works in the notebook's directory, as in JupyterLab."""
     output, log, started = folder / notebook.name, folder / "papermill.log", time.perf_counter()
     command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", *arguments]
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
@@ -277,11 +278,11 @@ def execute(
     parameters: dict[str, Any],
     progress: Callable[[int], None] = no_progress,
 ) -> Result:
-    """Execute a notebook into `folder`: it, parameters.yaml, metrics.json and result.json lie there then.
+    """Execute a notebook into `folder`, with parameters.yaml, metrics.json and result.json.
 
     Args:
-        parameters: known to the notebook and of the declared types, as from `choose_parameters`.
-        progress: called with the number of cells finished.
+        parameters: declared in the notebook and cast to its types, as `choose_parameters` returns them.
+        progress: called with the number of finished cells.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = folder / "parameters.yaml"
@@ -296,7 +297,7 @@ def execute(
 
 
 def execute_as_committed(notebook: Path, folder: Path) -> Result:
-    """Execute a notebook into `folder`, nothing added to it; its metrics go where it sends them itself."""
+    """Execute a notebook into `folder` without adding parameters; it chooses where its metrics go."""
     return _papermill(notebook, folder, [], no_progress)
 
 
@@ -304,7 +305,7 @@ def execute_as_committed(notebook: Path, folder: Path) -> Result:
 
 
 def _new_folder(label: str) -> Path:
-    """A new folder in runs/, named by the time."""
+    """Create a folder in runs/, named by the time."""
     name = time.strftime("%Y-%m-%d_%H-%M-%S") + label
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         with suppress(FileExistsError):
@@ -314,13 +315,13 @@ def _new_folder(label: str) -> Path:
 
 
 def _text(value: Any) -> str:
-    """A value in one line: floats with four digits, nothing for None."""
+    """Format a value in one line: floats with four digits, None as nothing."""
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
     return " ".join(text.split())
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of equal keys as a Markdown table, padded so that it also reads well in a terminal."""
+    """Format rows with equal keys as a Markdown table, padded so that it also reads well in a terminal."""
     lines = [rows[0].keys(), *(row.values() for row in rows)]
     texts = [[_text(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
@@ -334,11 +335,11 @@ def _is_number(value: Any) -> bool:
 
 
 def results_table(results: Sequence[Result], name: Callable[[str], str] = str) -> str:
-    """A Markdown table narrow enough to read: of the metrics the first three numbers; index.json has all.
+    """Markdown table of results, kept narrow by only the first three numeric metrics; index.json has all.
 
     Args:
-        results: a row each.
-        name: how to write a notebook's stem, for instance as a link.
+        results: one row each.
+        name: formats a notebook's stem, for instance as a link.
     """
     rows = []
     for result in results:
@@ -359,7 +360,7 @@ and the first imports. All metrics are in [index.json](index.json).
 
 
 def write_index(folder: Path, results: Sequence[Result]) -> None:
-    """Write index.json and, for people, index.md: what was run, how it went, how long, its metrics."""
+    """Write index.json and, for people, index.md: notebooks, status, seconds and metrics."""
     write_json(folder / "index.json", {"notebooks": [asdict(result) for result in results]})
 
     def link(stem: str) -> str:
@@ -374,19 +375,19 @@ def write_index(folder: Path, results: Sequence[Result]) -> None:
 def run(
     names: Sequence[str], preset: Path | None = None, given: dict[str, Any] | None = None
 ) -> tuple[Path, list[Result]]:
-    """Execute notebooks one by one into a new folder in runs/; a failed one does not stop the rest.
+    """Execute notebooks one by one into a new folder in runs/; a failure does not stop the rest.
 
     Args:
-        names: as `find_notebooks` takes them.
+        names: see `find_notebooks`.
         preset: see `choose_parameters`.
         given: see `choose_parameters`.
 
     Returns:
-        The folder, with index.json and index.md, and the results. One notebook lies directly in the
-        folder, several in a folder each.
+        The folder, with index.json and index.md, and the results. A single notebook lies directly in the folder,
+        several in one subfolder each.
 
     Raises:
-        ValueError: an unknown notebook or parameter, or a value of another type; nothing has run then.
+        ValueError: an unknown notebook or parameter, or a value of the wrong type; no notebook has run then.
     """
     notebooks = find_notebooks(names)
     parameters = choose_parameters(notebooks, preset, given)
@@ -394,14 +395,14 @@ def run(
     folder = _new_folder("-" + notebooks[0].stem if alone else "")
     cells = [len(nbformat.read(notebook, as_version=4).cells) for notebook in notebooks]
     results: list[Result] = []
-    # miniters 0: an update by no cell refreshes the clock, at most once in mininterval
+    # With miniters 0 an update by zero cells refreshes the clock, at most once per mininterval.
     with tqdm(total=sum(cells), unit="cell", miniters=0, mininterval=1) as bar:
         for notebook, values, most in zip(notebooks, parameters, cells, strict=True):
             bar.set_description(notebook.stem)
             end = bar.n + most
 
             def progress(done: int, end: int = end, most: int = most) -> None:
-                bar.update(max(0, min(end - most + done, end - 1) - bar.n))  # papermill counts a failing cell, too
+                bar.update(max(0, min(end - most + done, end - 1) - bar.n))  # papermill also counts a failing cell
 
             results.append(execute(notebook, folder if alone else folder / notebook.stem, values, progress))
             if results[-1].status == "done":  # a failure keeps the bar from reaching its end

@@ -1,6 +1,6 @@
 """Sweeps: one notebook over a grid of parameters, a table of its metrics, and a plot.
 
-A sweep file says which notebook, the parameters all points share, the grid, and what to look at:
+A sweep file names the notebook, the parameters that all points share, the grid, the metric and the x axis:
 
     notebook: 05_training
     parameters: {steps: 40}
@@ -8,8 +8,8 @@ A sweep file says which notebook, the parameters all points share, the grid, and
     metric: valid_loss
     x: k
 
-A point is known by its parameters: its folder carries their hash, so that a sweep that was stopped, or whose
-grid has grown, runs only what is missing.
+A point is identified by its parameters: its folder's name contains their hash. A sweep that was stopped, or has a
+larger grid now, therefore runs only the missing points.
 """
 
 import csv
@@ -40,7 +40,7 @@ with extra("notebooks"):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says; `points` holds the whole parameters of each point, cast to their types."""
+    """Contents of a sweep file; `points` holds all parameters of each point, cast to their types."""
 
     name: str
     notebook: Path
@@ -54,7 +54,7 @@ def read_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        ValueError: a key or parameter that is missing, unknown, or of another type.
+        ValueError: a key or parameter is missing, unknown, or of the wrong type.
     """
     content, complaints = read_yaml(path), []
     wanted = ("notebook", "parameters", "grid", "metric", "x")
@@ -74,7 +74,7 @@ def read_sweep(path: Path) -> Sweep:
     if x not in list(grid):
         raise ValueError(f"{path}: x is {x!r:.80}, but the grid varies {', '.join(grid)}: let x be one of these")
     named = str(content["notebook"])
-    beside = path.parent / named  # a notebook that is given by its path lies beside the sweep
+    beside = path.parent / named  # a notebook's path may be relative to the sweep file
     notebooks = find_notebooks([str(beside) if named.endswith(".ipynb") and beside.is_file() else named])
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     points = [choose_parameters(notebooks, given=base | point)[0] for point in combinations]
@@ -82,7 +82,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def point_folder(sweep: Sweep, point: dict[str, Any]) -> Path:
-    """Where a point lies: readable by its place in the grid, unique by the hash of all its parameters."""
+    """Folder of a point: its name has the grid values, to be readable, and a hash of all parameters, to be unique."""
     said = re.sub(r"[^\w=,.+-]", "_", ",".join(f"{name}={point[name]}" for name in sweep.axes))
     identity = digest([sweep.notebook.stem, point], 10)
     return runner.RUNS / f"sweep-{sweep.name}" / f"{said[:80]}-{identity}"
@@ -96,16 +96,16 @@ def _finished(folder: Path) -> Result | None:
 
 
 def run_sweep(path: Path) -> tuple[Path, list[Result]]:
-    """Run the points of a sweep that are not finished yet, then write its table and plot.
+    """Run the unfinished points of a sweep, then write its table and plot.
 
-    A point that fails, or leaves no number under the metric's name, is reported and does not stop the rest;
-    what failed is tried again the next time.
+    A point that fails, or gives no number for the metric, is reported and does not stop the rest. Failed points
+    are tried again the next time.
 
     Returns:
         The sweep's folder, with points.csv, table.md and plot.png, and a result for each point.
 
     Raises:
-        ValueError: the file cannot be used; nothing has run then.
+        ValueError: the file is invalid; no point has run then.
     """
     sweep = read_sweep(path)
     results = []
@@ -116,7 +116,7 @@ def run_sweep(path: Path) -> tuple[Path, list[Result]]:
             result = _finished(folder)
             if result is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                result = execute(sweep.notebook, folder, point, lambda _: bar.update(0))  # the clock goes on
+                result = execute(sweep.notebook, folder, point, lambda _: bar.update(0))  # keeps the clock running
             value = result.metrics.get(sweep.metric)
             if result.status == "done" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 known = ", ".join(result.metrics) or "none"
@@ -145,9 +145,9 @@ def _write_points(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
 
 
 def summarise(sweep: Sweep, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row for each place in the grid without its seeds: mean, standard deviation over the seeds, count.
+    """One row for each grid point without its seed: mean and standard deviation over the seeds, and their count.
 
-    The deviation is the sample's (n − 1), None for fewer than two seeds; the mean is None where all failed.
+    It is the sample standard deviation (n − 1), None for fewer than two seeds. The mean is None if all seeds failed.
     """
     axes = [name for name in sweep.axes if name != "seed" or name == sweep.x]
     groups: dict[str, list[float]] = defaultdict(list)
@@ -167,7 +167,7 @@ def summarise(sweep: Sweep, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def draw(sweep: Sweep, summary: Sequence[dict[str, Any]]) -> Figure:
-    """The metric against x: a line for each combination of the grid's other names, bars for the deviation."""
+    """Plot the metric against x: a line for each combination of the other grid parameters, bars for the deviation."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     values = [row[sweep.x] for row in summary]
