@@ -1,1 +1,1 @@
-"""What will it take: time, memory, operations?"""
+"""Estimates of time, memory and operations."""

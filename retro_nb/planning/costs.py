@@ -1,15 +1,16 @@
-"""What a build costs on this machine: seconds, bytes on disk and in memory of each step, before any is taken.
+"""Cost of a build on this machine, estimated beforehand: seconds, bytes on disk and memory of each step.
 
-Bytes follow from counts. Seconds follow from how many tokens, chunks and comparisons there will be, and from how many
-of each this machine does in a second, which is measured on a few (`measure`). A comparison is one of two vectors.
-Exact search needs one for each pair of chunks of different documents. An inverted file of s lists (IVFs) needs
+Bytes follow from counts. Seconds follow from the numbers of tokens, chunks and comparisons, divided by this machine's
+rates, which `measure` takes from a small sample. A comparison is one distance between two vectors. Exact search needs
+one for each pair of chunks of different documents. An inverted file of s lists (IVFs) needs
 
-    to be built    10·T·s for k-means on T vectors, and one for each vector with each list
-    for a query    s with the lists' centres, then the vectors of 64 lists: so many, or half of it, were needed for
-                   the recall aimed at, with 10,000 to 1,000,000 vectors (benchmarks/results/growth-cpu.json)
+    to build       10·T·s for k-means on T vectors, and one for each vector with each list
+    per query      s with the lists' centres, then the vectors of 64 lists: 32 or 64 were needed for the target recall
+                   with 10,000 to 1,000,000 vectors (benchmarks/results/growth-cpu.json)
 
-Lists are read one vector after another, several times slower than the matrix products of the rest. As slow is product
-quantisation (PQ): 25·T' with each of 256 centroids for its k-means, on 65,536 vectors at most, and one for each vector.
+Lists are read one vector at a time, several times slower than the matrix products of the other steps. Product
+quantisation (PQ) is as slow. With each of its 256 centroids it needs 25·T' comparisons for k-means on T' vectors, at
+most 65,536, and one for each vector.
 """
 
 import tempfile
@@ -44,32 +45,32 @@ from retro_nb.text.tokens import TextTokenizer, get_tokenizer
 HEADER = 128  # bytes of a .npy file before its rows
 KMEANS_ROUNDS, PQ_ROUNDS = 10, 25  # FAISS's for an inverted file, and for product quantisation
 PROBED = 64  # lists that a query reads
-OF_A_DOCUMENT = 3  # times its own size that a document takes while it is chunked (benchmarks/chunking_memory.py)
-VECTORS, QUERIES = 16384, 2 * GROUP  # searched when the search is measured
-LISTS, READ = 64, 16  # of an inverted file for that, and how many of them a query reads
-EMBEDDING_SECONDS = 3.0  # so long the embedding is measured, or for one batch if that takes longer
+OF_A_DOCUMENT = 3  # memory of chunking a document, in multiples of its size (benchmarks/chunking_memory.py)
+VECTORS, QUERIES = 16384, 2 * GROUP  # used to measure the search
+LISTS, READ = 64, 16  # of the inverted file measured: its lists, and how many a query reads
+EMBEDDING_SECONDS = 3.0  # of measuring the embedding, or one batch if that takes longer
 
 
 class Size(NamedTuple):
-    """Of a corpus what its costs depend on."""
+    """The counts of a corpus that its costs depend on."""
 
-    documents: int  # those without a token left out
+    documents: int  # without those that have no token
     bytes: int  # of text, in UTF-8
     tokens: int
     chunks: int
     seqs: int
-    pairs: int  # of chunks of different documents: (a, b) and (b, a) are two
+    pairs: int  # of chunks of different documents; (a, b) and (b, a) count as two
     longest: int  # bytes of the longest document
     titles: int  # bytes of documents.jsonl, roughly
 
 
 class Rates(NamedTuple):
-    """What this machine does in a second."""
+    """Amounts per second on this machine."""
 
     tokens: float  # read, tokenised and cut
     chunks: float  # embedded
     comparisons: float  # by matrix products: of exact search, k-means and filling an inverted file
-    queries: float  # of exact search, if there were nothing to compare with: what short documents cost
+    queries: float  # of exact search without its comparisons: the overhead of short documents
     listed: float  # comparisons in the lists of an inverted file
     indexed: float  # bytes copied into an index and written
 
@@ -79,20 +80,20 @@ class Step(NamedTuple):
 
     name: str
     seconds: float
-    disk: int  # bytes of the files that it writes
-    memory: int  # bytes at its peak, roughly
+    disk: int  # bytes of the files written
+    memory: int  # peak in bytes, roughly
 
 
 # the model
 
 
 def lists_of(spec: str, dim: int) -> int:
-    """The lists of an index, given as a factory string; 0 for one that is no inverted file.
+    """Number of inverted lists of an index factory string; 0 if it is not an inverted file.
 
     Raises:
-        ValueError: it is no such string.
+        ValueError: `spec` is not a factory string.
     """
-    index = _empty(spec, dim)  # it owns what is inside, and has to outlive it
+    index = _empty(spec, dim)  # owns the inner index, so it must outlive that
     inner = innermost(index)
     return inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
 
@@ -105,23 +106,23 @@ def _empty(spec: str, dim: int) -> faiss.Index:
 
 
 def index_bytes(spec: str, count: int, dim: int) -> int:
-    """Bytes of an index of so many vectors: exact for Flat and IVF…,Flat; a few kB too few for others."""
+    """Bytes of an index of `count` vectors: exact for Flat and IVF…,Flat; a few kB too low for others."""
     index = _empty(spec, dim)
     inner = innermost(index)
     size = len(faiss.serialize_index(index)) + count * getattr(inner, "code_size", 4 * dim)
     if isinstance(inner, faiss.IndexIVF):  # ids; centres and lengths of the lists
         size += 8 * count + inner.nlist * (4 * dim + 8)
-    if isinstance(inner, faiss.IndexHNSW):  # links to others, and where they begin
+    if isinstance(inner, faiss.IndexHNSW):  # links, and their offsets
         size += (4 * inner.hnsw.nb_neighbors(0) + 16) * count
     return size
 
 
 def index_seconds(spec: str, count: int, dim: int, rates: Rates) -> float:
-    """Seconds to train, fill and write an index: Flat or IVF…; HNSW, which is not modelled, takes far longer."""
+    """Seconds to train, fill and write a Flat or IVF… index. HNSW is not modelled and takes far longer."""
     lists = lists_of(spec, dim)
     trained_on = min(count, max(TRAINING_POINTS_PER_LIST * lists, BLOCK))
     comparisons = lists * (KMEANS_ROUNDS * trained_on + count)
-    comparisons += GROUP * count if lists else 0  # the truth, by which the number of lists to read is chosen
+    comparisons += GROUP * count if lists else 0  # exact neighbours, to choose the number of lists to read
     slow, index = 0, _empty(spec, dim)
     if isinstance(innermost(index), faiss.IndexIVFPQ):
         slow = PQ_CENTROIDS * (PQ_ROUNDS * min(count, PQ_CENTROIDS**2) + count)
@@ -129,7 +130,7 @@ def index_seconds(spec: str, count: int, dim: int, rates: Rates) -> float:
 
 
 def search_seconds(spec: str, count: int, dim: int, pairs: int, rates: Rates) -> float:
-    """Seconds to find the neighbours of every chunk, without `max_similarity`, which asks for more of them."""
+    """Seconds to find the neighbours of every chunk, without `max_similarity`, which requests more neighbours."""
     if lists := lists_of(spec, dim):
         return count * (lists + count * min(1, PROBED / lists)) / rates.listed
     return count / rates.queries + pairs / rates.comparisons
@@ -138,10 +139,10 @@ def search_seconds(spec: str, count: int, dim: int, pairs: int, rates: Rates) ->
 def steps(
     size: Size, rates: Rates, *, chunk_size: int, knn: int, dim: int, index: str, tokenizer: TextTokenizer
 ) -> tuple[Step, ...]:
-    """What chunking, embedding, indexing and searching will take.
+    """Estimates for chunking, embedding, indexing and searching.
 
-    Bytes on disk are those of the arrays exactly, and of the index if that is Flat. Memory starts from what this
-    process has now: call it when the libraries and the BERT are loaded.
+    Bytes on disk are exact for the arrays, and for the index if it is Flat. Memory includes what this process uses
+    now: call this once the libraries and the BERT are loaded.
     """
     count, now, block = size.chunks, psutil.Process().memory_info().rss, BLOCK * 4 * dim
     row = (chunk_size + 1) * tokenizer.dtype.itemsize + 16 + 4 + 4  # chunk, span, bytes, document
@@ -154,7 +155,7 @@ def steps(
     seconds = index_seconds(index, count, dim, rates), search_seconds(index, count, dim, size.pairs, rates)
     return (
         Step("chunk", size.tokens / rates.tokens, chunked, now + OF_A_DOCUMENT * size.longest),
-        Step("embed", count / rates.chunks, HEADER + 4 * dim * count, now + count),  # a byte says what is done
+        Step("embed", count / rates.chunks, HEADER + 4 * dim * count, now + count),  # one mark of a byte per chunk
         Step("index", seconds[0], indexed, now + growing),
         Step("search", seconds[1], HEADER + 4 * knn * count, now + searching),
     )
@@ -174,9 +175,9 @@ def measure(
     chunks_per_document: float,
     lists: bool,
 ) -> Rates:
-    """Embed chunks of the corpus, and search among random vectors in documents as long as the corpus's, on average.
+    """Measure rates: embed chunks of the corpus, and search random vectors in documents of its mean length.
 
-    It takes about five seconds on a laptop, of which one is for an inverted file, if `lists` are wanted.
+    Takes about five seconds on a laptop, one of them for an inverted file if `lists` is true.
     """
     vectors = np.random.default_rng(0).normal(size=(VECTORS, dim)).astype(np.float32)
     queries = vectors[:QUERIES]
@@ -203,7 +204,7 @@ def measure(
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The shorter of two times: another process may have been busy during one."""
+    """The shorter of two timings, because another process may disturb one."""
     times = []
     for _ in range(2):
         start = time.perf_counter()
@@ -213,16 +214,16 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _embedding_rate(rows: Int[np.ndarray, "c m"], tokenizer: TextTokenizer, bert: PathLike | None) -> float:
-    """Chunks a second, in batches of like length as the build makes them.
+    """Chunks embedded per second, in batches of similar length as in the build.
 
-    Some batches stand for all by their tokens, padding included.
+    Extrapolates from some of the batches by their tokens, padding included.
     """
     size, pad = sizes_on(best_device()).batch, get_tokenizer(bert).ids.pad
     frames = frames_for_bert(torch.from_numpy(rows), tokenizer, bert=bert)
     frames = frames.repeat(-(-4 * size // len(frames)), 1)  # four batches at least
     lengths, order = (frames != pad).sum(dim=1).sort(stable=True)
     batches = [frames[rows, :longest] for rows, longest in _batches(order, lengths, size)]
-    bert_embed(batches[-1], pad_id=pad, bert=bert)  # the first one loads the BERT and warms up
+    bert_embed(batches[-1], pad_id=pad, bert=bert)  # the first call loads the BERT and warms up
     tokens, started, seconds = 0, time.perf_counter(), 0.0
     for number in np.random.default_rng(0).permutation(len(batches)):
         bert_embed(batches[number], pad_id=pad, bert=bert)
@@ -233,5 +234,5 @@ def _embedding_rate(rows: Int[np.ndarray, "c m"], tokenizer: TextTokenizer, bert
 
 
 def _batches(order: torch.Tensor, lengths: torch.Tensor, size: int) -> list[tuple[torch.Tensor, int]]:
-    """Rows of like length, and the longest length of each batch."""
+    """(rows, longest length) of batches of rows of similar length."""
     return [(rows, int(own[-1])) for rows, own in zip(order.split(size), lengths.split(size), strict=True)]

@@ -1,8 +1,8 @@
-"""The documents of a corpus are read, counted and forgotten: for a survey of it.
+"""Read and count the documents of a corpus for a survey, without keeping them.
 
-They are cut into tokens and chunks as a build would cut them. What is kept grows by 8 bytes for each document and each
-chunk, a hash of it, so that duplicates can be counted: 16 MB for a million of each. The tokens of the first documents
-are kept, up to `COMPARED` of them, so that near-duplicates can be looked for: 40 MB.
+Documents are cut into tokens and chunks as in a build. To count duplicates, an 8-byte hash of each document and each
+chunk is kept: 16 MB for a million of each. To find near-duplicates, the tokens of the first documents are kept, up to
+`COMPARED` tokens: 40 MB.
 """
 
 import hashlib
@@ -24,29 +24,29 @@ from retro_nb.store.embedding import frames_for_bert
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer
 
-SAMPLE = 512  # chunks that are kept to measure with, up to twice as many
+SAMPLE = 512  # chunks kept for the measurement, up to twice this number
 SLICE = 2**20  # characters encoded at a time
-COMPARED = 10_000_000  # tokens of documents that are kept to be compared with one another
+COMPARED = 10_000_000  # tokens of documents kept to find near-duplicates
 
 
 class Reading:
-    """Counts of the documents read, and what else is kept of them."""
+    """Counts of the documents read, with hashes and a sample of them."""
 
     def __init__(self, tokenizer: TextTokenizer, chunk_size: int, chunks_per_seq: int) -> None:
         self.tokenizer, self.chunk_size, self.chunks_per_seq = tokenizer, chunk_size, chunks_per_seq
         self.unknown = unknown_id(tokenizer)
         self.counts: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
-        self.texts, self.hashes = array("Q"), array("Q")  # 8 bytes of a document, of a chunk
+        self.texts, self.hashes = array("Q"), array("Q")  # an 8-byte hash per document, per chunk
         self.rows: list[np.ndarray] = []  # every step-th chunk
         self.kept: list[np.ndarray] = []  # the tokens of the first documents
-        self.room = COMPARED  # for so many tokens more
+        self.room = COMPARED  # for this number of further tokens
         self.step, self.complete = 1, True
         self.longest_title = self.first_replaced = ""
         self.longest_bytes = self.titles = self.same_document = 0
 
     def read(self, documents: Iterable[Document], seconds: float | int, progress: bool = False) -> float:
-        """Read all, or until the time is over and there is a chunk; how long it took."""
+        """Read all documents, or until the time is up and a chunk was found; return the seconds taken."""
         start = time.perf_counter()
         self.deadline = start + seconds
         for document in tqdm(documents, desc="surveying", unit=" documents", disable=not progress):
@@ -84,7 +84,7 @@ class Reading:
             counts["empty_documents"] += 1
 
     def _tokens(self, text: str) -> Iterator[Tokens]:
-        """A document's tokens; if they take too long, only the first."""
+        """A document's tokens; only the first ones if reading takes too long."""
         own = [np.empty(0, np.int32)]
         for tokens in document_tokens(text, tokenizer=self.tokenizer):
             self.room -= len(tokens.ids)
@@ -115,11 +115,11 @@ class Reading:
         self.counts.update(chunks=len(rows), padded_chunks=padded, padding=rows.size - int(words.sum()))
 
     def whole(self, length: int | None) -> Size:
-        """The whole corpus, if the rest is like what was read; only this if it does not know its length."""
+        """Extrapolate from what was read to the whole corpus of `length` documents; without a length, what was read."""
         counts, times = self.counts, 1.0
         if length is not None and not self.complete:
             times = max(1.0, length / counts["documents"])
-        cut = times * counts["characters"] / counts["tokenised"]  # of a document, some was not tokenised
+        cut = times * counts["characters"] / counts["tokenised"]  # part of a document may not be tokenised
         chunks = round(cut * counts["chunks"])
         return Size(
             documents=round(times * (counts["documents"] - counts["empty_documents"])),
@@ -133,7 +133,7 @@ class Reading:
         )
 
     def unsuited_to(self, bert: PathLike | None) -> bool:
-        """Whether a BERT reads these texts letter by letter, or not at all; of a few chunks."""
+        """Whether a BERT reads these texts letter by letter, or not at all, judged from a few chunks."""
         reader, some = get_tokenizer(bert), np.stack(self.rows[:: max(1, len(self.rows) // 32)])
         ids = frames_for_bert(torch.from_numpy(some), self.tokenizer, bert=bert).numpy()
         texts = [self.tokenizer.decode(row) for row in some]
@@ -143,20 +143,20 @@ class Reading:
 
 
 def unknown_id(tokenizer: TextTokenizer) -> int:
-    """The id that stands for whatever a tokenizer does not know; −1 if it knows everything."""
+    """The id of a tokenizer's unknown token; −1 if it has none."""
     name = getattr(tokenizer.backend.model, "unk_token", None)
     found = None if name is None else tokenizer.backend.token_to_id(name)
     return -1 if found is None else found
 
 
 def is_unsuited(characters: int, spaces: int, tokens: int, unknown: int) -> bool:
-    """Whether a tokenizer hardly knows a language: a hint. Where words are not set apart, each character may be one."""
+    """Hint whether a tokenizer hardly knows a language. Without spaces between words, each character may be a word."""
     least = 1.8 if spaces > characters / 20 else 0.9
     return characters < least * tokens or unknown > tokens / 100
 
 
 def repeated(hashes: array) -> int:
-    """How many are equal to one before. The hashes are sorted in their place, so that it takes no more memory."""
+    """Number of hashes equal to an earlier one. Sorts them in place to save memory."""
     values = np.frombuffer(hashes, np.uint64)
     values.sort()
     return int(np.count_nonzero(values[1:] == values[:-1]))

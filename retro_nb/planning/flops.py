@@ -1,9 +1,9 @@
-"""How much arithmetic a token costs: the measure of every speed (notebooks 05 and 11).
+"""Floating-point operations per token, the measure of every speed (notebooks 05 and 11).
 
 A matrix product of (a, b) with (b, c) is 2·a·b·c operations, a multiplication and an addition for each term.
-Only matrix products are counted, and of them only what the equations need: half of the causal attention, no
-padding. Element-wise work is left out, as is usual, so that the share of a processor's rate that is reached
-(its "model FLOP utilisation") is never flattered.
+Only matrix products are counted, and only what the equations need of them: half of the causal attention, no padding.
+Element-wise work is left out, as is usual, so that the model FLOP utilisation, the reached share of a processor's
+rate, is never overstated.
 
 Shapes: n sequence length, m chunk length, l chunks in a sequence, k neighbours, r retrieved tokens per neighbour,
 d width, v vocabulary.
@@ -15,12 +15,12 @@ from retro_nb.model.retro import RETRO
 
 
 def flops_per_token(retro: RETRO, *, n: int, k: int = 2, r: int | None = None, training: bool = True) -> float:
-    """Floating-point operations for each token of a sequence.
+    """Floating-point operations per token of a sequence.
 
     Args:
         n: tokens in the sequence, all of them real, with neighbours for each of its n // m chunks.
-        k, r: neighbours of a chunk and their tokens, 2m when left out. k = 0 is RETRO[OFF].
-        training: forward and backward, which is three times forward: every product has two derivatives.
+        k, r: neighbours of a chunk, and tokens of each neighbour (2m if left out). k = 0 is RETRO[OFF].
+        training: count forward and backward, three times forward, since every product has two derivatives.
     """
     about, m = retro.config, retro.chunk_size
     retrieved = (n // m) * k * (2 * m if r is None else r)  # tokens to encode
@@ -31,12 +31,12 @@ def flops_per_token(retro: RETRO, *, n: int, k: int = 2, r: int | None = None, t
 
 
 def _product(rows: int, *widths: int) -> int:
-    """Rows led through linear maps, one after another: widths d0 → d1 → …"""
+    """Operations of applying linear maps d0 → d1 → … to rows."""
     return sum(2 * rows * a * b for a, b in pairwise(widths))
 
 
 def _attention(inner: int, pairs: int) -> int:
-    """Scores and weighted values, for so many pairs of a query and a key it sees."""
+    """Operations of scores and weighted values, for `pairs` of a query and a key visible to it."""
     return 2 * 2 * inner * pairs
 
 

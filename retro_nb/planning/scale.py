@@ -1,10 +1,9 @@
-"""What a corpus of any size takes: bytes, hours and comparisons, by arithmetic (notebook 11).
+"""Bytes, hours and comparisons for a corpus of any size, by arithmetic (notebook 11).
 
-A corpus of 2.4 million tokens is searched exactly in seconds; the paper's has 1.8 trillion. What is exact here are
-counts and bytes, which tests hold against files that were written. Hours are counts divided by a rate: rates are
-measured, on some machine, and are arguments (`embedding_rates`, `search_rates` read those of benchmarks/results).
-How good a search is cannot be computed: the recall at a million vectors is measured (`recall_runs`), and what it
-would be at 28 billion is not known here.
+A corpus of 2.4 million tokens is searched exactly in seconds; the paper's has 1.8 trillion. Counts and bytes are
+exact here; tests compare them with written files. Hours are counts divided by a rate. Rates are measured on some
+machine and passed as arguments (`embedding_rates` and `search_rates` read those in benchmarks/results). The quality of
+a search cannot be computed: recall is measured at a million vectors (`recall_runs`) and unknown at 28 billion.
 """
 
 import json
@@ -23,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Figure(NamedTuple):
-    """A number out of the paper, with the place where it stands."""
+    """A number from the paper, with its place there."""
 
     value: float
     what: str
@@ -51,14 +50,14 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A corpus with the settings on which its bytes depend.
+    """A corpus with the settings that determine its bytes.
 
-    tokens, documents   all tokens, start and end included, and how many documents they make
+    tokens, documents   number of tokens, start and end included, and number of documents
     chunk_size          m
-    dim                 d, of the vectors: 384 for MiniLM, 768 for bert-base
+    dim                 d, the width of the vectors: 384 for MiniLM, 768 for bert-base
     knn                 k
     token_bytes         2 for a vocabulary of up to 65,536, else 4
-    index               a factory string; None for the choice of `choose_index`
+    index               index factory string; None to use `choose_index`
 
     Raises ValueError for a number below 1, more documents than tokens, or ids of other than 2 or 4 bytes.
     """
@@ -82,39 +81,39 @@ class Plan:
 
     @cached_property
     def chunks(self) -> int:
-        """⌈(L − 1) / m⌉ for a document of L tokens. Each further document leaves half a chunk empty, on average."""
+        """⌈(L − 1) / m⌉ for one document of L tokens. Each further document leaves half a chunk empty, on average."""
         m = self.chunk_size
         whole = -(-int(self.tokens - self.documents) // m) + int((self.documents - 1) * (m - 1) / (2 * m))
         return max(int(self.documents), whole)
 
     @cached_property
     def spec(self) -> str:
-        """The index's factory string."""
+        """The index factory string."""
         return self.index or choose_index(self.chunks, self.dim)
 
     @property
     def lists(self) -> int:
-        """How many lists the index has; 0 for one that is no inverted file."""
-        found = re.search(r"\bIVF(\d+)", self.spec)  # to make one of half a million lists, to count them, takes long
+        """Number of inverted lists of the index; 0 if it is not an inverted file."""
+        found = re.search(r"\bIVF(\d+)", self.spec)  # building half a million lists to count them takes long
         return int(found[1]) if found else 0
 
     # bytes
 
     @property
     def fits_int32(self) -> bool:
-        """Whether int32 can name every chunk. This project's files hold int32; beyond, they would need int64."""
+        """Whether int32 can number every chunk. This project's files hold int32; more chunks would need int64."""
         return self.chunks <= MOST_CHUNKS
 
     @cached_property
     def bytes(self) -> dict[str, int]:
-        """Bytes of each file of a store, by its name, with ids as wide as they need to be.
+        """Bytes of each file of a store, by file name, with ids as wide as necessary.
 
-        Exact for the number of chunks, except for an index that compresses (its tables: some kB, see `index_bytes`).
-        Left out are what does not grow with the tokens alone: the titles, the tokenizer, an id a sequence.
+        Exact for the number of chunks, except for a compressing index (its tables: some kB, see `index_bytes`).
+        Files that do not grow with the tokens alone are left out: the titles, the tokenizer, one id per sequence.
         """
         count, id_bytes = self.chunks, 4 if self.fits_int32 else 8
         rows = {
-            "chunks.npy": (self.chunk_size + 1) * self.token_bytes,  # the next token, too
+            "chunks.npy": (self.chunk_size + 1) * self.token_bytes,  # with the next token
             "chunks.spans.npy": 2 * 8,
             "chunks.bytes.npy": 4,
             "doc_ids.npy": 4 if self.documents <= MOST_CHUNKS else 8,
@@ -128,25 +127,25 @@ class Plan:
     # hours
 
     def embedding_hours(self, chunks_per_second: float | int, gpus: int = 1) -> float:
-        """Hours to embed all chunks on so many GPUs, each of this rate, if they share the work without loss."""
+        """Hours to embed all chunks on `gpus` GPUs of this rate each, if they share the work without loss."""
         return self.chunks / (chunks_per_second * gpus) / 3600
 
     def comparisons(self, nprobe: int = 64) -> float:
-        """Vectors that a query is compared with: all; of an inverted file the lists' centres and `nprobe` lists."""
+        """Vectors compared with a query: all; with an inverted file, the lists' centres and those in `nprobe` lists."""
         if not self.lists:
             return float(self.chunks)
         return self.lists + self.chunks * min(1.0, nprobe / self.lists)
 
     def flops_per_query(self, nprobe: int = 64) -> float:
-        """Floating-point operations of a query: 2·d for each comparison. (PQ does a look-up a byte instead.)"""
+        """Floating-point operations of a query: 2·d per comparison. (PQ does one look-up per byte instead.)"""
         return 2 * self.dim * self.comparisons(nprobe)
 
     def query_seconds(self, comparisons_per_second: float | int, nprobe: int = 64) -> float:
-        """Seconds that a machine of this rate takes for a query, of many asked together."""
+        """Seconds per query at this rate, with queries in batches."""
         return self.comparisons(nprobe) / comparisons_per_second
 
     def neighbour_hours(self, comparisons_per_second: float | int, nprobe: int = 64, machines: int = 1) -> float:
-        """Hours for the neighbours of all chunks; each machine asks a share of them, of an index of its own."""
+        """Hours to find the neighbours of all chunks; each machine has its own index and a share of the queries."""
         return self.chunks * self.query_seconds(comparisons_per_second, nprobe) / machines / 3600
 
 
@@ -159,7 +158,7 @@ def papers_plan(index: str | None = None) -> Plan:
 
 
 def embedding_rates(folder: PathLike = RESULTS) -> dict[str, float]:
-    """Chunks a second that one processor embedded, by what it was: "embedding, GPU, MiniLM, bfloat16, NVIDIA …"."""
+    """Chunks embedded per second on one processor, measured, by name: "embedding, GPU, MiniLM, bfloat16, NVIDIA …"."""
     rates = {}
     for name in ("embedding-cpu", "embedding-avx512-cpu", "embedding-gpu"):
         record = _results(name, "embedding", folder)
@@ -169,10 +168,10 @@ def embedding_rates(folder: PathLike = RESULTS) -> dict[str, float]:
 
 
 def embedding_rate(part: str, folder: PathLike = RESULTS) -> float:
-    """The first of `embedding_rates` with this in its name, such as "GPU, bert-base".
+    """The first of `embedding_rates` with `part` in its name, such as "GPU, bert-base".
 
     Raises:
-        ValueError: none has.
+        ValueError: no name has it.
     """
     rates = embedding_rates(folder)
     for name, rate in rates.items():
@@ -182,14 +181,14 @@ def embedding_rate(part: str, folder: PathLike = RESULTS) -> float:
 
 
 def recall_runs(folder: PathLike = RESULTS) -> list[dict[str, Any]]:
-    """What each kind of index took and found at a million vectors: bytes_per_vector, trials of effort and recall."""
+    """Measurements of each kind of index at a million vectors: bytes_per_vector, trials of effort and recall."""
     return _results("recall-cpu", "recall", folder)["runs"]
 
 
 def search_rates(folder: PathLike = RESULTS) -> dict[str, float]:
-    """Comparisons a second of Flat and of each inverted file, at the greatest effort that was measured.
+    """Comparisons per second of Flat and of each inverted file, at the greatest effort measured.
 
-    On one machine, all cores, in batches: see `cpu` and `settings` in benchmarks/results/recall-cpu.json.
+    Measured on all cores of one machine, in batches: see `cpu` and `settings` in benchmarks/results/recall-cpu.json.
     """
     settings, rates = _results("recall-cpu", "recall", folder)["settings"], {}
     for run in recall_runs(folder):
@@ -201,10 +200,10 @@ def search_rates(folder: PathLike = RESULTS) -> dict[str, float]:
 
 
 def search_rate(spec: str, folder: PathLike = RESULTS) -> float:
-    """Comparisons a second of the index that was measured and keeps its vectors as this one does.
+    """Comparisons per second of the measured index that stores its vectors like `spec`.
 
     Raises:
-        ValueError: none of this kind was measured.
+        ValueError: no index of this kind was measured.
     """
     rates, kept = search_rates(folder), spec.rsplit(",", 1)[-1]
     for measured, rate in rates.items():

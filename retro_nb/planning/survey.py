@@ -1,9 +1,9 @@
-"""A report on a corpus before any long work: what is in it, what a build will take, and what to mend first.
+"""A report on a corpus before any long work: its content, the cost of a build, and what to fix first.
 
     print(survey(text_folder("my_texts")))
 
-The corpus is read once (`planning.counting`), and some hundred of its chunks are embedded, to measure how long a build
-will take on this machine (`planning.costs`).
+The corpus is read once (`planning.counting`). Some hundred of its chunks are embedded to estimate how long a build
+takes on this machine (`planning.costs`).
 """
 
 import shutil
@@ -27,39 +27,40 @@ from retro_nb.text.document import Document
 from retro_nb.text.duplicates import GRAM, JACCARD, repeating
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
 
-TRAINED_ON = 5_000_000  # characters that a tokenizer is trained on, where the build will train one on all
+TRAINED_ON = 5_000_000  # characters to train a tokenizer on; the build trains it on all
 WIDTH = 96  # columns of the report
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "s": 1, "min": 60, "h": 3600, "days": 86400}
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What `survey` found. Print it. The counts are of what was read; `whole` and `steps` are of the whole corpus.
+    """The result of `survey`, to be printed. Counts refer to what was read; `whole` and `steps` to the whole corpus.
 
-    `longest`, in characters, and `longest_title` are of the longest document. `lengths[i]` is the number of documents
-    of 2^(i−1) to 2^i − 1 characters, `lengths[0]` of those of none. A duplicate has the same text, or the same m
-    tokens, as one before it; texts of no character are none. A near-duplicate shares 13-grams of tokens with one before
-    it, at a Jaccard similarity of .8 or more (`near_duplicates`); only the first `compared_documents` are looked at:
-    10 million tokens, or as many as the time allows. A padded chunk is one of which less than half is text.
+    `longest`, in characters, and `longest_title` describe the longest document. `lengths[i]` is the number of documents
+    of 2^(i−1) to 2^i − 1 characters, `lengths[0]` that of empty ones. A duplicate document has the same text, a
+    duplicate chunk the same m tokens, as an earlier one; empty texts do not count. A near-duplicate's 13-grams of
+    tokens have a Jaccard similarity of .8 or more with those of an earlier document (`near_duplicates`). Only the first
+    `compared_documents` are compared: 10 million tokens, or fewer if the time is up. A padded chunk is less than half
+    text.
     """
 
     chunk_size: int
     seq_len: int
     knn: int
-    index: str  # as a factory string
-    seconds: float  # that the reading took
-    complete: bool  # all was read, so that `whole` and the bytes on disk are exact
-    length: int | None  # documents of the corpus, if it says so
+    index: str  # factory string
+    seconds: float  # spent reading
+    complete: bool  # all was read, so `whole` and the bytes on disk are exact
+    length: int | None  # documents of the corpus, if known
     longest_title: str
     first_replaced: str  # the source of the first document with undecodable bytes
     lengths: tuple[int, ...]
-    whole: Size  # estimated where not all was read; at least so much, if the corpus does not know its length either
+    whole: Size  # estimated if not all was read; a lower bound if the corpus also has no length
     rates: Rates
     steps: tuple[Step, ...]  # chunk, embed, index, search
-    free_disk: int  # bytes free where it is to be built
-    all_memory: int  # bytes that the machine has
-    bert_unsuited: bool  # the BERT reads it letter by letter, or not at all
-    trained_on_all: bool  # false if the tokenizer is one that the build trains, on more than was read here for it
+    free_disk: int  # bytes free in the work folder
+    all_memory: int  # bytes of the machine's memory
+    bert_unsuited: bool  # the BERT reads the texts letter by letter, or not at all
+    trained_on_all: bool  # false if the build trains the tokenizer on more text than was used here
     documents: int = 0
     empty_documents: int = 0
     duplicate_documents: int = 0
@@ -78,16 +79,16 @@ class Survey:
     duplicate_chunks: int = 0
     padded_chunks: int = 0
     padding: int = 0  # tokens
-    tokenised: int = 0  # characters of what was cut into tokens: all but for the rest of a document that took too long
+    tokenised: int = 0  # characters cut into tokens: all, except the rest of a document that took too long
 
     @property
     def longest_share(self) -> float:
-        """Of all bytes of text, those in the longest document."""
+        """Share of the longest document in all bytes of text."""
         return self.whole.longest / self.whole.bytes
 
     @property
     def total_seconds(self) -> float:
-        """Of all steps."""
+        """Seconds of all steps."""
         return sum(step.seconds for step in self.steps)
 
     @property
@@ -97,12 +98,12 @@ class Survey:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of memory that the most demanding step takes, roughly."""
+        """Peak memory of the most demanding step in bytes, roughly."""
         return max(step.memory for step in self.steps)
 
     @property
     def remarks(self) -> list[str]:
-        """What to mend before a build, and how; empty if there is nothing."""
+        """Problems to fix before a build, with remedies; empty if none."""
         return [*_about_texts(self), *_about_tokens(self), *_about_machine(self)]
 
     def __str__(self) -> str:
@@ -124,24 +125,24 @@ def survey(
     seconds: float | int = 20,
     progress: bool = True,
 ) -> Survey:
-    """Read a corpus, count, and measure for some seconds how fast this machine builds a database of it.
+    """Read and count a corpus, and measure for some seconds how fast this machine builds a database of it.
 
     Args:
         corpus: any iterable of `Document`.
         chunk_size, seq_len, knn: m, n, k.
-        tokenizer: as `TrainingWrapper` takes it. A number trains one, on the first 5 million characters.
-        bert, index, max_index_memory_usage: as the build takes them.
-        work_dir: where it will be built, to look how much is free; data/work if left out.
-        seconds: read no longer than so, but one document at least, or 800,000 characters of one that is longer;
-            `math.inf` for all. Of what was not read the survey has estimates, if the corpus has a `len`. As long again
-            at most, near-duplicates are looked for.
+        tokenizer: as in `TrainingWrapper`. A number trains one, on the first 5 million characters.
+        bert, index, max_index_memory_usage: as in the build.
+        work_dir: the build's folder, to check the free disk space; data/work if left out.
+        seconds: time limit for reading, `math.inf` for all. At least one document is read, or 800,000 characters of a
+            longer one. If the corpus has a `len`, the survey estimates the rest. The search for near-duplicates has
+            the same limit again.
         progress: show a progress bar.
 
     Raises:
-        ValueError: n is not a multiple of m, no document has a token, or `index` is no index.
+        ValueError: n is not a multiple of m, no document has a token, or `index` is not an index.
     """
     check_sizes(chunk_size, seq_len)
-    length = length_hint(corpus, -1)  # −1 too for a streamed dataset, which has a `len` that raises TypeError
+    length = length_hint(corpus, -1)  # −1 also for a streamed dataset, where `len` raises TypeError
     length = None if length < 0 else length
     cutter, trained_on_all = _get_tokenizer(corpus, tokenizer, bert, progress)
     reading = Reading(cutter, chunk_size, seq_len // chunk_size)
@@ -190,7 +191,7 @@ def survey(
 def _get_tokenizer(
     corpus: Iterable[Document], named: int | PathLike | TextTokenizer | None, bert: PathLike | None, progress: bool
 ) -> tuple[TextTokenizer, bool]:
-    """The build's tokenizer, and whether it is: one that is to be trained is trained on an opening here."""
+    """The build's tokenizer, and whether it is final: one to be trained sees only the first `TRAINED_ON` characters."""
     if not isinstance(named, int):
         return get_tokenizer(bert if named is None else named), True
     if isinstance(corpus, Iterator):
@@ -208,11 +209,11 @@ def _get_tokenizer(
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest existing parent."""
     return next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
 
 
-# what to mend
+# what to fix
 
 
 def _about_texts(s: Survey) -> Iterator[str]:
@@ -285,7 +286,7 @@ def _about_machine(s: Survey) -> Iterator[str]:
 
 
 def as_size(size: float | int) -> str:
-    """Bytes, as "512 bytes", "1.5 kB", "37 GB"; units are powers of 1000."""
+    """Format bytes as "512 bytes", "1.5 kB", "37 GB"; units are powers of 1000."""
     unit = next((unit for unit in ("kB", "MB", "GB") if size < 999.5 * UNITS[unit]), "TB")
     if size < 1000:
         return f"{size:.0f} bytes"
@@ -294,7 +295,7 @@ def as_size(size: float | int) -> str:
 
 
 def as_time(seconds: float | int) -> str:
-    """Seconds, as "1.5 s", "37 min", "4.2 h", "12 days"."""
+    """Format seconds as "1.5 s", "37 min", "4.2 h", "12 days"."""
     if 0 < seconds < 0.05:
         return "< 0.1 s"
     unit = next((unit for unit in ("s", "min", "h") if seconds < 99.5 * UNITS[unit]), "days")
@@ -303,7 +304,7 @@ def as_time(seconds: float | int) -> str:
 
 
 def _found(s: Survey) -> list[str]:
-    """The lines on what was read."""
+    """Report lines on what was read."""
     unknown, twice = s.unknown_tokens / s.tokens, s.duplicate_chunks / s.chunks
     places, padded = s.chunks * s.chunk_size, s.padded_chunks / s.chunks
     lines = {
@@ -328,7 +329,7 @@ def _near_duplicates(s: Survey) -> str:
 
 
 def _extent(s: Survey) -> str:
-    """How much of the corpus was read, and how much there is."""
+    """Report lines on how much of the corpus was read, and its total size."""
     if s.complete:
         return f"All was read, in {as_time(s.seconds)}."
     seen = f"Of {s.length:,} documents {s.documents:,}" if s.length else f"{s.documents:,} documents"
@@ -339,7 +340,7 @@ def _extent(s: Survey) -> str:
 
 
 def _expected(s: Survey) -> list[str]:
-    """The lines on what a build will take."""
+    """Report lines on the cost of a build."""
     rates, of = s.rates, f"{s.whole.chunks:,}"
     speed = f"{rates.tokens:,.0f} tokens, {rates.chunks:,.0f} chunks, {rates.comparisons / 1e6:,.0f} M pairs"
     does = {
