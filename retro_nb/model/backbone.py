@@ -1,4 +1,4 @@
-"""Hugging Face language models, seen as RETROfit sees them: layers with a place to read in (notebook 09).
+"""Hugging Face language models as RETROfit uses them: layers with a place for reading neighbours (notebook 09).
 
 Shapes: b batch, n sequence length, d width.
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTIONS, SECOND_NORMS = ("self_attn", "attn", "attention"), ("post_attention_layernorm", "ln_2")
-SAMPLED = 16  # weights by which a language model is known again
-ROUNDING = 2**-8  # how far bfloat16 may move a weight, as a share of it
+SAMPLED = 16  # number of weights that identify a language model
+ROUNDING = 2**-8  # largest relative change of a weight in bfloat16
 
 Read = Callable[[int, Tensor], Tensor]  # a layer's number and h (b n d): what the layer reads (b n d)
 
 
 class Block(NamedTuple):
-    """A layer of a language model, and the parts of it that RETROfit has to do with."""
+    """A layer of a language model, and the parts of it that RETROfit uses."""
 
     layer: nn.Module
     attention: nn.Module
@@ -37,10 +37,10 @@ class Block(NamedTuple):
 
 
 def blocks(backbone: nn.Module) -> list[Block]:
-    """The layers of a Hugging Face language model, tried on two tokens.
+    """The layers of a Hugging Face language model, checked on two tokens.
 
     Raises:
-        ValueError: they are not made as RETROfit needs them.
+        ValueError: RETROfit does not support their architecture.
     """
     from transformers import PreTrainedModel
 
@@ -68,7 +68,7 @@ def _block(layer: nn.Module) -> Block | None:
 
 @torch.no_grad()
 def _try(backbone: "PreTrainedModel", blocks: list[Block]) -> None:
-    """Whether h = x + attention(x) is what the second half of a layer gets, and the logits are a linear map."""
+    """Check that the second half of a layer receives h = x + attention(x), and that the logits are a linear map."""
     seen: dict[str, Tensor] = {}
 
     def note(module: nn.Module, args: tuple, named: dict) -> None:
@@ -102,7 +102,7 @@ def hidden_states(args: tuple, named: dict) -> Tensor:
 
 
 def hooks(block: Block, read: Callable[[Tensor], Tensor]) -> tuple[RemovableHandle, RemovableHandle]:
-    """While these are there, what `read` makes of h = x + attention(x) joins the attention's output."""
+    """Register hooks that add read(h), with h = x + attention(x), to the attention's output; return their handles."""
     entered: list[Tensor] = []
 
     def enter(layer: nn.Module, args: tuple, named: dict) -> None:
@@ -117,7 +117,7 @@ def hooks(block: Block, read: Callable[[Tensor], Tensor]) -> tuple[RemovableHand
 
 @contextmanager
 def reading(blocks: dict[int, Block], read: Read) -> Iterator[None]:
-    """While this runs, the layers read after their self-attention; afterwards they are as before."""
+    """Context in which the layers read after their self-attention; on exit the hooks are removed."""
     with ExitStack() as stack:
         for number, block in blocks.items():
             for hook in hooks(block, partial(read, number)):
@@ -125,14 +125,14 @@ def reading(blocks: dict[int, Block], read: Read) -> Iterator[None]:
         yield
 
 
-# where it comes from
+# loading and identity
 
 
 def load_backbone(name: PathLike) -> "PreTrainedModel":
-    """A causal language model by its folder, its name among those that come with the project, or its hub name.
+    """Load a causal language model by its folder, the name of an included model, or its hub name.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no such model on this machine.
     """
     from transformers import AutoModelForCausalLM
 
@@ -148,16 +148,16 @@ def load_backbone(name: PathLike) -> "PreTrainedModel":
 
 
 def identity(backbone: "PreTrainedModel", frozen: bool) -> dict[str, Any]:
-    """What a language model is known again by: name, architecture and, if it stays as it is, some of its weights."""
-    architecture = json.loads(backbone.config.to_json_string())  # with names for keys, as it is read again
+    """Data that identify a language model: name, architecture and, if it is frozen, a sample of its weights."""
+    architecture = json.loads(backbone.config.to_json_string())  # keys are strings, as after reading config.json
     for name in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"):
-        architecture.pop(name, None)  # what says no more, or may change
+        architecture.pop(name, None)  # redundant, or may change
     name = backbone.config.name_or_path
     return {"name": name, "architecture": architecture, "sample": _sample(backbone) if frozen else None}
 
 
 def restore(known: dict[str, Any]) -> "PreTrainedModel":
-    """The language model of this `identity`; with new weights if those are not its own any more."""
+    """The language model of this `identity`; with random weights if it was trained (the checkpoint has them)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if known["sample"]:
@@ -170,7 +170,7 @@ def restore(known: dict[str, Any]) -> "PreTrainedModel":
 def check_same(backbone: "PreTrainedModel", known: dict[str, Any]) -> None:
     """Raise a ValueError if this is not the language model of this `identity`.
 
-    What only one of the two configurations has is passed over: another version of transformers has other names.
+    Keys that only one configuration has are ignored, because versions of transformers differ in their names.
     """
     own, there = identity(backbone, frozen=known["sample"] is not None), known["architecture"]
     same = all(value == there.get(name, value) for name, value in own["architecture"].items())
@@ -179,7 +179,7 @@ def check_same(backbone: "PreTrainedModel", known: dict[str, Any]) -> None:
 
 
 def _sample(backbone: "PreTrainedModel") -> list[float]:
-    """Compared with a tolerance: the weights may be held in 16 bits another time."""
+    """Sample of the weights; compared with a tolerance, because they may be loaded in 16 bits next time."""
     weights = list(backbone.parameters())
     picked = np.linspace(0, len(weights) - 1, SAMPLED).astype(int)
     return [float(weights[i].detach().flatten()[-1]) for i in picked]

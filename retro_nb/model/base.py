@@ -1,4 +1,4 @@
-"""What every model here can do, whatever it is made of: RETRO (notebook 04) and RETROfit (notebook 09).
+"""Common base of the models: RETRO (notebook 04) and RETROfit (notebook 09).
 
 A `ChunkedLM` is a causal language model that reads, after every chunk of m tokens, the neighbours retrieved for it.
 
@@ -26,7 +26,7 @@ Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and afterwards back into the mode that it was in."""
+    """Context with the model in evaluation mode; on exit its previous mode is restored."""
     was_training = model.training
     model.eval()
     try:
@@ -36,19 +36,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class ChunkedLM(nn.Module):
-    """The common part: losses, checks, pieces for decoding.
+    """Base class: losses, checks, pieces for decoding.
 
-    A model has `_hidden` (what the output layer reads, for whole sequences), `start_decoding` and `decode`, and:
+    A subclass defines `_hidden` (input of the output layer, for whole sequences), `start_decoding`, `decode` and:
 
-    config            its arguments, for JSON
+    config            its arguments in JSON form
     num_tokens        v, padding included
     pad_id            never attended to in neighbours, never counted in the loss
     seq_len           the longest sequence n
     chunk_size        m
     to_logits         the output layer
-    tokenizer         what its ids mean, where the model is bound to a tokenizer
-    hides_padding     whether padding before a text is as if it were not there
-    frozen            whether only what reads the neighbours is trained
+    tokenizer         the tokenizer of its ids, if the model is bound to one
+    hides_padding     whether padding before a text has no effect
+    frozen            whether only the part that reads neighbours is trained
     """
 
     config: dict[str, Any]
@@ -69,16 +69,16 @@ class ChunkedLM(nn.Module):
         """Logits of the next token at every position, or the mean loss.
 
         Args:
-            seq: (b, n) token ids; (b, n+1) with return_loss, whose last n tokens are then the labels. Like
-                `retrieved` it may lie on the CPU: then a GPU need not be asked which of it is padding.
+            seq: (b, n) token ids; (b, n+1) with return_loss: the last n tokens are the labels. Both seq and
+                `retrieved` may lie on the CPU, which saves a wait for the GPU to find the padding.
             retrieved: (b, l, k, r) the neighbours of the l = n // m complete chunks, r ≥ m; (b, l, r) for a
-                single neighbour. None is the model without retrieval, RETRO[OFF].
+                single neighbour. None runs the model without retrieval, RETRO[OFF].
             return_loss: return the mean cross-entropy in nats over all labels that are not padding
                 (0 if all are), in training and evaluation mode alike.
 
         Raises:
-            ValueError: a sequence that is empty or longer than max_seq_len, neighbours of another number of
-                chunks or shorter than a chunk, a token outside the vocabulary (looked for on the CPU only;
+            ValueError: a sequence that is empty or longer than max_seq_len, neighbours for a wrong number of
+                chunks or shorter than a chunk, a token outside the vocabulary (checked on the CPU only;
                 on a GPU the check would hold up every step).
         """
         if not return_loss:
@@ -91,14 +91,14 @@ class ChunkedLM(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, seq: Int[Tensor, "b _"], retrieved: Retrieved | None = None) -> Float[Tensor, "b n"]:
-        """The loss of every label of its own, in nats, NaN where that is padding; without gradients.
+        """Loss of every label in nats, NaN for padding; without gradients.
 
-        Args and errors as `forward`'s with return_loss: seq is (b, n+1).
+        Arguments and errors are those of `forward` with return_loss: seq is (b, n+1).
         """
         labels = self._here(seq[:, 1:].long())
         padding = labels == self.pad_id
         x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")
-        asked = rearrange(labels.masked_fill(padding, 0), "b n -> (b n)")  # padding may be no word of the output
+        asked = rearrange(labels.masked_fill(padding, 0), "b n -> (b n)")  # the output layer may lack pad_id
         losses = token_cross_entropy(x, *self._output(), asked)
         return losses.reshape(labels.shape).masked_fill(padding, float("nan"))
 
@@ -106,7 +106,7 @@ class ChunkedLM(nn.Module):
         raise NotImplementedError
 
     def _output(self) -> tuple[Float[Tensor, "v d"], Float[Tensor, " v"]]:
-        """Weights and bias of the output layer; a bias of zeros where it has none."""
+        """Weights and bias of the output layer; zeros if it has no bias."""
         weight, bias = self.to_logits.weight, self.to_logits.bias
         return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
@@ -121,7 +121,7 @@ class ChunkedLM(nn.Module):
             start = end
 
     def _capacity(self, capacity: int | None) -> int:
-        """How many tokens a decoding state is to have room for, max_seq_len when left out."""
+        """Check the capacity of a decoding state, in tokens; by default max_seq_len."""
         capacity = self.seq_len if capacity is None else capacity
         if not 1 <= capacity <= self.seq_len:
             raise ValueError(f"capacity {capacity} is not in 1 … max_seq_len {self.seq_len}")
@@ -130,7 +130,7 @@ class ChunkedLM(nn.Module):
     def _check_piece(
         self, seq: Int[Tensor, "b n"], state: Any, retrieved: Int[Tensor, "b k r"] | None
     ) -> Int[Tensor, "b 1 k r"] | None:
-        """Whether these tokens may be fed next, with these neighbours; the neighbours as those of one chunk."""
+        """Check that these tokens and neighbours may be fed next; return the neighbours with an axis of one chunk."""
         m, start, stop = self.chunk_size, state.length, state.length + seq.shape[1]
         if stop > state.capacity:
             raise ValueError(f"{stop} tokens exceed the state's capacity {state.capacity}: start with more")
@@ -146,7 +146,7 @@ class ChunkedLM(nn.Module):
             )
         return self._check_retrieved(rearrange(retrieved, "b k r -> b 1 k r"), chunks=1)
 
-    # what both share
+    # shared helpers
 
     def _check_length(self, n: int) -> None:
         if not 1 <= n <= self.seq_len:
@@ -158,11 +158,11 @@ class ChunkedLM(nn.Module):
     def _with_neighbours(
         self, retrieved: Int[Tensor, "b l k r"] | None
     ) -> tuple[Int[Tensor, "_ _ k r"] | None, Int[Tensor, " c"] | None]:
-        """Leave out chunks that have no neighbours, such as padding: there is nothing to encode.
+        """Leave out chunks without neighbours, such as padding, because there is nothing to encode.
 
-        Returns the neighbours of the c chunks that are kept, (c, 1, k, r), and which of the b·l chunks these are; or
-        all neighbours and None, if every chunk has some. Two chunks are kept at least, with or without neighbours:
-        torch.compile makes other code for a size of 0 or 1 than for all the others.
+        Returns the neighbours of the c kept chunks, (c, 1, k, r), and the numbers of these among the b·l chunks; or
+        all neighbours and None if every chunk has some. At least two chunks are kept, with or without neighbours:
+        torch.compile generates separate code for sizes 0 and 1.
         """
         if retrieved is None:
             return None, None
@@ -205,11 +205,11 @@ class ChunkedLM(nn.Module):
             )
         return retrieved
 
-    # what is saved
+    # saving
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:
-        """The parts that torch.compile makes faster in training, and with them what they call."""
+        """The modules to compile for training; what they call is compiled with them."""
         return ()
 
     @property
@@ -218,5 +218,5 @@ class ChunkedLM(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json into `folder`, each replaced as a whole or not at all."""
+        """Write model.safetensors and config.json into `folder`, each atomically."""
         save(self.own_weights, self.config, type(self).__name__, folder)

@@ -1,7 +1,7 @@
-"""Doing the same once more without Python: functions of tensors, recorded as CUDA graphs.
+"""Functions of tensors, recorded as CUDA graphs and replayed without Python.
 
-A step of decoding is some 300 small kernels on a GPU, and starting them from Python takes several times as long
-as running them. A recording starts them all at once.
+A decoding step is some 300 small kernels on a GPU. Launching them from Python takes several times as long as
+running them; a recording launches them all at once.
 """
 
 import warnings
@@ -18,11 +18,11 @@ def can_record(x: Tensor) -> bool:
 
 
 class Recording:
-    """One function of tensors that is called again and again.
+    """A function of tensors that is called repeatedly.
 
-    The first call runs it as it is, the second records it, all later calls replay the record: the same kernels
-    on the same memory. So shapes and Python numbers must be those of the first call, and what the function
-    keeps between calls it must write in place. Where recording fails, the function simply runs each time.
+    The first call runs the function, the second records it, and later calls replay the recording: the same
+    kernels on the same memory. So shapes and Python numbers must stay the same in all calls, and the function
+    must update its state in place. If recording fails, every call runs the function.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class Recording:
         self.result: Tensor | None = None
 
     def play(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """function(*inputs). The next call may write over the result."""
+        """Compute function(*inputs). The next call may overwrite the result."""
         if self.warm and self.replay is None and not self.refused:
             self._record(function, inputs)
         self.warm = True
@@ -53,10 +53,10 @@ class Recording:
 
 
 def record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
-    """Record function(*inputs). Returns what replays it, and the tensor in which a replay leaves the result."""
+    """Record function(*inputs). Returns a function that replays it, and the tensor that holds the result."""
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.stream(_side_stream(inputs[0].device))
-    # Weights that autocast has cast and keeps would be gone at a later replay: they are cast in the recording.
+    # Casts of weights in autocast's cache would be gone at a later replay, so the recording casts them itself.
     no_cache = torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
     with side, no_cache:  # not torch.cuda.graph, which first empties the allocator's cache: that takes longer
         graph.capture_begin(capture_error_mode="thread_local")
@@ -69,5 +69,5 @@ def record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Recording needs a stream that is not the default one; always the same, as each has memory of its own."""
+    """The stream for recording, which must not be the default one. Cached, because every stream has its own memory."""
     return torch.cuda.Stream(device)

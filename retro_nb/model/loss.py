@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear output layer, without ever holding the logits of all tokens (notebook 05).
+"""Cross-entropy of a linear output layer that never holds the logits of all tokens (notebook 05).
 
-One token's logits are v numbers, 30,522 for BERT's word pieces: those of a batch take more memory than all the
-activations of a small model, and writing and reading them more time than its layers. But each token's loss
-and its derivative need that token's logits alone. So the tokens are taken a block at a time, and of a block
-only three things are kept: its loss, and the derivatives by its input and by the weights.
+A token has v logits, 30,522 for BERT's word pieces. The logits of a batch take more memory than all the
+activations of a small model, and writing and reading them takes more time than its layers. But the loss of a
+token and its derivative depend on the logits of that token alone. So the tokens are processed in blocks, and only
+three results of a block are kept: its loss, and the derivatives by its input and by the weights.
 
 Shapes: t tokens, d width, v vocabulary.
 """
@@ -19,19 +19,19 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from retro_nb.common.devices import can_compile
 
-# Logits held at once: on a CPU what its cache nearly holds, on a GPU enough to keep it busy (0.5 GB in float32).
+# Logits held at once: on a CPU about the size of its cache, on a GPU enough to keep it busy (0.5 GB in float32).
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
-# A GPU multiplies twice as fast if the table's rows are filled up to a multiple of this.
+# A GPU multiplies twice as fast if the number of rows is padded to a multiple of this.
 EVEN = {"cpu": 1, "cuda": 64}
 
 
 def linear_cross_entropy(
     x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
 ) -> Float[Tensor, ""]:
-    """The sum over tokens of cross_entropy(x @ weight.T + bias, targets), in nats.
+    """Sum over tokens of cross_entropy(x @ weight.T + bias, targets), in nats.
 
-    Under autocast the matrices are multiplied in its type; the softmax is at least float32 in any case. It
-    has first derivatives only.
+    Under autocast the matrices are multiplied in its dtype; the softmax always has at least float32. Only first
+    derivatives are available.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -43,7 +43,7 @@ def linear_cross_entropy(
 def token_cross_entropy(
     x: Float[Tensor, "t d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"], targets: Int[Tensor, " t"]
 ) -> Float[Tensor, " t"]:
-    """cross_entropy(x @ weight.T + bias, targets) of each token, in nats and float32, a block at a time."""
+    """cross_entropy(x @ weight.T + bias, targets) of each token, in nats and float32, computed in blocks."""
     block = _tokens_at_once(x, weight)
     pairs = zip(x.split(block), targets.split(block), strict=True)
     return torch.cat(
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, with_gradients: bool
     ) -> Tensor:
-        w, b = _even(weight, x), _even(bias, x, value=float("-inf"))  # words that never come
+        w, b = _even(weight, x), _even(bias, x, value=float("-inf"))  # padding has probability 0
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         learns = with_gradients and any(ctx.needs_input_grad[1:3])  # the output layer may be frozen
         dx = torch.zeros_like(x)
@@ -87,25 +87,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _tokens_at_once(x: Tensor, weight: Tensor) -> int:
-    """How many tokens' logits are held at a time."""
+    """Number of tokens in a block."""
     return max(1, LOGITS_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE["cpu"]) // len(weight))
 
 
 def _even(table: Tensor, x: Tensor, value: float = 0.0) -> Tensor:
-    """`table` in x's type, with rows of `value` up to an even number of them."""
+    """`table` in x's dtype, padded with rows of `value` to a multiple of EVEN."""
     rows = -len(table) % EVEN.get(x.device.type, 1)
     return F.pad(table.to(x.dtype), (0, 0) * (table.ndim - 1) + (0, rows), value=value)
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of a block, and its derivative by the logits; the logits' memory may be used up."""
+    """Summed loss of a block, and its derivative by the logits, which may be overwritten."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top = exact.amax(dim=-1, keepdim=True)
     asked = exact.gather(-1, targets[:, None])
     exact = exact.sub_(top).exp_()
     mass = exact.sum(dim=-1, keepdim=True)
     loss = (mass.log() + top - asked).sum()
-    # The word that came has p − 1: tiny once it is expected, and rounded only after the subtraction.
+    # The target's derivative p − 1 is tiny for a well-predicted token, so it is rounded only after the subtraction.
     surprise = (asked - top).exp_() / mass - 1
     slope = exact.div_(mass).to(logits.dtype)
     return loss, slope.scatter_(-1, targets[:, None], surprise.to(logits.dtype))

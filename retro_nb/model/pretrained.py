@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors with a config, and the reference implementation's state dict."""
+"""Saving and loading weights: safetensors with a config, and the reference implementation's state dict."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from retro_nb.common.arrays import ROOT, PathLike, replacing, write_json
 
-INCLUDED = ROOT / "data" / "checkpoints"  # models that come with the project
+INCLUDED = ROOT / "data" / "checkpoints"  # models included in the project
 
 # Regular expressions from the names of retro-pytorch's parameters to ours.
 RETRO_PYTORCH_NAMES = [
@@ -26,7 +26,7 @@ RETRO_PYTORCH_NAMES = [
 
 
 def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A retro-pytorch state dict under our names."""
+    """Rename the parameters of a retro-pytorch state dict to ours."""
     weights = {}
     for name, value in state_dict.items():
         if name.endswith("inv_freq"):
@@ -40,7 +40,7 @@ def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain_config(arguments: dict) -> dict:
-    """The constructor's arguments as JSON can hold them."""
+    """Constructor arguments in JSON form."""
     config = {key: value for key, value in arguments.items() if key not in ("self", "__class__")}
     for key, value in config.items():
         if isinstance(value, type):
@@ -65,7 +65,7 @@ def _read_config(path: Path, name: str) -> dict:
 
 
 def save(weights: nn.Module, config: dict, name: str, folder: str | Path) -> None:
-    """Write a model of the class `name`: model.safetensors and config.json, each whole or not at all."""
+    """Write a model of the class `name`: model.safetensors and config.json, each atomically."""
     config = {"model": _kind(name), **config}
     with replacing(Path(folder) / "model.safetensors") as temporary:
         save_model(weights, str(temporary), metadata={"config": json.dumps(config)})
@@ -73,19 +73,19 @@ def save(weights: nn.Module, config: dict, name: str, folder: str | Path) -> Non
 
 
 def find_included(name: PathLike) -> PathLike:
-    """The folder of that name among the models that are included; anything else as it is."""
+    """Folder of the included model `name`; any other name or path is returned unchanged."""
     return INCLUDED / name if (INCLUDED / name).is_dir() and not Path(name).is_dir() else name
 
 
 def load_weights(weights: nn.Module, folder: str | Path, device: str | torch.device = "cpu") -> None:
-    """Fill a module with the weights that `save` wrote of one like it."""
+    """Load the weights that `save` wrote into a module of the same architecture."""
     load_model(weights, Path(folder) / "model.safetensors", device=str(device))
 
 
 def load(
     build: Callable[[dict], nn.Module], name: str, folder: str | Path, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """The model that `save` wrote, made by `build(config)`, in evaluation mode; errors as `from_pretrained`."""
+    """Load a model that `save` wrote into build(config), in evaluation mode. Errors as in `from_pretrained`."""
     folder = Path(find_included(folder))
     if not folder.is_dir():
         names = ", ".join(sorted(path.name for path in INCLUDED.glob("*/"))) or "none"

@@ -1,14 +1,14 @@
 """RETROfit: a trained language model learns to read (paper §4.2; notebook 09).
 
-The language model stays as it is, frozen. Added are an encoder of neighbours and, in the layers P, chunked
-cross-attention after the self-attention: together the `Reader`, the only part that is trained. Its output layers
-begin at zero, so that the first step starts from the language model itself.
+The language model stays frozen. RETROfit adds an encoder of neighbours and, in the layers P, chunked
+cross-attention after the self-attention. Together they are the `Reader`, the only part that is trained. Its output
+layers begin at zero, so that training starts from the language model itself.
 
     layer i ∉ P    h = x + attention(x)                     out = h + feed-forward(h)
     layer i ∈ P    h = x + attention(x),  h += CCA(h, E)    out = h + feed-forward(h)
 
-The language model's own code runs, with all that it may know of fast attention and caches. While neighbours are
-read, hooks stand in its layers P; without neighbours there are none, and what runs is the language model alone.
+The language model runs its own code, including fast attention and caches. Hooks in its layers P read the
+neighbours; without neighbours no hooks are registered, and the language model runs alone.
 
 Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k neighbours, r retrieved tokens per
 neighbour, d width, v vocabulary; c the chunks of a batch that have neighbours.
@@ -36,30 +36,30 @@ from retro_nb.text.tokens import TextTokenizer, get_tokenizer
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-LONGEST = 2048  # tokens in a sequence, if nothing else is said: the paper's n
+LONGEST = 2048  # default limit of tokens in a sequence: the paper's n
 
 
-# what is added
+# the added part
 
 
 def of_text(
     read: Float[Tensor, "b n d"], real: Bool[Tensor, "b _"] | None, positions: Int[Tensor, " n"], m: int
 ) -> Float[Tensor, "b n d"]:
-    """What tokens at `positions` have read: nothing where the chunk that it was retrieved for is padding only.
+    """Mask what tokens at `positions` have read: zero if it was retrieved for a chunk of padding only.
 
-    Such a chunk, before the text, is as if it were not there: a row is read as it would be without it.
+    Such a chunk before the text then has no effect: a row is read as it would be without it.
     """
     if real is None:
         return read
-    begun = real[:, (positions + 1) // m * m - 1]  # that chunk's last token; before the first there is none, nor E
+    begun = real[:, (positions + 1) // m * m - 1]  # that chunk's last token; the first m−1 tokens have none, and no E
     return read.masked_fill(~rearrange(begun, "b n -> b n 1"), 0)
 
 
 class Reader(nn.Module):
-    """All that RETROfit adds: the encoder, and chunked cross-attention for the layers P.
+    """The part that RETROfit adds: the encoder, and chunked cross-attention for the layers P.
 
-    The encoder reads neighbours in the language model's own token embeddings, and H_u, the activations of the
-    chunk that retrieved them. Both are normalised first: their sizes differ from one language model to another.
+    The encoder reads the language model's token embeddings of the neighbours, and H_u, the activations of the
+    chunk that retrieved them. Both are normalised first, because their scale differs between language models.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Reader(nn.Module):
         chunks: Float[Tensor, "b l m _"],
         chunk_mask: Bool[Tensor, "b l m"] | None = None,
     ) -> Float[Tensor, "b l k r _"]:
-        """E of neighbours with token embeddings `x`, in the light of H; masks are False on padding."""
+        """Encode neighbours with token embeddings `x`, conditioned on H; masks are False on padding."""
         dtype = self.norm_chunk.gamma.dtype
         inputs = self.embed(x.to(dtype)), mask, self.norm_chunk(chunks.to(dtype)), chunk_mask
         vary(self.encoder, inputs)
@@ -106,7 +106,7 @@ class Reader(nn.Module):
 
 @dataclass
 class WholeSequences:
-    """What the layers P read in whole sequences (paper Algorithm 1): a `Read`."""
+    """The `Read` of the layers P for whole sequences (paper Algorithm 1)."""
 
     reader: Reader
     x: Float[Tensor, "_ _ k r _"]  # token embeddings of the neighbours of all l chunks, or (c, 1, k, r) of those kept
@@ -128,17 +128,17 @@ class WholeSequences:
 
 @dataclass
 class FittedState:
-    """Everything `RETROfit.decode` keeps of the tokens it was fed; it is a `Read` for the next ones."""
+    """Everything `RETROfit.decode` keeps about the tokens fed so far; also the `Read` for the next ones."""
 
     reader: Reader
-    capacity: int  # tokens there is room for
+    capacity: int  # most tokens that can be fed
     retrieval: bool
     cache: "DynamicCache"  # the language model's own
     chunk: Float[Tensor, "b m d"]  # the current chunk after self-attention at layer min(P)
     real: Bool[Tensor, "b _"]  # False on padding before the text
-    padded: bool = False  # whether there is any
+    padded: bool = False  # whether any row has such padding
     memories: dict[str, OpenMemory] = field(default_factory=dict)  # what each layer reads of E_u
-    neighbours: tuple[Tensor, Tensor] | None = None  # embeddings and mask of those that are to be encoded
+    neighbours: tuple[Tensor, Tensor] | None = None  # embeddings and mask of neighbours not yet encoded
     length: int = 0  # tokens fed so far
 
     def __call__(self, number: int, h: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -152,7 +152,7 @@ class FittedState:
         return of_text(read, self.real if self.padded else None, positions, m).type_as(h)
 
     def _follow(self, h: Float[Tensor, "b n d"], m: int) -> None:
-        """Take the activations down. If the first token ends its chunk, encode the chunk's neighbours."""
+        """Store the activations. If the first token ends its chunk, encode the chunk's neighbours."""
         start, ends = self.length % m, (self.length + 1) % m == 0
         if ends:
             self.chunk[:, -1] = h[:, 0].detach()
@@ -174,7 +174,7 @@ class FittedState:
 
 
 class RETROfit(ChunkedLM):
-    """A Hugging Face language model with a memory. Made by `retrofit`; the arguments are explained there."""
+    """A Hugging Face language model that reads neighbours; `retrofit` builds it and explains the arguments."""
 
     hides_padding = True
 
@@ -232,7 +232,7 @@ class RETROfit(ChunkedLM):
         return self.backbone.get_output_embeddings()
 
     def train(self, mode: bool = True) -> "RETROfit":
-        """Training mode for what is trained: a frozen language model drops nothing."""
+        """Set training mode for the trained part; a frozen language model stays in evaluation mode, without dropout."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -286,17 +286,17 @@ class RETROfit(ChunkedLM):
         state.length = stop
         return self.to_logits(hidden)
 
-    # what both share
+    # shared helpers
 
     def _real(self, seq: Int[Tensor, "b n"], begun: Bool[Tensor, " b"] | None = None) -> Bool[Tensor, "b n"] | None:
-        """Where the text has begun; None where all rows begin at once."""
+        """True from the first token of each row's text on; None if no row starts with padding."""
         if begun is None and not (seq[:, 0] == self.pad_id).any():
             return None
         real = (seq != self.pad_id).cumsum(dim=1) > 0
         return self._here(real if begun is None else real | rearrange(begun, "b -> b 1").to(real.device))
 
     def _run(self, ids: Int[Tensor, "b n"], real: Bool[Tensor, "b _"] | None, **options: Any) -> Any:
-        """The language model without its output layer, for the last n tokens; `real` is of all tokens so far."""
+        """Run the language model without its output layer on the last n tokens; `real` covers all tokens so far."""
         if real is not None:
             positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options |= {"attention_mask": real.long(), "position_ids": positions}
@@ -304,7 +304,7 @@ class RETROfit(ChunkedLM):
             return self.backbone.base_model(input_ids=ids, **options)
 
     def _ids(self, ids: Int[Tensor, "*b"], name: str) -> Int[Tensor, "*b"]:
-        """Ids that the language model knows: padding of our own has none there, and is seen by no text."""
+        """Ids that the language model knows; a padding id outside its vocabulary becomes 0 (no text attends to it)."""
         self._check_tokens(ids, name)
         ids = self._here(ids)
         return ids if self.pad_id < self.words else ids.masked_fill(ids == self.pad_id, 0)
@@ -315,7 +315,7 @@ class RETROfit(ChunkedLM):
         ids = self._ids(retrieved, "retrieved")
         return self.backbone.get_input_embeddings()(ids), self._here(retrieved) != self.pad_id
 
-    # what is saved
+    # saving
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:
@@ -323,12 +323,12 @@ class RETROfit(ChunkedLM):
 
     @property
     def own_weights(self) -> nn.Module:
-        """What is added; with the language model where that is trained, too."""
+        """The reader; the whole model if the language model is trained too."""
         return self.reader if self.frozen else self
 
     @property
     def trained_share(self) -> float:
-        """The share of all weights that are trained."""
+        """Share of the weights that are trained."""
         trained = sum(weight.numel() for weight in self.parameters() if weight.requires_grad)
         return trained / sum(weight.numel() for weight in self.parameters())
 
@@ -344,14 +344,14 @@ class RETROfit(ChunkedLM):
         """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
 
         Args:
-            folder: it holds the added weights alone, unless the language model was trained too.
-            backbone: the language model that they belong to; left out, it is loaded by its folder or hub name.
-            device: where to put it.
+            folder: holds the added weights only, unless the language model was trained too.
+            backbone: the language model that they belong to; by default loaded by its folder or hub name.
+            device: device of the model.
             tokenizer: as for `retrofit`.
 
         Raises:
             FileNotFoundError: a folder or file is missing.
-            ValueError: the weights are damaged, or of another language model or tokenizer.
+            ValueError: the weights are damaged, or belong to another language model or tokenizer.
         """
 
         def build(config: dict) -> "RETROfit":
@@ -369,26 +369,26 @@ class RETROfit(ChunkedLM):
 def retrofit(model: nn.Module | PathLike, **options: Any) -> RETROfit:
     """Give a Hugging Face causal language model a memory: RETROfit (paper §4.2).
 
-    What comes back is called as RETRO is, `model(seq, retrieved=None)`, trained by `fit` or `TrainingWrapper.fit`,
-    and sampled from by `generate`. At first it says what the language model says; without neighbours it always
-    does, to the last bit.
+    The result is called like RETRO, `model(seq, retrieved=None)`, trained by `fit` or `TrainingWrapper.fit`, and
+    sampled from by `generate`. Before training it predicts what the language model predicts; without neighbours it
+    always does, to the last bit.
 
     Args:
-        model: a GPT-2, Llama, Mistral, Qwen or any other whose layers are made like theirs, which is not copied: it
-            is frozen itself. Or its folder or hub name.
+        model: a GPT-2, Llama, Mistral, Qwen or any other with layers like theirs, or its folder or hub name. The
+            model is not copied but frozen in place.
         every, start: P, the layers that read: start, start + every, … (counted from 1; the paper's are 6, 9, …).
         chunk_size: m, tokens.
-        max_seq_len: longest sequence n; the language model's, but 2048 at most, if left out.
-        enc_dim, enc_depth: width d' and layers of the encoder; d' is the language model's if left out.
+        max_seq_len: longest sequence n; by default the language model's, at most 2048.
+        enc_dim, enc_depth: width d' and layers of the encoder; d' is by default the language model's.
         heads, dim_head: of the encoder's and the cross-attention's attention.
         ff_mult, dropout: width of the encoder's feed-forward layers, as a multiple of d'; share dropped in training.
-        freeze: train what is added alone. False trains the language model with it: then off changes too.
-        tokenizer: the language model's, by folder or name; what the model says that it was loaded from, if left out.
+        freeze: train the added part only. False also trains the language model, so that RETRO[OFF] changes too.
+        tokenizer: the language model's, by folder or name; by default found where the model was loaded from.
 
     Raises:
-        ValueError: a model that is not made as RETROfit needs it, layers that there are not, or a tokenizer with
-            more ids than the model knows.
-        FileNotFoundError: there is no such model, or no tokenizer for it.
+        ValueError: an unsupported architecture, layers that do not exist, or a tokenizer with more ids than the
+            model knows.
+        FileNotFoundError: no such model, or no tokenizer for it.
     """
     return RETROfit(model if isinstance(model, nn.Module) else load_backbone(model), **options)
 

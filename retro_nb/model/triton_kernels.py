@@ -1,9 +1,9 @@
-"""The layers of one decoded token on a GPU, in five kernels each instead of twenty (Triton).
+"""Triton kernels that decode one token on a GPU, five per layer instead of twenty.
 
-One token against a weight matrix is so little work that a GPU spends its time between the kernels. So all that
-stands between two matrices goes into the kernel of one of them: norm and rotation before it, bias, GELU and
-residual after it. The results are those of the layers (transformer.py), and what these kernels do not fit, such
-as other norms, long batches or a machine without Triton, goes through the layers.
+Multiplying one token by a weight matrix is so little work that a GPU spends its time between the kernels. So all
+operations between two matrices are fused into the kernel of one of them: norm and rotation before it, bias, GELU
+and residual after it. The results are those of the layers (transformer.py). The layers themselves run where these
+kernels do not fit: other norms, larger batches, a machine without Triton.
 
 Shapes: b batch, h heads, d width (of a head, in attention), r keys; o outputs of a matrix.
 """
@@ -23,11 +23,11 @@ try:
 except ImportError:
     triton = None
 
-MOST_ROWS = 64  # b: tokens that share one reading of the weights
+MOST_ROWS = 64  # largest b: tokens that share one read of the weights
 
 
 def fits(layers: nn.ModuleList, x: Float[Tensor, "b n d"]) -> bool:
-    """Whether the kernels can do these decoder layers for x."""
+    """Whether the kernels can compute these decoder layers for x."""
     return (
         triton is not None
         and x.is_cuda
@@ -41,7 +41,7 @@ def fits(layers: nn.ModuleList, x: Float[Tensor, "b n d"]) -> bool:
 
 
 def _plain(block: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a block is normalised as the kernels do it."""
+    """Whether a block has the norm that the kernels compute."""
     return (
         type(block) is PreNorm
         and type(block.norm) is RMSNorm
@@ -52,11 +52,11 @@ def _plain(block: nn.Module, dtype: torch.dtype) -> bool:
 
 @cache
 def works(device: torch.device) -> bool:
-    """Whether kernels can be compiled for this device: tried once, with a warning where they cannot."""
+    """Whether kernels can be compiled for this device: tried once, with a warning if they cannot."""
     try:
         x, each = torch.ones(1, 1, 16, device=device), nn.Linear(16, 16, device=device)
         return torch.allclose(linear(x, each), each(x), atol=1e-3)
-    except Exception as error:  # whatever the compilers say, there is a way without them
+    except Exception as error:  # whatever the compiler raises, the layers run without the kernels
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"Triton does not work here, so tokens are sampled without it, slower: {reason}", stacklevel=2)
         return False
@@ -102,7 +102,7 @@ def linear(
     gelu: bool = False,
     residual: Float[Tensor, "b 1 o"] | None = None,
 ) -> Float[Tensor, "b maps o"]:
-    """residual + gelu(map(norm(x))), for up to three maps without bias, or one with."""
+    """residual + gelu(map(norm(x))), for up to three maps without bias, or one with bias."""
     b, width, outputs = len(x), maps[0].in_features, maps[0].out_features
     weights = [(maps[i] if i < len(maps) else maps[0]).weight for i in range(3)]
     out = x.new_empty(b, len(maps), outputs)
@@ -114,17 +114,17 @@ def linear(
     return out
 
 
-# The sizes below were the fastest of some ten on an H200, for the layers of a model 896 wide.
+# The sizes below were the fastest of about ten on an H200, for the layers of a model 896 wide.
 
 
 def _one_row(width: int) -> dict[str, int | str]:
-    """Sizes of a program of `_linear` for one token; it multiplies and sums without the matrix units."""
+    """Sizes of `_linear` for one token; it multiplies and sums without tensor cores."""
     step = min(2048, _power(width))
     return dict(ROWS=1, BLOCK=2, STEP=step, PRECISION="ieee", num_warps=8 if step > 1024 else 4)
 
 
 def _many_rows(b: int, width: int, outputs: int) -> dict[str, int | str]:
-    """Sizes for several tokens; the matrix units multiply, with the float32 precision that PyTorch is set to."""
+    """Sizes for several tokens; tensor cores multiply, with the float32 precision that PyTorch is set to."""
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     block, step, warps = (64, 64, 4) if outputs >= 1024 else (16, 128, 2 if b <= 16 else 4)
     step = min(step, _power(width))
@@ -139,7 +139,7 @@ def _sizes(attn: Attention) -> dict[str, float | int]:
 
 
 def _power(number: int) -> int:
-    """The next power of 2, 16 at least."""
+    """The next power of 2, at least 16."""
     return max(16, triton.next_power_of_2(number))
 
 
@@ -150,7 +150,7 @@ if triton is not None:
         x, w0, w1, w2, bias, gamma, residual, out, rows, width, outputs, eps,
         GELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """BLOCK outputs of one map for all rows; STEP features of x at a time."""
+        """Compute BLOCK outputs of one map for all rows, STEP features of x at a time."""
         part = tl.program_id(1)
         w = w0
         if part == 1:
@@ -194,7 +194,7 @@ if triton is not None:
         new, keys, values, turn, bias, positions, out, heads, capacity, count, bias_stride, scale,
         d: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        """One head of one row: rotate the query, and with PARTS = 3 keep the new key and value; then attend."""
+        """One head of one row: rotate the query, with PARTS = 3 store the new key and value, then attend."""
         b, h, f = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.arange(0, D)
         partner = tl.where(f < HALF, f + HALF, tl.where(f < 2 * HALF, f - HALF, f))
         cos, sin = tl.load(turn + f, f < d, 0.0), tl.load(turn + d + f, f < d, 0.0)
