@@ -1,7 +1,7 @@
-"""Every figure of the notebooks, one module for each subject.
+"""All figures of the notebooks, one module per subject.
 
-A figure function takes plain values, returns a matplotlib Figure and shows nothing by itself: as the last
-value of a cell it is displayed once. Colours are those of Okabe and Ito, which the colour-blind can tell apart.
+A figure function takes plain values and returns a matplotlib Figure without showing it, so that the last value of a
+cell is displayed once. Colours are from the palette of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 from retro_nb.plotting.style import COLOURS, pipeline, use_style

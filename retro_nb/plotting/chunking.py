@@ -1,4 +1,4 @@
-"""Figures of notebook 01: how a text is cut, and how many chunks that gives."""
+"""Figures of notebook 01: how a text is cut, and the number of chunks."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ NOTHING = "#E4E4E4"  # padding
 def staircase(rows: Sequence[Sequence[str]]) -> Figure:
     """Chunk rows of m + 1 words, each under the place in the document where it starts; "" is padding.
 
-    The last word of a row, in orange, stands above the first of the next: it is the same token.
+    The last word of a row, in orange, is above the first word of the next row: both are the same token.
     """
     wide, high, step, left = 0.76, 0.34, 0.52, 0.72
     m = len(rows[0]) - 1
@@ -50,11 +50,11 @@ def _lines(text: str, start: int, stop: int, width: int) -> Iterator[Span]:
 
 
 def cut_text(text: str, chunks: Sequence[Span], shared: Sequence[Span] = (), first: int = 0) -> Figure:
-    """A stretch of text as it was written, chunk after chunk in two shades; the `shared` tokens are framed.
+    """Original text with its chunks in two alternating shades; the `shared` tokens are framed.
 
     `chunks` and `shared` are characters [start, stop) of `text`; `first` is the number of the first chunk.
     """
-    columns, high, wide, left = 92, 0.23, 0.0794, 0.45  # inches a line and, at 9.5 points, a character
+    columns, high, wide, left = 92, 0.23, 0.0794, 0.45  # inches per line and, at 9.5 points, per character
     lines = list(_lines(text, chunks[0][0], chunks[-1][1], columns))
     figure, axes = blank(left + columns * wide, len(lines) * high + 0.1)
 
@@ -62,7 +62,7 @@ def cut_text(text: str, chunks: Sequence[Span], shared: Sequence[Span] = (), fir
         return left + (at - lines[line][0]) * wide, (len(lines) - 1 - line) * high + 0.05
 
     def mark(span: Span, **look: object) -> list[tuple[float, float]]:
-        """Draw a rectangle over a span, line by line; say where."""
+        """Draw a rectangle over each line of a span; return their corners."""
         parts = [(i, max(a, span[0]), min(b, span[1])) for i, (a, b) in enumerate(lines)]
         parts = [(place(i, a), b - a) for i, a, b in parts if a < b]
         for corner, letters in parts:
@@ -84,7 +84,7 @@ def cut_text(text: str, chunks: Sequence[Span], shared: Sequence[Span] = (), fir
 def chunks_by_year(
     years: Sequence[int], chunks: Sequence[int], named: dict[int, str], written: tuple[int, int]
 ) -> Figure:
-    """Chunks of each document against its year; some are `named` by their number, years of letters are shaded."""
+    """Chunks of each document against its year. `named` labels some documents; the `written` years are shaded."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
     axes.axvspan(written[0] - 0.5, written[1] + 0.5, color=COLOURS["muted"], alpha=0.13, linewidth=0)
     axes.text(sum(written) / 2, 0.96 * max(chunks), "sent in writing", ha="center", color=COLOURS["muted"])
@@ -100,7 +100,7 @@ def chunks_by_year(
 
 
 def padding(last: Sequence[int], chunk_size: int, shares: dict[str, float]) -> Figure:
-    """How full the last chunks are, in tokens, and which share of several arrays is padding."""
+    """Tokens in the documents' last chunks, and the share of padding in several arrays."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(3, 2))
     bins = np.linspace(0.5, chunk_size + 0.5, 17 if chunk_size % 16 == 0 else 9)
     left.hist(last, bins=bins, color=COLOURS["chunk"], edgecolor="white")

@@ -1,4 +1,4 @@
-"""Figures of notebook 02: what BERT is given, and what the chunks' vectors look like."""
+"""Figures of notebook 02: the input of BERT, and the vectors of the chunks."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -17,7 +17,7 @@ TOKEN_COLOURS = {"[CLS]": COLOURS["neighbour"], "[SEP]": COLOURS["continuation"]
 
 
 def quotes(rows: Sequence[tuple[str, str]], heads: tuple[str, str] = ("", "")) -> HTML:
-    """A table of two columns, such as titles and texts; bare text is readable too."""
+    """A table with two columns, such as titles and texts."""
     cell = '<td style="text-align:left; vertical-align:top; padding:4px 12px 4px 0; {}">{}</td>'
     lines = []
     if any(heads):
@@ -29,9 +29,9 @@ def quotes(rows: Sequence[tuple[str, str]], heads: tuple[str, str] = ("", "")) -
 
 
 def framings(rows: Mapping[str, Sequence[str]]) -> Figure:
-    """Rows of tokens as boxes, each row with its name at the left; what is averaged is underlined.
+    """Rows of tokens as boxes, each row with its name at the left; averaged tokens are underlined.
 
-    BERT gives a vector for each token; all but the first and the padding enter the mean.
+    BERT gives a vector for each token; the mean leaves out the first token and the padding.
     """
     width, label = 0.82, 2.4
     longest = max(map(len, rows.values()))
@@ -50,10 +50,10 @@ def framings(rows: Mapping[str, Sequence[str]]) -> Figure:
 def vector_map(
     points: Float[np.ndarray, "c 2"], years: Int[np.ndarray, " c"], marked: Mapping[str, Sequence[float]], title: str
 ) -> Figure:
-    """Chunk vectors in the plane, coloured in periods of 40 years, with some named places."""
+    """Chunk vectors in the plane, coloured in periods of 40 years, with some labelled points."""
     figure, axes = plt.subplots(figsize=(8, 5.6))
     periods = BoundaryNorm(range(1790, 2031, 40), 256)
-    # Without smooth edges the picture takes a quarter of the bytes.
+    # Without antialiasing the picture takes a quarter of the bytes.
     dots = axes.scatter(*points.T, c=years, s=8, cmap=SEQUENTIAL, norm=periods, linewidths=0, antialiased=False)
     for name, (x, y) in marked.items():
         axes.plot(x, y, "o", markersize=7, markerfacecolor="white", markeredgecolor=COLOURS["neighbour"], mew=2)
@@ -66,7 +66,7 @@ def vector_map(
 
 
 def similarity(cosines: Float[np.ndarray, "a b"], rows: str, columns: str, title: str) -> Figure:
-    """The cosine of every chunk of one speech with every chunk of another; the highest is framed."""
+    """Cosine of every chunk of one speech with every chunk of another; the highest is framed."""
     figure, axes = plt.subplots(figsize=(6.4, 5))
     image = axes.imshow(cosines, vmin=0, vmax=1)
     best = np.unravel_index(np.argmax(cosines), cosines.shape)
@@ -80,7 +80,7 @@ def similarity(cosines: Float[np.ndarray, "a b"], rows: str, columns: str, title
 
 
 def distances(groups: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Figure:
-    """Squared distances of pairs of chunks, one histogram for each group, each of area 1."""
+    """Squared distances of pairs of chunks, one histogram of area 1 per group."""
     figure, axes = plt.subplots()
     top = max(float(np.quantile(values, 0.97)) for values in groups.values())
     bins = np.linspace(0, top, 80)
@@ -94,9 +94,9 @@ def distances(groups: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Fi
 
 
 def norms(words: Int[np.ndarray, " c"], lengths: Float[np.ndarray, " c"], nearest: Float[np.ndarray, " c"]) -> Figure:
-    """Length of a chunk's vector, and distance to its nearest neighbour, against the tokens in it."""
+    """Length of a chunk's vector, and distance to its nearest neighbour, against its number of tokens."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
-    spread = np.random.default_rng(0).uniform(-0.4, 0.4, len(words))  # or full chunks would lie on one line
+    spread = np.random.default_rng(0).uniform(-0.4, 0.4, len(words))  # otherwise full chunks would lie on one line
     for axes, values, label in ((left, lengths, "length of the vector ‖v‖"), (right, nearest, "d² to the nearest")):
         axes.scatter(words + spread, values, s=6, color=COLOURS["chunk"], alpha=0.4, linewidths=0)
         axes.set(xlabel="tokens in the chunk", ylabel=label, ylim=(0, None))

@@ -1,4 +1,4 @@
-"""Figures of notebook 07: what a model answers, where it looks, and what its neighbours are worth, seed by seed."""
+"""Figures of notebook 07: a model's answers, its attention, and the gain from its neighbours, seed by seed."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -25,16 +25,16 @@ CONDITIONS = {
     "oracle": COLOURS["chunk"],
 }
 FULL = 3.0  # nats at which a token has its full colour
-TELLING = 0.5  # nats from which a token is bold or slanted, for those who see no colour
-Spread = tuple[float, float, float]  # a value, and where its interval begins and ends
+TELLING = 0.5  # nats from which a token is bold or slanted, for readers who see no colour
+Spread = tuple[float, float, float]  # a value, and the ends of its interval
 
 # one text
 
 
 def answers(panels: Mapping[str, Mapping[str, float]], marked: Mapping[str, str], title: str) -> Figure:
-    """The likeliest words for one blank with their probabilities, a panel for each thing that was read.
+    """The likeliest words for one blank with their probabilities, one panel per input.
 
-    `marked` gives some words a colour, by its name in COLOURS; they are bold as well.
+    `marked` gives some words a colour, named as in COLOURS; these words are also bold.
     """
     figure, row = plt.subplots(1, len(panels), figsize=(8, 2.5), sharex=True)
     for axes, (name, chances) in zip(np.atleast_1d(row), panels.items(), strict=True):
@@ -55,11 +55,11 @@ def answers(panels: Mapping[str, Mapping[str, float]], marked: Mapping[str, str]
 
 
 def coloured(pieces: Sequence[str], on: Float[np.ndarray, " n"], off: Float[np.ndarray, " n"]) -> HTML:
-    """A text token by token: purple and bold what neighbours made likelier, orange and slanted what less likely.
+    """A text with tokens in bold purple if neighbours made them likelier, in slanted orange if less likely.
 
     Args:
         pieces: the text of each token, with the white space that follows it.
-        on, off: what each token costs with neighbours and without, in nats; NaN where it is not predicted.
+        on, off: loss of each token with and without neighbours, in nats; NaN where it is not predicted.
     """
     parts = []
     for piece, with_them, without in zip(pieces, on.tolist(), off.tolist(), strict=True):
@@ -76,12 +76,12 @@ def coloured(pieces: Sequence[str], on: Float[np.ndarray, " n"], off: Float[np.n
 
 
 def _shade(gain: float) -> str:
-    """The ground of a token: the middle half of the colours, on which dark letters can be read."""
+    """Background of a token, from the middle half of the colour map, on which dark letters are readable."""
     return to_hex(matplotlib.colormaps[DIVERGING](0.5 + 0.25 * np.clip(gain / FULL, -1, 1)))
 
 
 def _legend() -> str:
-    """What the colours say, and how far they go."""
+    """Legend of the colours, with their range."""
     steps = [(-FULL, f"{FULL:.0f} nats dearer"), (-FULL / 3, "1"), (0.0, "as dear"), (FULL / 3, "1")]
     steps.append((FULL, f"{FULL:.0f} nats cheaper with neighbours"))
     boxes = [f'<span style="background:{_shade(gain)};padding:2px 8px">{name}</span>' for gain, name in steps]
@@ -92,7 +92,7 @@ def _legend() -> str:
 def attention_map(
     weights: Float[np.ndarray, "a b"], rows: Sequence[str], columns: Sequence[str], marked: int, title: str
 ) -> Figure:
-    """What tokens of a text (rows) read of retrieved tokens (columns), of which one is `marked` by a frame."""
+    """Attention of text tokens (rows) to retrieved tokens (columns); a frame shows the `marked` column."""
     figure, axes = plt.subplots(figsize=(8.4, 1.6 + 0.21 * len(rows)))
     image = axes.imshow(weights, vmin=0, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
@@ -107,7 +107,7 @@ def attention_map(
 
 
 def rewritings(chances: Float[np.ndarray, "a a"], words: Sequence[str], title: str) -> Figure:
-    """What is answered (columns) when the memory says one word after another (rows): on the diagonal, what it says."""
+    """Probability of each answer (columns) for each word in the memory (rows); on the diagonal they agree."""
     figure, axes = plt.subplots(figsize=(6.6, 5.6))
     image = axes.imshow(chances, vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
@@ -130,9 +130,9 @@ def bars(
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
     line: tuple[str, float] | None = None,
 ) -> Figure:
-    """The mean of each condition with its seeds as dots, a panel for each corpus.
+    """Mean of each condition with its seeds as dots, one panel per corpus.
 
-    `intervals` adds a whisker where a panel has one for a condition, `line` a dashed value to compare with.
+    `intervals` adds whiskers to the conditions that have one, `line` a dashed line at a value to compare with.
     """
     figure, row = plt.subplots(1, len(panels), figsize=(8, 3.4), sharey=True)
     for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
@@ -162,7 +162,7 @@ def bars(
 
 
 def resampled(values: Float[np.ndarray, " any"], interval: tuple[float, float], xlabel: str, title: str) -> Figure:
-    """Values of many resamplings, and the interval that holds most of them; a line at 0 if it is near."""
+    """Values of many resamplings, and the interval with most of them; a line at 0 if 0 is near."""
     figure, axes = plt.subplots(figsize=(8, 2.8))
     axes.hist(values, 40, color=COLOURS["model"])
     axes.axvspan(*interval, color=COLOURS["model"], alpha=0.15, linewidth=0, label="95 % of them")
@@ -180,7 +180,7 @@ def resampled(values: Float[np.ndarray, " any"], interval: tuple[float, float], 
 def copying(
     tokens: Sequence[int], losses: Mapping[str, Sequence[Sequence[float]]], guessing: float, title: str
 ) -> Figure:
-    """Loss on facts over the training tokens seen, one line a seed; marked is where half of `guessing` is reached."""
+    """Loss on facts over the training tokens seen, one line per seed; a line marks half the loss of `guessing`."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
     millions = np.asarray(tokens) / 1e6
     for condition, seeds in losses.items():
@@ -202,7 +202,7 @@ def copying(
 
 
 def hit_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
-    """How often each chunk of a document finds its own town, by the chunk's number, for one or more databases."""
+    """How often chunks find their document's town, by chunk number, for one or more databases."""
     figure, axes = plt.subplots(figsize=(8, 3))
     looks = zip(("model", "neighbour", "chunk"), "os^", strict=True)
     for (name, values), (colour, shape) in zip(rates.items(), looks, strict=False):
@@ -217,9 +217,9 @@ def hit_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def gains(panels: Mapping[str, Mapping[str, Spread]], ylabel: str, title: str) -> Figure:
-    """A gain for each group of chunks with its interval, a panel for each grouping.
+    """Gain and interval for each group of chunks, one panel per grouping.
 
-    A dot is filled where the interval excludes 0.
+    A dot is filled if its interval excludes 0.
     """
     figure, row = plt.subplots(1, len(panels), figsize=(8, 3.4), sharey=True)
     for axes, (name, groups) in zip(np.atleast_1d(row), panels.items(), strict=True):
@@ -242,7 +242,7 @@ def gains(panels: Mapping[str, Mapping[str, Spread]], ylabel: str, title: str) -
 def sweeps(
     panels: Mapping[str, Mapping[str, Sequence[float]]], baseline: Sequence[float], ylabel: str, title: str
 ) -> Figure:
-    """A measure over each of several settings: mean, and from the lowest to the highest seed; the baseline beside."""
+    """A measure against each of several settings: mean, and range over the seeds, with the baseline to compare."""
     figure, row = plt.subplots(1, len(panels), figsize=(8, 3.2), sharey=True)
     for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
         means = np.array([np.mean(seeds) for seeds in values.values()])

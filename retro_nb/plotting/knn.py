@@ -1,4 +1,4 @@
-"""Figures of notebook 03: a chunk beside its neighbours, what a search costs, and who finds whom."""
+"""Figures of notebook 03: a chunk beside its neighbours, the cost of a search, and which chunks find which."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from retro_nb.plotting.style import COLOURS
 
-WORD = re.compile(r"[^\W\d_]{5,}")  # words of weight: five letters or more
+WORD = re.compile(r"[^\W\d_]{5,}")  # content words: five letters or more
 
 
 def _marked(text: str, words: set[str]) -> str:
-    """The text as HTML, with these words in bold on a tint of the neighbours' colour."""
+    """Text as HTML, with `words` in bold on a tint of the neighbours' colour."""
     style = f"background:{COLOURS['neighbour']}33"
     parts, end = [], 0
     for match in WORD.finditer(text):
@@ -28,7 +28,7 @@ def _marked(text: str, words: set[str]) -> str:
 
 
 def side_by_side(question: tuple[str, str], answers: Sequence[tuple[str, str]]) -> HTML:
-    """A chunk at the left, its neighbours to the right, each (title, text); words in common are marked."""
+    """A chunk at the left and its neighbours to the right, each (title, text); shared words are marked."""
 
     def words(text: str) -> set[str]:
         return {word.lower() for word in WORD.findall(text)}
@@ -44,7 +44,7 @@ def side_by_side(question: tuple[str, str], answers: Sequence[tuple[str, str]]) 
 
 
 def own_by_rank(shares: Float[np.ndarray, " rank"], chance: float) -> Figure:
-    """How often the first, second, … nearest chunk of all comes from one's own speech; rank 0 is the chunk itself."""
+    """Share of chunks whose first, second, … nearest chunk is from the same speech; rank 0 is the chunk itself."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     axes.bar(0, shares[0], color=COLOURS["control"], label="the chunk itself")
     axes.bar(range(1, len(shares)), shares[1:], color=COLOURS["chunk"], label="another chunk of the same speech")
@@ -58,7 +58,7 @@ def own_by_rank(shares: Float[np.ndarray, " rank"], chance: float) -> Figure:
 
 
 def margins(needed: Mapping[str, Int[np.ndarray, " any"]], usual: int) -> Figure:
-    """Share of chunks that a margin leaves with too few neighbours, from the margin that each would need."""
+    """Share of chunks with too few neighbours for each margin, from the margin that each chunk needs."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     for (name, values), colour in zip(needed.items(), ("chunk", "neighbour"), strict=False):
         steps = np.arange(0, 31)
@@ -73,7 +73,7 @@ def margins(needed: Mapping[str, Int[np.ndarray, " any"]], usual: int) -> Figure
 
 
 def recall_against_time(trials: Sequence[Mapping[str, object]], k: int) -> Figure:
-    """Recall against search time, one line an index; each trial has index, effort, ms and recall."""
+    """Recall against search time, one line per index; each trial has index, effort, ms and recall."""
     figure, axes = plt.subplots(figsize=(8, 4.4))
     names = list(dict.fromkeys(trial["index"] for trial in trials))
     for name, colour in zip(names, ("ink", "chunk", "model", "neighbour", "continuation"), strict=False):
@@ -94,7 +94,7 @@ def recall_against_time(trials: Sequence[Mapping[str, object]], k: int) -> Figur
 
 
 def decade_map(shares: Float[np.ndarray, "a a"], decades: Sequence[int]) -> Figure:
-    """Row: the decade of a chunk; column: of its neighbours. Each row sums to 1."""
+    """Decades of chunks (rows) and of their neighbours (columns). Each row sums to 1."""
     figure, axes = plt.subplots(figsize=(7.2, 6))
     image = axes.imshow(shares, vmin=0)
     ticks = range(0, len(decades), 3)
@@ -111,7 +111,7 @@ def decade_map(shares: Float[np.ndarray, "a a"], decades: Sequence[int]) -> Figu
 def gaps_and_distances(
     gaps: Mapping[str, Int[np.ndarray, " any"]], distances: Mapping[str, Float[np.ndarray, " any"]]
 ) -> Figure:
-    """Two panels of histograms: years between a chunk and its neighbour, and their squared distance."""
+    """Histograms of the years between a chunk and its neighbour, and of their squared distance."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
     for axes, groups, bins in ((left, gaps, np.arange(0, 241, 10)), (right, distances, np.linspace(0, 16, 65))):
         for (name, values), colour in zip(groups.items(), ("neighbour", "muted", "chunk"), strict=False):
@@ -125,7 +125,7 @@ def gaps_and_distances(
 
 
 def hubs(times: Int[np.ndarray, " c"], lengths: Float[np.ndarray, " c"], even: float) -> Figure:
-    """How often each chunk is retrieved: in order of rank, and against the length of its vector."""
+    """How often each chunk is retrieved, by rank and against the length of its vector."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
     left.plot(np.sort(times)[::-1], color=COLOURS["neighbour"], linewidth=2)
     left.axhline(even, color=COLOURS["muted"], linestyle="--", linewidth=1.2, label="if all were retrieved alike")

@@ -1,4 +1,4 @@
-"""Figures of notebook 08: what a chunk shares with its neighbours word for word, and what is gained without it."""
+"""Figures of notebook 08: text that a chunk shares with its neighbours word for word, and the gain without it."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -21,7 +21,7 @@ from retro_nb.plotting.style import COLOURS
 from retro_nb.store.chunking import document_tokens
 from retro_nb.text.document import Document
 
-# A model's line, where colours cannot be told apart.
+# Line styles of the models, for readers who cannot tell the colours apart.
 LINES = {
     "on": {"marker": "o", "linewidth": 2},
     "off": {"marker": "v", "linestyle": ":"},
@@ -31,7 +31,7 @@ LINES = {
 GROUPS = (("chunk", "-"), ("neighbour", "--"), ("model", ":"))  # corpora, in their order
 STRICTEST = 1 / 8  # the paper's least α: 8 tokens of 64
 
-# The background of runs of at least so many tokens, the longer the darker. Shorter ones are everyday phrases.
+# Minimum run length -> background, darker for longer runs. Shorter runs are everyday phrases.
 SHADES = {least: COLOURS["neighbour"] + opacity for least, opacity in ((4, "26"), (8, "59"), (16, "A6"), (32, ""))}
 
 
@@ -43,7 +43,7 @@ def _percent(share: float, _: object = None) -> str:
 
 
 def overlap_histogram(overlaps: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Figure:
-    """How many chunks share how much, in bins of four tokens of 64; the counts as shares, logarithmic."""
+    """Histogram of the overlap in bins of four tokens of 64, as shares of chunks on a logarithmic axis."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
     bins = np.append(0, np.arange(4, 65, 4) + 0.5) / 64  # up to 4 tokens, 5 to 8, 9 to 12, …
     for (name, values), (colour, line) in zip(overlaps.items(), GROUPS, strict=False):
@@ -63,7 +63,7 @@ def overlap_histogram(overlaps: Mapping[str, Float[np.ndarray, " any"]], title: 
 
 
 def suffix_table(lengths: Int[np.ndarray, "m r"], chunk: Sequence[str], text: Sequence[str]) -> Figure:
-    """A table of common suffixes with a row for each word of the chunk; the longest run is framed, word by word."""
+    """Table of common suffixes with a row for each word of the chunk; frames mark the words of the longest run."""
     figure, axes = plt.subplots(figsize=(1 + 0.62 * len(text), 0.6 + 0.3 * len(chunk)))
     axes.imshow(lengths, LinearSegmentedColormap.from_list("runs", ["white", COLOURS["neighbour"]]), aspect="auto")
     i, j = np.unravel_index(lengths.argmax(), lengths.shape)
@@ -86,11 +86,11 @@ def suffix_table(lengths: Int[np.ndarray, "m r"], chunk: Sequence[str], text: Se
 
 
 def bits_by_overlap(curve: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """bpb(α) of every model, and below it the share of chunks that each α keeps (paper, Fig. 6).
+    """bpb(α) of every model, and below it the share of chunks kept by each α (paper, Fig. 6).
 
     Args:
-        curve: what `leakage.leakage_curve` returns.
-        title: what is to be seen.
+        curve: the result of `leakage.leakage_curve`.
+        title: the figure's message.
     """
     figure, (axes, below) = plt.subplots(2, 1, figsize=(8, 4.8), sharex=True, height_ratios=(3, 1))
     alphas = [point["alpha"] for point in curve]
@@ -116,13 +116,13 @@ def gain_by_overlap(
     title: str,
     chunks: str = "α: only chunks with r ≤ α",
 ) -> Figure:
-    """Bits per byte that are saved on some chunks, each (value, low, high), with the intervals as bands.
+    """Bits per byte saved on some chunks, each (value, low, high), with the intervals as bands.
 
     Args:
-        alphas: where the values stand.
-        gains: by corpus, or by what is compared with, which then has its own colour.
-        title: what is to be seen.
-        chunks: which chunks are counted at each α.
+        alphas: places of the values on the x axis.
+        gains: by corpus, or by the condition compared with, which then has its usual colour.
+        title: the figure's message.
+        chunks: the chunks counted at each α, as the label of the x axis.
     """
     figure, axes = plt.subplots(figsize=(8, 3.4))
     for (name, points), (colour, line) in zip(gains.items(), GROUPS, strict=False):
@@ -143,7 +143,7 @@ def gain_by_overlap(
 
 
 class Extract(NamedTuple):
-    """Some tokens of a document in a row, and how each stands in the text, with the white space after it."""
+    """Consecutive tokens of a document, each with its text and the white space after it."""
 
     title: str
     ids: Int[np.ndarray, " n"]
@@ -152,7 +152,7 @@ class Extract(NamedTuple):
 
 def extract(document: Document, first: int, count: int = 64) -> Extract:
     """Tokens `first`, `first` + 1, … of a document; 0 is its [CLS]."""
-    words = [*pieces(document.text), ""][first : first + count]  # [SEP] stands for no text
+    words = [*pieces(document.text), ""][first : first + count]  # [SEP] has no text
     return Extract(document.title, _ids(document)[first : first + count], words)
 
 
@@ -161,11 +161,11 @@ def _ids(document: Document) -> Int[np.ndarray, " n"]:
 
 
 def shared_text(chunk: Extract, neighbours: Sequence[Extract], whole: int = 0) -> HTML:
-    """A chunk, coloured token by token by the longest run shared with its neighbours, beside the one that shares most.
+    """A chunk beside the neighbour that shares most; each token's colour shows the longest run shared with a neighbour.
 
-    The number after a coloured stretch is the length of the run around it; the longest run of all is bold on both
-    sides. With the mouse on a word one reads from whom its run is. `whole` is the longest run's length in the
-    documents, if these extracts do not show all of it.
+    The number after a coloured passage is the length of the run around it; the longest run is bold on both sides.
+    Pointing at a word shows the source of its run. `whole` is the length of the longest run in the documents, if
+    these extracts do not show all of it.
     """
     each = np.stack([shared_runs(chunk.ids, [neighbour.ids]) for neighbour in neighbours])
     lengths, origins = each.max(axis=0), each.argmax(axis=0)
@@ -182,19 +182,19 @@ def shared_text(chunk: Extract, neighbours: Sequence[Extract], whole: int = 0) -
 
 
 def longest_shared(new: Document, old: Document) -> HTML:
-    """The longest run that two documents share, where it stands in both; only its beginning if it is very long."""
+    """The longest run that two documents share, in its context in both; only the beginning of a very long run."""
     ids, others = _ids(new), _ids(old)
     lengths = shared_runs(ids, [others])
     first, length = int(lengths.argmax()), int(lengths.max())
     run = ids[first : first + length]
     again = int((sliding_window_view(others, length) == run).all(axis=1).argmax())
-    count = min(max(64, length + 14), 160)  # from six tokens before the run, but without [CLS]
+    count = min(max(64, length + 14), 160)  # starts six tokens before the run, but after [CLS]
     chunk, neighbour = (extract(*side, count) for side in ((new, max(first - 6, 1)), (old, max(again - 6, 1))))
     return shared_text(chunk, [neighbour], length)
 
 
 def _style(length: int) -> str:
-    """The background of a run, with white letters where it is dark; nothing for an everyday phrase."""
+    """Background of a run, with white letters if it is dark; empty for an everyday phrase."""
     least = max((step for step in SHADES if step <= length), default=None)
     if least is None:
         return ""
@@ -203,12 +203,12 @@ def _style(length: int) -> str:
 
 
 def _shaded(words: Sequence[str], lengths: Sequence[int], sources: Sequence[str], longest: int) -> str:
-    """Words as HTML, those around which a run has the same length and origin in one piece."""
+    """Words as HTML; adjacent words with the same run length and source form one element."""
     parts, tokens = [], zip(lengths, sources, words, strict=True)
     for (length, source), stretch in groupby(tokens, key=lambda token: token[:2]):
         text = "".join(word for _, _, word in stretch)
         words_only = escape(text.rstrip())
-        space = " " * (len(text) > len(text.rstrip()))  # it keeps the page's own background
+        space = " " * (len(text) > len(text.rstrip()))  # spaces keep the page's background
         if length and words_only:
             hint = f"{length} token{'s' * (length > 1)} in a row, also in {source}"
             number = f"<sub>{length}</sub>" if length >= min(SHADES) else ""
@@ -219,7 +219,7 @@ def _shaded(words: Sequence[str], lengths: Sequence[int], sources: Sequence[str]
 
 
 def _legend() -> str:
-    """What the backgrounds mean."""
+    """Legend of the backgrounds."""
     names = [f"{least} to {stop - 1}" for least, stop in pairwise(SHADES)] + [f"{max(SHADES)} and more"]
     boxes = [f"<span{_style(least)}>&nbsp;{name}&nbsp;</span>" for least, name in zip(SHADES, names, strict=True)]
     return f"<p>Tokens in the longest shared run around a word: {' '.join(boxes)}; the longest run is <b>bold</b>.</p>"

@@ -1,4 +1,4 @@
-"""The figures of notebook 04: RETRO's layers, who reads what, positions, causality, sizes."""
+"""The figures of notebook 04: RETRO's layers, which tokens read which, positions, causality, sizes."""
 
 import html
 import math
@@ -21,11 +21,11 @@ PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB", "
 
 
 def ripples(changes: Mapping[str, Float[Tensor, " n"]], firsts: Sequence[int], chunk_size: int) -> Figure:
-    """How far every logit moves after one change: one panel a change, exact zeros on a floor of their own.
+    """Largest change of the logits at every position, one panel per change; exact zeros lie on a separate floor.
 
     Args:
-        changes: title of the panel -> largest |Δ logit| at every position.
-        firsts: of each panel, the first position that may move.
+        changes: panel title -> largest |Δ logit| at every position.
+        firsts: the first position that may move, for each panel.
         chunk_size: m; chunks are marked on the axis.
     """
     figure, panels = plt.subplots(len(changes), 1, figsize=(8, 2.1 * len(changes)), sharex=True)
@@ -66,7 +66,7 @@ def training_example(
 
 
 def architecture(depth: int, layers: Sequence[int]) -> Figure:
-    """The decoder left to right, the encoder below; `layers` are P, counted from 1."""
+    """The decoder from left to right, the encoder below; `layers` is P, counted from 1."""
     cca = [("CCA", "neighbour")]
     blocks = [[("ATTN", "chunk"), *cca * (i in layers), ("FFW", "model")] for i in range(1, depth + 1)]
     w, gap, y, low = 0.62, 0.14, 1.75, 0.25
@@ -100,7 +100,7 @@ def architecture(depth: int, layers: Sequence[int]) -> Figure:
 
 
 def rotary_distances(dim: int, farthest: int = 128) -> Figure:
-    """What a rotary distance does: the cosine of every feature pair, and their mean."""
+    """Effect of a rotary distance: the cosine of every feature pair, and their mean."""
     cos = rotary(torch.arange(farthest + 1), dim)[0, :, : dim // 2]
     figure, (phase, decay) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1.25, 1))
     figure.get_layout_engine().set(wspace=0.1)
@@ -117,7 +117,7 @@ def rotary_distances(dim: int, farthest: int = 128) -> Figure:
 
 
 def alignment(m: int, l: int) -> Figure:
-    """The tokens of a sequence, its chunks above, its attending chunks below, and what these read."""
+    """The tokens of a sequence, its chunks above, its attending chunks below, and the neighbours that they read."""
     w = 7.6 / (l * m)
     figure, axes = blank(8, 3.35)
     for i in range(l * m):
@@ -168,12 +168,12 @@ def joint_softmax(weights: Float[Tensor, "m _"], k: int, first: int = 0) -> Figu
 
 
 def query_positions(positions: Mapping[str, Int[Tensor, " m"]], r: int, dim: int = 32) -> Figure:
-    """How well each query matches each retrieved token by position alone, for several placements of the queries.
+    """Match of each query with each retrieved token by position alone, for several placements of the queries.
 
     Args:
         positions: name -> position of each of the m queries of an attending chunk.
-        r: retrieved tokens of a neighbour, at 0 … r−1.
-        dim: rotated features of a head.
+        r: number of retrieved tokens per neighbour, at 0 … r−1.
+        dim: number of rotated features per head.
     """
     figure, panels = plt.subplots(1, len(positions), figsize=(8, 3), sharey=True)
     cos_k, sin_k = rotary(torch.arange(r), dim)
@@ -192,7 +192,7 @@ def query_positions(positions: Mapping[str, Int[Tensor, " m"]], r: int, dim: int
 def causality(token: Float[Tensor, "n n"], neighbour: Float[Tensor, "l n"], chunk_size: int) -> Figure:
     """Largest |Δ logit| at every position, for every changed token and for the neighbours of every chunk.
 
-    White is exactly 0. The line is where the promise says that change may begin.
+    White is exactly 0. The line shows where changes may begin if the model is causal.
     """
     n, l, m = token.shape[1], len(neighbour), chunk_size
     moved = torch.cat((token.flatten(), neighbour.flatten()))
@@ -218,7 +218,7 @@ def causality(token: Float[Tensor, "n n"], neighbour: Float[Tensor, "l n"], chun
 
 
 def _parts(retro: RETRO) -> dict[str, int]:
-    """Parameters of each kind, embeddings left out."""
+    """Number of parameters of each kind, without embeddings."""
     layers = retro.decoder.layers
     kinds = {
         "self-attention": [layer.attn for layer in layers],
@@ -230,7 +230,7 @@ def _parts(retro: RETRO) -> dict[str, int]:
 
 
 def parameter_shares(models: Mapping[str, RETRO]) -> Figure:
-    """One bar a model, cut into the shares of its parts; the number in a piece is millions of parameters."""
+    """One bar per model, divided into its parts' shares; the numbers are millions of parameters."""
     counts = {name: _parts(retro) for name, retro in models.items()}
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(counts) + 1.3))
     parts = list(next(iter(counts.values())))
@@ -254,7 +254,7 @@ def parameter_shares(models: Mapping[str, RETRO]) -> Figure:
 
 
 def copying_race(losses: Mapping[str, Sequence[float]], *, m: int, l: int, v: int) -> Figure:
-    """Loss of copying models, between guessing one of v tokens and copying all but the first m − 1 tokens."""
+    """Loss of copying models, between guessing one of v tokens and copying all tokens but the first m − 1."""
     figure, axes = plt.subplots(figsize=(8, 3))
     for (name, curve), colour in zip(losses.items(), ("model", "control"), strict=False):
         axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[colour], linewidth=2, label=name)

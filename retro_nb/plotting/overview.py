@@ -1,4 +1,4 @@
-"""Figures of notebook 00: RETRO in one picture, what it finds, and its first steps."""
+"""Figures of notebook 00: RETRO in one picture, a neighbour that it finds, and its first training steps."""
 
 import math
 import textwrap
@@ -12,18 +12,18 @@ from matplotlib.ticker import MaxNLocator
 from retro_nb.common.arrays import ROOT, replacing
 from retro_nb.plotting.style import COLOURS, arrow, blank, box, use_style
 
-# The picture's example: a message to Congress of 1801, and the years of what its chunks find.
+# The picture's example: a message to Congress of 1801, and the years of its chunks' neighbours.
 CHUNKS = (
     "…a conscientious desire\nto direct the energies\nof our nation to the",
     "multiplication of the\nhuman race, and not\nto its destruction.",
     "Unauthorized by the\nConstitution, without the\nsanction of Congress…",
 )
 FOUND = ((("1849", 12), ("1960", 18)), (("1917", 25), ("1968", 34)))  # year, its cell in the database
-DOCUMENTS = (6, 3, 8, 4, 7, 5, 6, 4, 4)  # cells of each
+DOCUMENTS = (6, 3, 8, 4, 7, 5, 6, 4, 4)  # number of cells of each document
 
 
 def _database(axes: plt.Axes, y: float) -> list[float]:
-    """A strip of cells, one a chunk, in groups, one a document; the left edge of each."""
+    """Draw a strip with one cell per chunk, grouped by document; return the left edge of each cell."""
     lefts, x = [], 0.1
     for chunks in DOCUMENTS:
         for _ in range(chunks):
@@ -35,7 +35,7 @@ def _database(axes: plt.Axes, y: float) -> list[float]:
 
 
 def _retrieve(axes: plt.Axes, chunk: float, gap: float, found: Sequence[tuple[str, int]], cells: list[float]) -> None:
-    """From a chunk (centre `chunk`) down to the database, and up to its neighbours and encoder (centre `gap`)."""
+    """Draw the path from a chunk (at `chunk`) to the database and up to its neighbours and encoder (at `gap`)."""
     arrow(axes, (chunk, 2.72), (chunk, 2.27))
     box(axes, chunk - 0.5, 1.95, 1, 0.3, "frozen BERT", colour=COLOURS["muted"])
     arrow(axes, (chunk, 1.93), (chunk, 0.67))
@@ -52,7 +52,7 @@ def _retrieve(axes: plt.Axes, chunk: float, gap: float, found: Sequence[tuple[st
 
 
 def retro() -> Figure:
-    """RETRO in one picture: a chunk finds neighbours, and the next chunk is written with them in view."""
+    """RETRO in one picture: a chunk finds neighbours, and the model reads them while writing the next chunk."""
     figure, axes = blank(8, 4.6)
     wide, gap, lefts = 1.75, 1.13, (0.1, 2.98, 5.86)
     box(axes, 0.1, 3.82, 7.8, 0.73, colour=COLOURS["model"], alpha=0.16)
@@ -75,7 +75,7 @@ def retro() -> Figure:
 
 
 def save_retro_picture() -> None:
-    """Draw `retro` for the README into docs/retro.png, at 120 dots an inch: to be called after changing it."""
+    """Save `retro` as docs/retro.png for the README, at 120 dots per inch. Call this after changing `retro`."""
     use_style()
     with replacing(ROOT / "docs" / "retro.png") as temporary:
         retro().savefig(temporary, format="png", dpi=120)
@@ -86,9 +86,9 @@ def _wrap(text: str) -> list[str]:
 
 
 def _page(axes: plt.Axes, x: float, top: float, title: str, parts: Sequence[tuple[str, str]]) -> None:
-    """A titled column of text 3.7 inches wide: parts of (colour name, text), each on its own ground.
+    """A titled column of text 3.7 inches wide, in parts of (colour name, text) with coloured backgrounds.
 
-    Over each part stands the name of its colour, if there are several.
+    If there are several parts, the name of its colour is above each.
     """
     axes.text(x, top, title, va="center", weight="bold", color=COLOURS[parts[0][0]])
     y = top - 0.2
@@ -105,7 +105,7 @@ def _page(axes: plt.Axes, x: float, top: float, title: str, parts: Sequence[tupl
 
 
 def finding(title: str, passage: str, found_in: str, text: str, continuation: str) -> Figure:
-    """A passage, and beside it the neighbour that was found for it with what follows there."""
+    """A passage beside the neighbour found for it, with the neighbour's continuation."""
     lines = [len(_wrap(words)) for words in (passage, text, continuation)]
     tall = 0.19 * max(lines[0], lines[1] + lines[2]) + 1.1
     figure, axes = blank(8, tall)
@@ -117,7 +117,7 @@ def finding(title: str, passage: str, found_in: str, text: str, continuation: st
 
 
 def first_steps(losses: Sequence[float], vocabulary: int) -> Figure:
-    """The training loss of each step, beside that of guessing at random among all tokens."""
+    """Training loss of each step, compared with guessing at random among all tokens."""
     figure, axes = plt.subplots(figsize=(8, 3))
     axes.plot(range(1, len(losses) + 1), losses, color=COLOURS["model"], marker=".")
     axes.axhline(math.log(vocabulary), color=COLOURS["muted"], linestyle="--", linewidth=1)

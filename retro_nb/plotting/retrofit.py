@@ -1,4 +1,4 @@
-"""Figures of notebook 09: what RETROfit adds to a language model, and how it learns to read."""
+"""Figures of notebook 09: RETROfit's additions to a language model, and how it learns to read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ LOOKS = {"RETROfit": ("model", "-"), "RETRO from scratch": ("chunk", "--")}
 
 
 def anatomy(depth: int, readers: Sequence[int]) -> Figure:
-    """A frozen language model (grey) with the encoder and the chunked cross-attention that are added (green)."""
+    """A frozen language model (grey) with the added encoder and chunked cross-attention (green)."""
     width, gap = 1.5, 0.35
     figure, axes = blank(max(depth * (width + gap), 6.0), 2.9)
     for number in range(1, depth + 1):
@@ -34,7 +34,7 @@ def anatomy(depth: int, readers: Sequence[int]) -> Figure:
 
 
 def weights(frozen: Mapping[str, int], added: Mapping[str, int]) -> Figure:
-    """How many weights stay as they are (grey), and how many are added and trained (green)."""
+    """Number of frozen weights (grey) and of added, trained weights (green)."""
     figure, axes = plt.subplots(figsize=(8, 1.9))
     left, total = 0, sum(frozen.values()) + sum(added.values())
     for parts, shades in ((frozen, ("#C3CAD1", "#DDE3E8")), (added, (COLOURS["model"], "#66C4A6"))):
@@ -58,13 +58,13 @@ def learning(
     level: tuple[str, float],
     title: str,
 ) -> Figure:
-    """Loss on facts over the training tokens seen, one line a seed; diamonds are whole trainings of a tenth.
+    """Loss on facts over the training tokens seen, one line per seed; diamonds are full runs on a tenth of them.
 
     Args:
-        runs: by model, for each seed its `curves["on"][1]` and the `tokens` at these points.
-        tenths: by model, what was reached in a tenth of the tokens, by a training that was planned for it.
+        runs: for each model and seed, `curves["on"][1]` and the `tokens` at these points.
+        tenths: for each model, the final losses of runs planned for a tenth of the tokens.
         level: name and loss of the language model alone.
-        title: of the figure.
+        title: the figure's title.
     """
     figure, axes = plt.subplots(figsize=(8, 3.6))
     for name, each in runs.items():

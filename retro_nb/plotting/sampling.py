@@ -1,4 +1,4 @@
-"""Figures of notebook 06: choosing a token, the time it takes, what neighbours change, and a written page."""
+"""Figures of notebook 06: choosing a token, time per token, the effect of neighbours, and a page of generated text."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB"}
 
 
 def page(passages: Sequence[Passage], words: int = 34) -> HTML:
-    """A text chunk by chunk, each beside the neighbours that it found, cut to so many words."""
+    """A text chunk by chunk, each beside the neighbours that it found, cut to `words` words."""
 
     def cut(text: str) -> str:
         parts = text.split()
@@ -37,7 +37,7 @@ def page(passages: Sequence[Passage], words: int = 34) -> HTML:
 
 
 def bars(words: Sequence[str], panels: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Probabilities of a few tokens, one panel for each way of choosing; what is filtered out is marked."""
+    """Probabilities of a few tokens, one panel per sampling method; filtered tokens are marked."""
     figure, row = plt.subplots(1, len(panels), figsize=(8, 2.6), sharey=True)
     for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
         values = np.asarray(values, dtype=float)
@@ -54,7 +54,7 @@ def bars(words: Sequence[str], panels: Mapping[str, Sequence[float]], title: str
 
 
 def drawn(words: Sequence[str], expected: Sequence[float], shares: Sequence[float], draws: int) -> Figure:
-    """Shares of tokens among many draws, beside their probabilities with two standard errors."""
+    """Shares of tokens in many draws, beside their probabilities with two standard errors."""
     figure, axes = plt.subplots(figsize=(8, 2.6))
     at, p = np.arange(len(words)), np.asarray(expected, dtype=float)
     error = 2 * np.sqrt(p * (1 - p) / draws)
@@ -69,7 +69,7 @@ def drawn(words: Sequence[str], expected: Sequence[float], shares: Sequence[floa
 
 
 def token_times(seconds: Mapping[str, tuple[Sequence[int], Sequence[float]]], chunk_size: int) -> Figure:
-    """Milliseconds for each new token, by its position; dotted lines where neighbours are looked up."""
+    """Milliseconds per new token, by position; dotted lines show where neighbours are looked up."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     last = 0
     for (name, (positions, times)), colour in zip(seconds.items(), ("baseline", "model"), strict=False):
@@ -88,7 +88,7 @@ def token_times(seconds: Mapping[str, tuple[Sequence[int], Sequence[float]]], ch
 
 
 def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
-    """How far the next-token distribution moves at every position when neighbours are exchanged, in nats."""
+    """KL divergence of the next-token distribution at every position when neighbours are replaced, in nats."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     n, peak = 0, 0.0
     for (name, values), colour in zip(kl.items(), ("control", "muted", "neighbour"), strict=False):

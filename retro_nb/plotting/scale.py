@@ -1,4 +1,4 @@
-"""Figures of notebook 11: what an index finds for its bytes, how bytes and hours grow with the corpus, who builds."""
+"""Figures of notebook 11: recall of an index against its bytes, bytes and hours against tokens, and workers."""
 
 from collections.abc import Mapping, Sequence
 from math import log10
@@ -15,10 +15,10 @@ HUES = ("chunk", "neighbour", "model", "control", "continuation", "baseline")
 DASHES = ("-", "--", "-.", (0, (1, 1.5)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 BESIDE = [(9, -3, "left"), (-9, -3, "right"), (0, 9, "center"), (0, -16, "center"), (9, 8, "left"), (-9, 8, "right")]
 BESIDE += [(9, -15, "left"), (-9, -15, "right"), (0, 21, "center"), (0, -28, "center")]  # points from a mark
-# An index is known by how it keeps its vectors: (the end of its factory string, colour, marker).
+# Look of an index by the encoding of its vectors: (start of the factory string's last part, colour, marker).
 KINDS = (("PQ", "neighbour", "s"), ("SQ", "model", "D"), ("RaBitQ", "control", "^"), ("HNSW", "continuation", "v"))
 
-# Of each stage of a build: what workers read, what they make of it, what the one that writes does, and the file.
+# For each stage of a build: the workers' input, their work, the work of the writing process, and the file.
 STAGES = {
     "chunk": ("the corpus", "cuts documents", "puts in order", "chunks.npy"),
     "embed": ("chunks.npy", "embeds a block", "writes each block", "chunks.embedded.npy"),
@@ -31,7 +31,7 @@ DURATIONS |= {"1 year": 8766, "100 years": 876_600, "10,000 years": 87_660_000} 
 
 
 def short(number: Number, unit: str = "") -> str:
-    """A number as one says it: 93 T, 2.4 M."""
+    """Format a number with a unit prefix: 93 T, 2.4 M."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}{unit}"
@@ -39,7 +39,7 @@ def short(number: Number, unit: str = "") -> str:
 
 
 def recall_against_bytes(runs: Sequence[Mapping], k: int, vectors: int) -> Figure:
-    """Recall at the greatest effort of each index against its bytes a vector; a run is one of benchmarks/recall.py."""
+    """Best recall of each index against its bytes per vector; `runs` come from benchmarks/recall.py."""
     figure, axes = plt.subplots(figsize=(8, 4.6))
     points = []
     for run in runs:
@@ -69,9 +69,9 @@ def kind_of(spec: str) -> tuple[str, str]:
 
 
 def label(figure: Figure, axes: plt.Axes, points: Sequence[tuple[Number, Number, str, str]]) -> None:
-    """Write beside each mark what it is, where no other mark or label is in the way."""
+    """Write each mark's label beside it, where it overlaps no other mark or label."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # from here on, places are known
+    canvas.draw()  # computes the positions
     marks = [axes.transData.transform(point[:2]) for point in points]
     taken = []
     for x, y, text, colour in points:
@@ -84,7 +84,7 @@ def label(figure: Figure, axes: plt.Axes, points: Sequence[tuple[Number, Number,
                 break
             note.remove()
         else:
-            note = axes.annotate(text, (x, y), BESIDE[0][:2], **style)  # crowded: better over another than left out
+            note = axes.annotate(text, (x, y), BESIDE[0][:2], **style)  # crowded: an overlap beats no label
         taken.append(note.get_window_extent(canvas.get_renderer()))
 
 
@@ -94,13 +94,13 @@ def bytes_by_tokens(
     levels: Mapping[str, Number],
     papers: tuple[str, Number, Number],
 ) -> Figure:
-    """Bytes against tokens on logarithmic axes: a line for each file, a level for each machine, the paper's point.
+    """Bytes against tokens on logarithmic axes: a line per file, a level per machine, and the paper's point.
 
     Args:
-        tokens: of the corpora.
-        lines: for each name the bytes at each of these.
-        levels: bytes that a machine holds, by its name.
-        papers: what the paper says: name, tokens, bytes.
+        tokens: tokens in each corpus.
+        lines: name -> bytes for each corpus.
+        levels: machine -> bytes that it holds.
+        papers: the paper's numbers: name, tokens, bytes.
     """
     figure, axes = _growing(tokens, lines, levels)
     name, *place = papers
@@ -113,7 +113,7 @@ def bytes_by_tokens(
 
 
 def hours_by_tokens(tokens: Sequence[Number], lines: Mapping[str, Sequence[Number]], title: str) -> Figure:
-    """Hours against tokens on logarithmic axes, which call them seconds, days or years."""
+    """Hours against tokens on logarithmic axes, labelled in seconds, days or years."""
     figure, axes = _growing(tokens, lines, {})
     low, high = axes.get_ylim()
     within = {name: hours for name, hours in DURATIONS.items() if low <= hours <= high}
@@ -126,7 +126,7 @@ def hours_by_tokens(tokens: Sequence[Number], lines: Mapping[str, Sequence[Numbe
 def _growing(
     tokens: Sequence[Number], lines: Mapping[str, Sequence[Number]], levels: Mapping[str, Number]
 ) -> tuple[Figure, plt.Axes]:
-    """Lines over tokens, named at their right ends, and grey levels, named at the left."""
+    """Lines against tokens, labelled at their right ends, and grey levels, labelled at the left."""
     figure, axes = plt.subplots(figsize=(8, 4.8))
     for name, level in levels.items():
         axes.axhline(level, color=COLOURS["muted"], linewidth=1, linestyle=":", zorder=1)
@@ -154,13 +154,13 @@ def _growing(
 
 
 def _decades(axes: plt.Axes) -> float:
-    """How many powers of ten the y axis spans."""
+    """Number of powers of ten that the y axis spans."""
     low, high = axes.get_ylim()
     return log10(high / low)
 
 
 def apart(values: Sequence[Number], factor: float) -> list[Number]:
-    """Places for labels: the values, in their order, moved up until each is `factor` times the one below it."""
+    """Places for labels: the values, moved up until each is at least `factor` times the one below it."""
     places, below = list(values), 0.0
     for number in sorted(range(len(values)), key=lambda i: values[i]):
         places[number] = below = max(values[number], below * factor)
@@ -168,11 +168,11 @@ def apart(values: Sequence[Number], factor: float) -> list[Number]:
 
 
 def workers(count: int) -> Figure:
-    """Who does what while a store is built by so many workers: from above, what is read, worked on and written."""
+    """Division of labour while `count` workers build a store; from above: input, work, and written files."""
     width, gap, step = 2.05, 0.2, 0.42
     height = 2.75 + step * count
     figure, axes = blank(len(STAGES) * (width + gap) + 0.1, height)
-    bottom = height - 1.15 - step * count  # of the lowest worker
+    bottom = height - 1.15 - step * count  # lower edge of the last worker
     box(axes, 0.05, bottom - 0.75, len(STAGES) * (width + gap) - gap, 0.5, colour=COLOURS["ink"])
     small = {"ha": "center", "va": "center", "fontsize": 9}
     for column, (stage, (read, work, written, file)) in enumerate(STAGES.items()):

@@ -1,4 +1,4 @@
-"""The look that all figures share, and the map of the series."""
+"""Style shared by all figures, and the map of the series."""
 
 from retro_nb.common.extras import extra
 
@@ -8,11 +8,11 @@ with extra("notebooks"):
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-# Okabe and Ito's palette. The same thing has the same colour in every notebook.
+# Okabe and Ito's palette. Each concept has the same colour in every notebook.
 COLOURS = {
-    "chunk": "#0072B2",  # blue: the text that is being read or written
-    "neighbour": "#D55E00",  # vermilion: what was retrieved
-    "continuation": "#E69F00",  # orange: what follows it
+    "chunk": "#0072B2",  # blue: the text being read or written
+    "neighbour": "#D55E00",  # vermilion: retrieved text
+    "continuation": "#E69F00",  # orange: text that follows a neighbour
     "model": "#009E73",  # green
     "baseline": "#56B4E9",  # sky blue: without retrieval
     "control": "#CC79A7",  # pink: shuffled neighbours
@@ -27,7 +27,7 @@ NOTEBOOKS = ["", "01", "02", "03", "04", "05", "06"]
 
 
 def use_style() -> None:
-    """House style for every figure: readable at notebook width, light, without frames."""
+    """Set the style of every figure: readable at notebook width, light, without frames."""
     matplotlib.rcParams.update(
         {
             "figure.figsize": (8, 3.6),
@@ -54,18 +54,18 @@ def use_style() -> None:
 
 
 def blank(width: float, height: float) -> tuple[Figure, plt.Axes]:
-    """A figure to draw on: no axes, one unit an inch, the origin at the lower left."""
+    """A figure to draw on: no axes, one unit per inch, origin at the lower left."""
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     axes.axis("off")
-    plt.close(figure)  # shown once, as the value of its cell
+    plt.close(figure)  # so that it is shown once, as the value of its cell
     return figure, axes
 
 
 def box(
     axes: plt.Axes, x: float, y: float, w: float, h: float, text: str = "", *, colour: str, **style: object
 ) -> None:
-    """A rounded box with its lower left corner at (x, y); `colour` fills it, text is dark or white as it suits."""
+    """A rounded box with its lower left corner at (x, y); `colour` fills it, and text is dark or white for contrast."""
     patch = FancyBboxPatch(
         (x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06", facecolor=colour, edgecolor="none", **style
     )
@@ -82,10 +82,10 @@ def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], 
 
 
 def pipeline(step: str = "") -> Figure:
-    """The road from text to samples, one box a notebook, with this step lit (none: all are).
+    """The pipeline from text to samples, one box per notebook, with this step coloured (default: all).
 
     Raises:
-        ValueError: no such step.
+        ValueError: the step is unknown.
     """
     if step and step not in STEPS:
         raise ValueError(f"no step {step!r}; the steps are {', '.join(STEPS)}")

@@ -1,4 +1,4 @@
-"""Figures of notebook 10: how long the documents of a corpus are, and what a build of it will take."""
+"""Figures of notebook 10: length of a corpus's documents, and the estimated time of a build."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,16 @@ from retro_nb.planning.survey import Survey, as_size, as_time
 from retro_nb.plotting.style import COLOURS
 
 DOES = {"chunk": "cut into chunks", "embed": "embed", "index": "index", "search": "search neighbours"}
-LEAST = 0.01  # seconds: shorter bars would have no length on a logarithmic axis
+LEAST = 0.01  # seconds; a shorter bar would have no length on the logarithmic axis
 TICKS = {"0.1 s": 0.1, "1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600, "10 h": 36000}
 TICKS |= {"4 days": 4 * 86400, "40 days": 40 * 86400, "1 year": 365 * 86400, "10 years": 3650 * 86400}
 
 
 def lengths(found: Survey) -> Figure:
-    """How many documents are how long: a bar for each doubling; an arrow where the longest is, and its share."""
+    """Histogram of document lengths, one bar per doubling; an arrow shows the longest document and its share."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     counts = np.array(found.lengths)
-    edges = np.concatenate([[0.5], 2.0 ** np.arange(len(counts))])  # the empty ones left of a character
+    edges = np.concatenate([[0.5], 2.0 ** np.arange(len(counts))])  # empty documents to the left of 1 character
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=COLOURS["chunk"], edgecolor="white")
     if counts[0]:
         axes.patches[0].set_color(COLOURS["muted"])
@@ -48,7 +48,7 @@ def lengths(found: Survey) -> Figure:
 
 
 def times(steps: Sequence[Step]) -> Figure:
-    """Estimated time of each step as a bar, in order from above, with its bytes on disk."""
+    """Estimated time of each step as a bar, in order from the top, with its bytes on disk."""
     figure, axes = plt.subplots(figsize=(8, 2.3))
     seconds = [max(step.seconds, LEAST) for step in steps]
     names = [DOES[step.name] for step in steps]
@@ -58,7 +58,7 @@ def times(steps: Sequence[Step]) -> Figure:
     whole = sum(step.seconds for step in steps)
     axes.set(xscale="log", xlim=(LEAST / 2, max(seconds) * 60), title=f"A build will take about {as_time(whole)}")
     axes.set(xlabel="time (logarithmic)")
-    shown = {name: at for name, at in TICKS.items() if at < max(seconds) * 20}  # room for the last one's name
+    shown = {name: at for name, at in TICKS.items() if at < max(seconds) * 20}  # leaves room for the last label
     axes.set_xticks(list(shown.values()), list(shown), fontsize=9 if len(shown) < 8 else 8)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""Figures of notebook 05: losses, the learning rate, and where a step's time goes."""
+"""Figures of notebook 05: losses, the learning rate, and the time of a step by phase."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,14 +16,14 @@ def losses(
     """Training losses, smoothed over five steps, and held-out losses (dots); dashed `lines` to compare with.
 
     Args:
-        histories: name -> the run's records; the first is drawn as the model, the second as the baseline.
-        lines: name -> loss that needs no network.
-        title: what is to be seen.
-        top: where the axis ends; left out, above the first loss.
+        histories: name -> the run's records; the first has the model's colour, the second the baseline's.
+        lines: name -> a loss reached without a network.
+        title: the figure's message.
+        top: end of the y axis; by default above the first loss.
     """
     figure, axes = plt.subplots(figsize=(8, 3.6))
     colours = [COLOURS["model"], COLOURS["baseline"], COLOURS["control"]]
-    sizes = (9, 5, 3)  # what lies on top is smaller, so that equal losses hide none
+    sizes = (9, 5, 3)  # later dots are smaller, so that equal losses hide none
     for (name, history), colour, size in zip(histories.items(), colours, sizes, strict=False):
         steps, values = history.curve("loss")
         width = min(5, len(values))
@@ -31,7 +31,7 @@ def losses(
         axes.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.2, label=f"{name}, training")
         axes.plot(*history.curve("valid_loss"), "o", color=colour, markersize=size, label=f"{name}, held out")
     middle = sum(axes.get_ylim()) / 2
-    for name, value in lines.items():  # the curve falls from the upper left, so low lines are named there
+    for name, value in lines.items():  # the curve falls from the upper left, so low lines have room for labels there
         axes.axhline(value, color=COLOURS["muted"], linestyle="--", linewidth=1)
         x, side = (0.01, "left") if value < middle else (0.99, "right")
         axes.annotate(f"{name}: {value:.2f}", (x, value), (0, -4), ha=side, va="top", fontsize=9,
@@ -44,7 +44,7 @@ def losses(
 
 
 def schedule(rates: Sequence[float], warmup_steps: int) -> Figure:
-    """The learning rate of every step, from step 1, with the end of the warm-up and the last rate marked."""
+    """Learning rate of every step from step 1; the end of the warm-up and the last rate are marked."""
     figure, axes = plt.subplots(figsize=(8, 2.8))
     steps = range(1, len(rates) + 1)
     axes.plot(steps, rates, color=COLOURS["model"])
@@ -58,7 +58,7 @@ def schedule(rates: Sequence[float], warmup_steps: int) -> Figure:
 
 
 def step_time(seconds: Mapping[str, float]) -> Figure:
-    """Where the time of one step goes: phase -> seconds, as one bar, with the shares."""
+    """Time of one step by phase (phase -> seconds) as one bar, with shares."""
     figure, axes = plt.subplots(figsize=(8, 1.7))
     total, left = sum(seconds.values()), 0.0
     for (name, spent), colour in zip(seconds.items(), ("chunk", "model", "neighbour", "continuation"), strict=False):

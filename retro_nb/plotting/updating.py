@@ -1,4 +1,4 @@
-"""Figure of notebook 10: whose neighbours change when a document comes, and when one goes."""
+"""Figure of notebook 10: chunks whose neighbours change when a document is added or removed."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,8 +14,8 @@ DOT = {"s": 60, "zorder": 3, "linewidths": 0}
 def who_searches(
     points: Float[np.ndarray, "c 2"], found: Integer[np.ndarray, "c k"], new: Float[np.ndarray, "2"], gone: int
 ) -> Figure:
-    """Chunks as points: left a new one and the circles, out to the last neighbour, that it falls into; right one that
-    goes, with arrows from those whose neighbour it was. They are vermilion: their neighbours must be searched again.
+    """Chunks as points. Left: a new chunk, and circles around the others out to their last neighbours. Right: a removed
+    chunk, with arrows from the chunks that had it as a neighbour. Chunks to search again are vermilion.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2))
     reach = np.linalg.norm(points - points[found[:, -1]], axis=1)
