@@ -1,12 +1,12 @@
 """From documents to chunks on disk (notebook 01).
 
-A document is `start tokens end` (BERT: [CLS], [SEP]). It is cut into chunks of m tokens, and each chunk is stored
-with one token more, the first of the next chunk: a sequence of l chunks then has the l·m + 1 tokens that training
-needs as input and label. A row of the chunk array is therefore m + 1 ids, padded at the document's end.
+A document is `start tokens end` (BERT: [CLS], [SEP]), cut into chunks of m tokens. Each chunk is stored with one
+extra token, the first of the next chunk, so that a sequence of l chunks has the l·m + 1 tokens that training needs
+for input and labels. A row of the chunk array therefore holds m + 1 ids, padded at the document's end.
 
     tokens   t0 t1 t2 t3 t4 t5 t6        m = 3
     chunk 0  t0 t1 t2 | t3
-    chunk 1  t3 t4 t5 | t6               t6 is stored already: it does not get a chunk of its own
+    chunk 1  t3 t4 t5 | t6               t6 is stored already: it does not start another chunk
 """
 
 import hashlib
@@ -34,14 +34,14 @@ from retro_nb.text.document import Document
 from retro_nb.text.files import text_folder
 from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, get_tokenizer
 
-# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. They are
-# cut where a tokenizer begins a new word in any case, so that no token changes. BERT does before white space, ASCII
-# punctuation and Chinese characters; most others do at least before a space between two words, which SAMPLE tries.
+# A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. Cuts fall
+# where the tokenizer starts a new word anyway, so that no token changes. BERT starts one before white space, ASCII
+# punctuation and Chinese characters; most others at least before a space between two words, as tested on SAMPLE.
 PIECE_CHARACTERS = 50_000
 PIECES_AT_ONCE = 16
 BERTS_BOUNDARY = re.compile(r"[ \t\n\r!-/:-@\[-`{-~\u3400-\u4dbf\u4e00-\u9fff]")
 SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
-MOST_CHUNKS = 2**31 - 1  # of a store, whose sequences and neighbours are int32
+MOST_CHUNKS = 2**31 - 1  # per store: sequences and neighbours are stored as int32
 SAMPLE = "one two 3 four 56 7 é ж 中 x"
 
 
@@ -49,14 +49,14 @@ SAMPLE = "one two 3 four 56 7 é ж 中 x"
 
 
 class Tokens(NamedTuple):
-    """A stretch of a document's tokens: ids and, for each, the characters [start, end) it came from."""
+    """A stretch of a document's tokens: the ids, and the character span [start, end) of each."""
 
     ids: Int32[np.ndarray, " n"]
     spans: Int64[np.ndarray, "n 2"]
 
 
 class Chunks(NamedTuple):
-    """Some chunks of a document: m + 1 ids each, and the characters [start, end) of the first m."""
+    """Chunks of a document: m + 1 ids each, and the character span [start, end) of the first m."""
 
     rows: Int32[np.ndarray, "c m_plus_1"]
     spans: Int64[np.ndarray, "c 2"]
@@ -64,28 +64,31 @@ class Chunks(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _boundary(tokenizer: TextTokenizer) -> re.Pattern | None:
-    """Where texts may be cut; None for a tokenizer that splits words neither as BERT's nor at every space."""
+    """Pattern of the positions where a text may be cut.
+
+    None if the tokenizer splits words neither like BERT's nor at every space, or an added token may span a boundary.
+    """
     backend = tokenizer.backend
     boundary = BERTS_BOUNDARY if isinstance(backend.pre_tokenizer, BertPreTokenizer) else SPACE_BETWEEN_WORDS
     if boundary is SPACE_BETWEEN_WORDS:
         parts = re.split(f"(?={boundary.pattern})", SAMPLE)
         if _words(backend, SAMPLE) != [word for part in parts for word in _words(backend, part)]:
             return None
-    for added in backend.get_added_tokens_decoder().values():  # a word of its own may reach over a boundary
+    for added in backend.get_added_tokens_decoder().values():  # they may span a boundary
         reaches = added.single_word or added.lstrip or added.rstrip or boundary.search(added.content)
-        if reaches and not added.special:  # special ones are not looked for in a text
+        if reaches and not added.special:  # special tokens are not matched in a text
             return None
     return boundary
 
 
 def _words(backend: Tokenizer, text: str) -> list[str]:
-    """What a tokenizer splits a text into before it looks for tokens in each."""
+    """Split a text into words as the tokenizer does before it forms tokens."""
     normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal)] if backend.pre_tokenizer else [normal]
 
 
 def _pieces(text: str, word_boundary: re.Pattern | None) -> Iterator[tuple[int, str]]:
-    """Cut a text between words into (offset, piece). A piece is longer than meant only if its last word is."""
+    """Cut a text into (offset, piece), at the first word boundary after every PIECE_CHARACTERS characters."""
     start = 0
     while start < len(text):
         boundary = word_boundary and word_boundary.search(text, start + PIECE_CHARACTERS)
@@ -95,15 +98,15 @@ def _pieces(text: str, word_boundary: re.Pattern | None) -> Iterator[tuple[int, 
 
 
 def document_tokens(text: str, *, tokenizer: PathLike | TextTokenizer | None = None) -> Iterator[Tokens]:
-    """The tokens of one document in order, a few hundred thousand characters at a time: start, text, end.
+    """Yield the tokens of one document (start, text, end), about 800,000 characters at a time.
 
-    A document without a single token yields nothing. A tokenizer that does not split at spaces (Llama 2's, say)
-    gets the whole document at once.
+    A document without tokens yields nothing. A tokenizer that does not split at spaces (e.g. Llama 2's) gets the
+    whole document at once.
     """
     tokenizer = get_tokenizer(tokenizer)
     ids_of, pieces, begun = tokenizer.ids, _pieces(text, _boundary(tokenizer)), False
     while batch := list(islice(pieces, PIECES_AT_ONCE)):
-        # Half a character (a lone surrogate) has no UTF-8: it is read as "?".
+        # A lone surrogate (half a character) has no UTF-8 encoding: it is read as "?".
         whole = [piece.encode("utf-8", "replace").decode() for _, piece in batch]
         encodings = tokenizer.backend.encode_batch(whole, add_special_tokens=False)
         ids = np.concatenate([np.asarray(e.ids, dtype=np.int32) for e in encodings])
@@ -124,10 +127,10 @@ def document_tokens(text: str, *, tokenizer: PathLike | TextTokenizer | None = N
 
 
 def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int, pad_id: int = PAD_ID) -> Iterator[Chunks]:
-    """Cut a document's tokens into chunks, as they come.
+    """Cut a document's tokens into chunks as they arrive.
 
-    L tokens give ⌈(L − 1) / m⌉ chunks, one at least: the last token of all is only ever a label, so a token
-    that is already stored as the next token of the chunk before it does not open another.
+    L tokens give ⌈(L − 1) / m⌉ chunks, at least one: the document's last token is only ever a label, so if the
+    previous chunk already stores it as its extra token, it does not start another chunk.
 
     Args:
         tokens: the document's tokens, in stretches of any length.
@@ -151,20 +154,20 @@ def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int, pad_id: int = PA
 
 
 def _bytes_between(text: str, edges: list[int]) -> Int32[np.ndarray, " c"]:
-    """Bytes of the text from each edge to the next, in UTF-8."""
+    """UTF-8 bytes of the text between consecutive edges."""
     sizes = [len(text[start:stop].encode("utf-8", "replace")) for start, stop in pairwise(edges)]
     return np.array(sizes, dtype=np.int32)
 
 
 class ChunkedDocument(NamedTuple):
-    """One document as a store keeps it: what is known of it, and its chunks.
+    """One document as a store keeps it: its metadata and its chunks.
 
-    about     title, source, number of characters, spans of the facts, and a digest of the text, by which a document
-              that has not changed is known again (`retro_nb.store.updating`)
+    about     title, source, number of characters, spans of the facts, and a digest of the text, by which
+              `retro_nb.store.updating` recognises unchanged documents
     replaced  undecodable pieces, as in `Document`
     rows      m + 1 ids each; none if the text has no token
-    spans     the characters [start, end) of each chunk in the text
-    bytes     of the text from each chunk to the next
+    spans     the character span [start, end) of each chunk in the text
+    bytes     bytes of the text from each chunk to the next
     """
 
     about: dict
@@ -174,20 +177,20 @@ class ChunkedDocument(NamedTuple):
     bytes: Int32[np.ndarray, " c"]
 
     def tokens(self, pad_id: int) -> int:
-        """How many tokens the document has, start and end included."""
+        """Number of tokens in the document, start and end included."""
         if not len(self.rows):
             return 0
-        last = int(self.rows[-1, -1] != pad_id)  # the last token of all, where it is only a label
+        last = int(self.rows[-1, -1] != pad_id)  # the document's last token, if it is only a label
         return int(np.count_nonzero(self.rows[:, :-1] != pad_id)) + last
 
 
 def text_digest(text: str) -> str:
-    """Identity of a text."""
+    """Digest that identifies a text."""
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def describe_document(document: Document) -> dict:
-    """What a store keeps of a document beside its chunks."""
+    """Metadata that a store keeps of a document."""
     return {
         "title": document.title,
         "source": document.source,
@@ -213,7 +216,7 @@ COMPANIONS = ("spans.npy", "bytes.npy", "documents.jsonl", "tokenizer.json")
 
 
 def check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None) -> None:
-    """Refuse sizes that no store can have."""
+    """Raise ValueError for sizes that no store can have."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")
     if seq_len < chunk_size or seq_len % chunk_size:
@@ -225,7 +228,7 @@ def check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None = None, ma
 
 
 class _ChunkFiles:
-    """The files of a chunked corpus, written a document at a time."""
+    """Writer of a chunked corpus's files, one document at a time."""
 
     def __init__(
         self,
@@ -252,7 +255,7 @@ class _ChunkFiles:
         with ExitStack() as stack:
             for writer in self._writers:
                 stack.enter_context(writer)
-            # A file name that is not UTF-8 is a title with halves of characters: \\udcxx, which JSON reads back.
+            # A file name that is not UTF-8 gives a title with lone surrogates: \\udcxx, which JSON reads back.
             titles = writing(self.documents_path, "w", encoding="utf-8", errors="backslashreplace")
             self._titles = stack.enter_context(titles)
             rules = stack.enter_context(writing(self.tokenizer_path, "w", encoding="utf-8"))
@@ -264,7 +267,7 @@ class _ChunkFiles:
     def __exit__(self, *error: Any) -> bool | None:
         if error[0] is not None:
             return self._stack.__exit__(*error)
-        with self._stack:  # all are written out before the first is moved: a full disk changes none
+        with self._stack:  # flush all before the first is moved into place: a full disk changes none
             for writer in self._writers:
                 writer.flush()
             with explain_write_errors(self.documents_path):
@@ -306,13 +309,15 @@ def documents_to_chunks_(
 ) -> dict:
     """Chunk a corpus to disk, one document at a time; memory does not grow with the corpus.
 
-    Written are the chunks (one row of m + 1 ids each, uint16 if the vocabulary fits, else int32), the index of the
-    first chunk of each sequence (int32), the document of each chunk (int32) and, beside the chunks, for provenance,
-    `*.spans.npy` (the characters of each chunk in its document, int64 pairs), `*.bytes.npy` (bytes of the text from
-    each chunk to the next, int32: those of a document add up to its text's), `*.documents.jsonl` (title, source,
-    chunks) and `*.tokenizer.json`, so that the ids can be read wherever the arrays go (`store_tokenizer`).
-    A sequence is l = n/m consecutive chunks of one document. Nothing is done if the files are there already,
-    made with the same settings.
+    The main files hold the chunks (rows of m + 1 ids, uint16 if the vocabulary fits, else int32), the first chunk of
+    each sequence (int32) and the document of each chunk (int32). These files are written next to the chunks:
+
+        *.spans.npy        character span of each chunk in its document (int64 pairs)
+        *.bytes.npy        bytes of the text from each chunk to the next (int32); a document's add up to its text's
+        *.documents.jsonl  metadata of each document (`read_documents`)
+        *.tokenizer.json   the tokenizer, so that the ids can be decoded wherever the arrays go (`store_tokenizer`)
+
+    A sequence is l = n/m consecutive chunks of one document. Files built with the same settings are reused.
 
     Args:
         documents: a corpus of `retro_nb.text`, or any iterable of `Document`.
@@ -321,17 +326,18 @@ def documents_to_chunks_(
         seq_len: n, tokens; a multiple of m.
         max_chunks, max_seqs: stop before the first document that would exceed either, with a warning.
         tokenizer: a Hugging Face tokenizer by folder or name, or one from `get_tokenizer`; None for BERT's.
-        force_reprocess: build again in any case.
+        force_reprocess: rebuild in any case.
         progress: show a progress bar.
 
     Returns:
         `chunks`, `docs`, `seqs`, `tokens` (start and end included), `vocabulary` (v) and `special_ids` of the
         tokenizer, `empty_docs` (documents without a token, which are skipped), `replaced_characters` (undecodable
-        bytes; of both a warning names the first document) and `complete` (false if a maximum stopped it).
+        bytes) and `complete` (false if a maximum stopped it). Warnings name the first empty document and the first
+        with undecodable bytes.
 
     Raises:
         ValueError: n is not a multiple of m; no document has a token; the first one exceeds a maximum.
-        OSError: a file cannot be written; its name and the reason are told, and what was there is still there.
+        OSError: a file cannot be written; the message names it and the reason, and existing files stay as they were.
     """
     tokenizer = get_tokenizer(tokenizer)
 
@@ -360,7 +366,7 @@ def chunk_settings(
     max_chunks: int | None,
     max_seqs: int | None,
 ) -> dict:
-    """Everything that the chunks of a corpus depend on, as the manifest has it."""
+    """Everything that the chunks of a corpus depend on, as recorded in the manifest."""
     fingerprint = getattr(documents, "fingerprint", None)
     return {
         "corpus": fingerprint() if fingerprint else None,
@@ -384,14 +390,14 @@ def write_chunks(
     max_seqs: int | None = None,
     force_reprocess: bool = False,
 ) -> dict:
-    """What `documents_to_chunks_` does, whoever cuts the documents.
+    """Write the files of `documents_to_chunks_` from documents that the caller cuts.
 
     Args:
-        cut: called if they have to be cut; gives them in order.
-        documents: where they come from.
+        cut: called only if the files must be built; yields the cut documents in order.
+        documents: the corpus they come from.
         paths: the files for chunks, sequences and document ids.
-        tokenizer: what the chunks are made of.
-        chunk_size, seq_len, max_chunks, max_seqs, force_reprocess: as there.
+        tokenizer: the tokenizer that cuts them.
+        chunk_size, seq_len, max_chunks, max_seqs, force_reprocess: see `documents_to_chunks_`.
     """
     check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
     paths = [Path(path) for path in paths]
@@ -412,7 +418,7 @@ def write_chunks(
         # A bare iterable cannot say whether it is still the same corpus.
         force_reprocess=force_reprocess or settings["corpus"] is None,
     )
-    for remark in remarks:  # here, so that they name the line of documents_to_chunks_'s caller
+    for remark in remarks:  # warned here, so that stacklevel names the line of documents_to_chunks_'s caller
         warnings.warn(remark, stacklevel=3)
     return stats
 
@@ -424,7 +430,7 @@ def _write_all(
     max_chunks: int | None,
     max_seqs: int | None,
 ) -> tuple[dict, list[str]]:
-    """Write all documents; the statistics, and what the caller should be warned of."""
+    """Write all documents; return the statistics and the warnings for the caller."""
     tokens, replaced, complete, empty, undecodable, remarks = 0, 0, True, [], [], []
     for document in chunked:
         source = document.about["source"]
@@ -494,8 +500,7 @@ def text_folder_to_chunks_(
 
 
 def read_documents(chunks_memmap_path: PathLike) -> list[dict]:
-    """What is known of each document of a chunk array, by its number: title, source, chunks, characters, digest of the
-    text, facts."""
+    """Metadata of a chunk array's documents, in order: title, source, chunks, characters, digest of the text, facts."""
     path = companion(chunks_memmap_path, "documents.jsonl")
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: it is written with the chunks; chunk the corpus again")
@@ -504,10 +509,10 @@ def read_documents(chunks_memmap_path: PathLike) -> list[dict]:
 
 
 def special_ids(chunks_memmap_path: PathLike) -> SpecialIds:
-    """The ids in a chunk array that are no text, from its manifest; BERT's for an array without, as the reference's.
+    """Special ids of a chunk array, from its manifest; BERT's for an array without one, such as the reference's.
 
     Raises:
-        ValueError: the array has a tokenizer of its own, but the manifest does not know it.
+        ValueError: a tokenizer is saved with the array, but the manifest does not record its special ids.
     """
     path = Path(chunks_memmap_path)
     recorded = read_manifest(path.parent).get(path.name, {}).get("stats", {}).get("special_ids")
@@ -520,13 +525,13 @@ def special_ids(chunks_memmap_path: PathLike) -> SpecialIds:
 
 
 def store_fingerprint(chunks_memmap_path: PathLike) -> str | None:
-    """The fingerprint of the tokenizer that a chunk array was made with; None for an array without a manifest."""
+    """Fingerprint of the tokenizer of a chunk array; None for an array without a manifest."""
     path = Path(chunks_memmap_path)
     return read_manifest(path.parent).get(path.name, {}).get("settings", {}).get("tokenizer")
 
 
 def store_tokenizer(chunks_memmap_path: PathLike, otherwise: PathLike | None = None) -> TextTokenizer:
-    """The tokenizer of a chunk array, as it was saved with it; for an array without, `get_tokenizer(otherwise)`."""
+    """Tokenizer saved with a chunk array; `get_tokenizer(otherwise)` for an array without one."""
     file = companion(chunks_memmap_path, "tokenizer.json")
     if not file.exists():
         return get_tokenizer(otherwise)

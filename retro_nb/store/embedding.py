@@ -1,8 +1,8 @@
-"""Chunks become vectors by a frozen BERT (notebook 02).
+"""A frozen BERT turns chunks into vectors (notebook 02).
 
-The key of a chunk is BERT(N) averaged over time (paper, §2.3). What is indexed (`chunks_to_embeddings_`) and what
-is asked for (`embed_chunks`) are framed alike, `[CLS] the chunk's words [SEP]`, and averaged alike. The reference
-frames them differently, so that a chunk lies at a distance from itself and may find other neighbours.
+The key of a chunk is BERT(N) averaged over time (paper, §2.3). Indexed chunks (`chunks_to_embeddings_`) and queries
+(`embed_chunks`) get the same frame, `[CLS] the chunk's words [SEP]`, and the same average. The reference frames them
+differently, so that a chunk has a non-zero distance to itself and may find other neighbours.
 """
 
 import hashlib
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
 
 
 class Sizes(NamedTuple):
-    """How many chunks a processor takes at a time."""
+    """Numbers of chunks that a device processes at a time."""
 
-    batch: int  # chunks in a forward pass: enough to be busy, few enough for a CPU's cache
-    block: int  # chunks written together: what a killed build has to do again
-    ahead: int  # blocks begun while an earlier one is still to be written: so that a GPU never waits for the disk
+    batch: int  # chunks per forward pass: enough to keep the device busy, few enough for a CPU's cache
+    block: int  # chunks written together: the work that a killed build repeats
+    ahead: int  # blocks started before an earlier one is written, so that a GPU never waits for the disk
 
 
 ON_CPU, ON_GPU = Sizes(32, 1024, ahead=0), Sizes(2048, 8192, ahead=2)
 
 
 def sizes_on(device: torch.device) -> Sizes:
-    """How many chunks this device takes at a time."""
+    """`Sizes` for a device."""
     return ON_GPU if device.type == "cuda" else ON_CPU
 
 
 def get_bert(bert: PathLike | None = None, device: torch.device | str | None = None) -> "BertModel":
-    """A frozen BERT in eval mode (see `tokens.bert_folder` for what may be named), loaded once."""
+    """Frozen BERT in eval mode, loaded once (see `tokens.bert_folder` for the accepted names)."""
     return _load_bert(bert_folder(bert), _weights(bert), torch.device(device or best_device()))
 
 
@@ -58,7 +58,7 @@ Weights = tuple[tuple[str, int, int], ...]
 
 
 def _weights(bert: PathLike | None) -> Weights:
-    """Name, size and time of change of the files with a BERT's weights; none if it lies in no folder here."""
+    """Name, size and modification time of a BERT's weight files; empty if it is not in a local folder."""
     folder = Path(bert_folder(bert))
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     return tuple((str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files)
@@ -66,12 +66,12 @@ def _weights(bert: PathLike | None) -> Weights:
 
 @lru_cache(maxsize=2)
 def _load_bert(source: str, weights: Weights, device: torch.device) -> "BertModel":
-    """`weights` is there so that files that have changed are loaded again."""
-    from transformers import AutoModel  # takes seconds: only where a BERT is really wanted
+    """Load a BERT; `weights` is only a cache key, so that changed files are loaded again."""
+    from transformers import AutoModel  # takes seconds: only when a BERT is needed
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # its report on the pooler, which is not used here, says nothing
+    logging.set_verbosity_error()  # its report on the unused pooler is irrelevant
     logging.disable_progress_bar()
     try:
         model = AutoModel.from_pretrained(source, add_pooling_layer=False)
@@ -83,7 +83,7 @@ def _load_bert(source: str, weights: Weights, device: torch.device) -> "BertMode
 
 
 def bert_fingerprint(bert: PathLike | None = None) -> str:
-    """Identity of a BERT: the SHA-256 of its weights, or its name if it lies in no folder here."""
+    """Identity of a BERT: the SHA-256 of its weights, or its name if it is not in a local folder."""
     weights = _weights(bert)
     return _hash_weights(weights) if weights else bert_folder(bert)
 
@@ -106,13 +106,13 @@ def bert_embed(
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "b d"]:
-    """BERT's representation of token ids that begin with [CLS], in float32 on the CPU.
+    """Embed rows of token ids that begin with [CLS]; the vectors are float32 on the CPU.
 
     Args:
         token_ids: rows of ids, padded on the right.
         return_cls_repr: the last hidden state of [CLS] instead of the mean over the other tokens.
         eps: keeps the mean of a row without tokens at 0.
-        pad_id: marks what is not attended and not averaged.
+        pad_id: marks padding, which is neither attended to nor averaged.
         bert: which BERT (see `tokens.bert_folder`).
         device: where to run it; this process's GPU if there is one, else the CPU.
 
@@ -134,15 +134,15 @@ def bert_embed(
 def check_vectors(
     vectors: Float[np.ndarray, "b d"], first: int = 0, chunks_memmap_path: PathLike | None = None
 ) -> None:
-    """Refuse vectors that are not finite: no distance to them means anything.
+    """Raise if a vector is not finite: distances to it are meaningless.
 
     Args:
-        vectors: of some rows.
+        vectors: the vectors of consecutive rows.
         first: the number of the first row.
-        chunks_memmap_path: the chunk array whose rows they are, which knows the documents.
+        chunks_memmap_path: the chunk array they were computed from, for naming the document.
 
     Raises:
-        FloatingPointError: naming the rows, and the document of the first of them.
+        FloatingPointError: names the first such row, and its document.
     """
     bad = first + np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if not len(bad):
@@ -150,7 +150,7 @@ def check_vectors(
     where = f"of {len(bad)} row(s), the first of them row {bad[0]}"
     if chunks_memmap_path is not None:
         where = f"of {len(bad)} chunk(s), the first of them chunk {bad[0]} of {chunks_memmap_path}"
-        with suppress(FileNotFoundError):  # an array of the reference knows no documents
+        with suppress(FileNotFoundError):  # the reference's arrays record no documents
             for number, document in enumerate(read_documents(chunks_memmap_path)):
                 if document["chunks"][0] <= bad[0] < document["chunks"][1]:
                     where += f", in document {number}, {document['title']!r}"
@@ -161,7 +161,7 @@ def check_vectors(
 
 
 def _check_ids(config: Any, length: int, lowest: int, highest: int) -> None:
-    """Rows of so many ids from `lowest` to `highest` must be some that a BERT can read."""
+    """Raise ValueError unless the BERT can read rows of `length` ids from `lowest` to `highest`."""
     if length > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise ValueError(f"{length} tokens in a row, but this BERT has {limit} positions: shorten it")
@@ -173,9 +173,9 @@ def _check_ids(config: Any, length: int, lowest: int, highest: int) -> None:
 def _vectors(
     model: "BertModel", ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, cls: bool, eps: float = 1e-8
 ) -> Float[Tensor, "b d"]:
-    """What `bert_embed` returns, on the model's device; no mask means that nothing is padding.
+    """Compute the vectors of `bert_embed` on the model's device, without waiting for a GPU.
 
-    Without a mask attention is faster. Nothing here waits for a GPU.
+    A mask of None means no padding; attention is faster then.
     """
     attended = None
     if mask is not None:
@@ -196,7 +196,7 @@ def masked_mean(
     mask: Bool[Tensor, "b n"],
     eps: float = 1e-8,
 ) -> Float[Tensor, "b d"]:
-    """The mean of the hidden states whose `mask` is true, leaving out the first, which is [CLS]'s.
+    """Mean of the hidden states where `mask` is true, without the first, which is [CLS]'s.
 
     `eps` keeps the mean of a row without tokens at 0.
     """
@@ -205,10 +205,10 @@ def masked_mean(
 
 
 def frame_chunks(chunks: Int[Tensor, "b m"], ids: SpecialIds = BERTS_IDS) -> Int[Tensor, "b m_plus_2"]:
-    """`[CLS] words [SEP]` for each chunk, padded on the right.
+    """Frame each chunk as `[CLS] words [SEP]`, padded on the right.
 
-    Special tokens inside a chunk (the document's own [CLS] and [SEP], padding) are left out first, so that
-    the first, middle and last chunk of a document are framed alike. `ids` are the special ones of another BERT.
+    Special tokens inside a chunk (the document's [CLS] and [SEP], padding) are removed first, so that the first,
+    middle and last chunks of a document get the same frame. `ids` are the BERT's special ids.
     """
     words = ~torch.isin(chunks, torch.tensor(ids, device=chunks.device))
     order = torch.argsort(~words, dim=1, stable=True)  # words to the left, their order kept
@@ -222,9 +222,10 @@ def frame_chunks(chunks: Int[Tensor, "b m"], ids: SpecialIds = BERTS_IDS) -> Int
 def frames_for_bert(
     chunks: Int[Tensor, "b m"], tokenizer: TextTokenizer | None = None, *, bert: PathLike | None = None
 ) -> Int[Tensor, "b _"]:
-    """Chunks of any tokenizer as a BERT reads them: their ids if it is the BERT's own, else their text anew.
+    """Frame chunks of any tokenizer for a BERT.
 
-    A text that takes more tokens than the BERT has positions is cut.
+    Ids of the BERT's tokenizer are used as they are; other ids are decoded, and their text is tokenised again. A text
+    with more tokens than the BERT has positions is truncated.
     """
     berts = get_tokenizer(bert)
     if tokenizer is None or tokenizer.fingerprint == berts.fingerprint:
@@ -243,11 +244,11 @@ def embed_chunks(
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "b d"]:
-    """The vectors of chunks, for building an index and for asking it: BERT(N) averaged over time.
+    """Embed chunks, for building an index and for querying it: BERT(N) averaged over time.
 
     Args:
-        chunks: their ids.
-        tokenizer: what the ids are of; the BERT's if left out. Ids of another one are read as text.
+        chunks: token ids.
+        tokenizer: the tokenizer of these ids; the BERT's if left out. Ids of another one are embedded as text.
         use_cls_repr: [CLS] instead of the mean.
         bert, device: see `bert_embed`.
     """
@@ -267,10 +268,10 @@ def _config(bert: PathLike | None) -> Any:
 
 
 def flops_per_chunk(config: Any, tokens: int) -> int:
-    """Floating-point operations that a BERT does for a row of so many tokens: of its matrix products alone.
+    """Floating-point operations of a BERT's matrix products for a row of `tokens` tokens.
 
-    A product of (a, b) with (b, c) is 2·a·b·c: a multiplication and an addition for each term. A chunk of 64
-    words is framed as 66 tokens.
+    A product of (a, b) with (b, c) takes 2·a·b·c: a multiplication and an addition per term. A chunk of 64 words is
+    framed as 66 tokens.
 
     Args:
         config: the BERT's, e.g. `get_bert().config`.
@@ -286,7 +287,7 @@ def flops_per_chunk(config: Any, tokens: int) -> int:
 
 
 def _batches(lengths: list[int], longest: int, size: int) -> Iterator[slice]:
-    """Cut rows of ascending lengths into batches; the longest are kept apart, since they need no mask."""
+    """Split rows of ascending length into batches; rows of length `longest` stay apart, since they need no mask."""
     shorter = bisect_left(lengths, longest)
     for first, last in ((0, shorter), (shorter, len(lengths))):
         for start in range(first, last, size):
@@ -302,10 +303,10 @@ def _begin_block(
     cls: bool,
     on_batch: Callable[[int], Any],
 ) -> Callable[[], np.ndarray]:
-    """Embed framed chunks. What is returned gives their vectors, and waits for a GPU if need be.
+    """Start embedding framed chunks; the returned function gives the vectors, and waits for a GPU if necessary.
 
-    Chunks of like length go through BERT together, so that hardly any padding does. `on_batch` is told how many
-    are in each batch.
+    Chunks of similar length share a batch, so that there is hardly any padding. `on_batch` is passed each batch's
+    size.
     """
     _check_ids(model.config, framed.shape[1], int(framed.min()), int(framed.max()))
     vectors = []
@@ -339,11 +340,12 @@ def begin_block(
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
 ) -> Callable[[], np.ndarray]:
-    """Begin to embed a block of a store's chunks. What is returned gives the vectors, and waits for a GPU if need be.
+    """Start embedding a store's chunks; the returned function gives the vectors, and waits for a GPU if necessary.
 
     Args:
-        chunks: their ids, of this tokenizer.
-        batch_size: chunks per forward pass; None: as many as suit the device.
+        chunks: token ids of a block of chunks.
+        tokenizer: the tokenizer of these ids.
+        batch_size: chunks per forward pass; None for the device's (`sizes_on`).
         on_batch: called with the number of chunks in each batch.
         use_cls_repr, bert, device: see `embed_chunks`.
     """
@@ -356,7 +358,7 @@ def begin_block(
 def embedding_settings(
     chunks_memmap_path: PathLike, num_chunks: int, bert: PathLike | None, use_cls_repr: bool
 ) -> dict:
-    """Everything that the vectors of a chunk array depend on, as the manifest has it."""
+    """Everything that the vectors of a chunk array depend on, as recorded in the manifest."""
     return {
         "chunks": array_key(chunks_memmap_path),
         "num_chunks": num_chunks,
@@ -367,7 +369,7 @@ def embedding_settings(
 
 
 def embedding_stats(num_chunks: int, dim: int, device: torch.device) -> dict:
-    """What the manifest says of vectors: how many, their width, and the type they were computed in."""
+    """Statistics of vectors for the manifest: their number, their width, and the dtype of the computation."""
     return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
 
 
@@ -388,17 +390,17 @@ def chunks_to_embeddings_(
 ) -> dict:
     """Embed every chunk of a chunk array to disk (float32, num_chunks × embed_dim).
 
-    Chunks of another tokenizer than the BERT's are embedded as text. A build that was interrupted goes on where it
-    stopped; one that is finished, with the same chunks, BERT and pooling, is not repeated. Processes that were
-    launched together on a host (`accelerate launch`, torchrun) share the work, and each has to call this.
+    Chunks of a tokenizer other than the BERT's are embedded as text. An interrupted build resumes where it stopped; a
+    finished one with the same chunks, BERT and pooling is reused. Processes launched together on a host
+    (`accelerate launch`, torchrun) share the work, and each must call this.
 
     Args:
         num_chunks, chunk_size: shape of the chunk array, without the extra token.
         chunks_memmap_path, embeddings_memmap_path: the file to read and the file to write.
-        embed_dim: the width expected; the BERT's if left out.
-        batch_size: chunks per forward pass; left out, as many as suit the device.
+        embed_dim: the expected width; the BERT's if left out.
+        batch_size: chunks per forward pass; the device's if left out (`sizes_on`).
         use_cls_repr: [CLS] instead of the mean.
-        pad_id: the id of padding, if it is to be checked: the chunk array says it itself.
+        pad_id: the expected padding id, checked against the chunk array's; None for no check.
         bert, device: see `bert_embed`.
 
     Returns:
@@ -407,7 +409,7 @@ def chunks_to_embeddings_(
     Raises:
         ValueError: `embed_dim` is not this BERT's width, the chunk array has another shape, or its rows are
             longer than the BERT's positions.
-        FloatingPointError: a vector is not finite; the chunk and its document are named, and it is not stored.
+        FloatingPointError: a vector is not finite; the message names the chunk and its document. It is not stored.
     """
     dim = embedding_dim(bert)
     if embed_dim not in (None, dim):

@@ -1,8 +1,8 @@
 """A FAISS index over vectors: chosen by size, tuned by measurement, searched with exclusions (notebook 03).
 
 Distances are squared L2 throughout. The kinds of index differ in what they give up: Flat compares with every
-vector and is exact; IVF looks into a few of many lists; HNSW walks a graph; SQ and PQ keep the vectors
-themselves in fewer bytes.
+vector and is exact; IVF probes a few of many inverted lists; HNSW walks a graph; SQ and PQ store the vectors in
+fewer bytes.
 """
 
 import math
@@ -25,14 +25,14 @@ if sys.platform == "darwin":
     faiss.omp_set_num_threads(1)  # FAISS and PyTorch each bring an OpenMP runtime; two of them crash there
 
 NO_NEIGHBOUR = -1
-FLAT_LIMIT = 100_000  # up to here exact search takes seconds; beyond, an inverted file pays
+FLAT_LIMIT = 100_000  # up to here exact search takes seconds; beyond, an inverted file pays off
 TRAINING_POINTS_PER_LIST = 64
 BLOCK = 65536  # vectors held in memory at a time while an index is filled or searched exactly
-GROUP = 400  # queries compared together: so many are a matrix product, which takes a tenth of the time
+GROUP = 400  # queries compared together: as a matrix product they take a tenth of the time
 RECALL_TARGET = 0.95
-PQ_CENTROIDS = 256  # of each part of a vector: one byte names one of them
-OVERHEAD = 4096  # bytes of an index file beside its vectors and tables
-# Kinds that leave ids out while they search; from the others more is asked for, and the excluded dropped.
+PQ_CENTROIDS = 256  # per part of a vector: one byte encodes a part
+OVERHEAD = 4096  # bytes of an index file besides its vectors and tables
+# Kinds that exclude ids during the search; the others are asked for more ids, and excluded ones are dropped.
 SELECTIVE = (faiss.IndexFlat, faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexScalarQuantizer)
 
 Distances = Float[np.ndarray, "b k"]
@@ -46,7 +46,7 @@ Vectors = Float[np.ndarray, "c d"]
 
 
 def parse_bytes(size: str | int | None) -> int | None:
-    """Bytes from "100m", "1G", 4096 or None."""
+    """Number of bytes in a size such as "100m", "1G", 4096 or None."""
     if size is None or isinstance(size, int):
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", size.lower())
@@ -56,7 +56,7 @@ def parse_bytes(size: str | int | None) -> int | None:
 
 
 def usual_lists(count: int) -> int:
-    """The power of two next to 4·√count: of so many lists an inverted file of so many vectors consists."""
+    """Number of inverted lists for `count` vectors: the power of two nearest 4·√count."""
     return 2 ** round(math.log2(4 * max(count, 1) ** 0.5))
 
 
@@ -64,7 +64,7 @@ def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
     """An index-factory string for `count` vectors of width `dim`: the most exact that is fast and fits.
 
     Flat (exact) up to 100,000 vectors; above, an inverted file of about 4·√count lists, a power of two, so that
-    an index may grow for a while before another would be chosen. If `max_bytes` is set, vectors are kept in 8 bits
+    an index can grow for a while before the choice changes. If `max_bytes` requires it, vectors are stored in 8 bits
     a dimension, or product-quantised to a quarter or an eighth of that.
 
     Raises:
@@ -92,8 +92,8 @@ def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
 def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = False) -> faiss.Index:
     """Train and fill a FAISS index with squared L2 distance.
 
-    Beside the index, memory holds the vectors to train on (64 for each list of an inverted file, 65,536 at
-    least), and then one block of 65,536 at a time.
+    Besides the index, memory holds the training vectors (64 per inverted list, at least 65,536), and then one block
+    of 65,536 vectors at a time.
 
     Args:
         vectors: one row per chunk; row i gets id i. May be a memory map: it is read in blocks.
@@ -101,7 +101,7 @@ def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = F
             choice of `choose_index`.
 
     Raises:
-        ValueError: there are no vectors, fewer than the index needs to be trained, or `spec` is no index.
+        ValueError: there are no vectors, too few to train the index, or `spec` is not an index-factory string.
     """
     with _explaining(spec, vectors):
         index = train_index(vectors, spec)
@@ -112,14 +112,14 @@ def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = F
 
 
 def train_index(vectors: Vectors, spec: str | None = None) -> faiss.Index:
-    """An empty index that has learnt what it needs to know of these vectors; the first step of `build_index`."""
+    """Train an empty index on these vectors: the first step of `build_index`."""
     count, dim = vectors.shape
     if not count:
         raise ValueError("no vectors to index: the chunk array is empty")
     with _explaining(spec, vectors):
         index = faiss.index_factory(dim, spec or choose_index(count, dim), faiss.METRIC_L2)
         if hasattr(innermost(index), "do_polysemous_training"):
-            innermost(index).do_polysemous_training = False  # seconds a byte of PQ, for a search not made here
+            innermost(index).do_polysemous_training = False  # takes seconds per PQ byte, for a search not used here
         if not index.is_trained:
             index.train(_training_sample(vectors, index))
     return index
@@ -127,7 +127,7 @@ def train_index(vectors: Vectors, spec: str | None = None) -> faiss.Index:
 
 @contextmanager
 def _explaining(spec: str | None, vectors: Vectors) -> Iterator[None]:
-    """Say what was to be made of what, and how to mend it, where FAISS says where in its code it failed."""
+    """Replace FAISS's errors, which name places in its code, with one that names the index, the vectors and a fix."""
     try:
         yield
     except RuntimeError as error:
@@ -144,7 +144,7 @@ def rows_of(vectors: Vectors, rows: slice | np.ndarray) -> np.ndarray:
 
 
 def _training_sample(vectors: Vectors, index: faiss.Index) -> np.ndarray:
-    """Enough evenly spaced vectors to train on: k-means gains nothing from more, and they lie in memory."""
+    """Evenly spaced vectors to train on; more would take memory without improving k-means."""
     inner = innermost(index)
     lists = inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
     wanted = max(TRAINING_POINTS_PER_LIST * lists, 65536)
@@ -158,9 +158,9 @@ def innermost(index: faiss.Index) -> faiss.Index:
 
 
 def tune(index: faiss.Index, vectors: Vectors) -> None:
-    """Double the effort of an approximate index until it finds 95 % of the true 10 nearest.
+    """Double the search effort of an approximate index until recall@10 reaches 95 %.
 
-    One that never does (its vectors are too coarse) keeps the least effort that comes within 1 % of its best.
+    An index that never reaches it (its vectors are too coarse) keeps the least effort within 0.01 of its best recall.
     """
     inner = innermost(index)
     if isinstance(inner, faiss.IndexIVF):
@@ -192,41 +192,41 @@ def write_index(index: faiss.Index, path: PathLike) -> None:
 
 
 def index_files(path: PathLike) -> list[Path]:
-    """The files of an index: one, or two where the inverted lists lie apart (`retro_nb.store.cluster`)."""
+    """Files of an index: one, or two if the inverted lists are stored separately (`retro_nb.store.cluster`)."""
     return [file for file in (Path(path), lists_path(path)) if file.exists()]
 
 
 def lists_path(path: PathLike) -> Path:
-    """Where an index keeps its inverted lists if they do not lie in its own file."""
+    """Path of an index's inverted lists if they are stored separately."""
     return Path(f"{path}.lists")
 
 
 def merge_on_disk(trained: faiss.Index, shards: Sequence[PathLike], vectors: Vectors, path: PathLike) -> None:
-    """Save an inverted file that holds what its shards hold, tuned; its lists lie in a file of their own.
+    """Merge shards into one inverted file, tune it and save it, with its lists in a separate file.
 
     Neither the shards nor the lists have to fit into memory.
 
     Args:
         trained: the empty index that every shard was made from. It becomes the merged one.
-        shards: files of shards, in order of their ids.
-        vectors: what they hold.
-        path: of the index; the lists' is `lists_path` of it.
+        shards: the shards' files, in order of their ids.
+        vectors: the vectors of all shards.
+        path: the index file; the lists go to `lists_path(path)`.
     """
     path = Path(path).resolve()
     with replacing(lists_path(path)) as temporary, explain_write_errors(path):
         merge_ondisk(trained, [str(shard) for shard in shards], str(temporary))
         tune(trained, vectors)
     lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(trained).invlists)
-    lists.filename = lists_path(path).name  # without a folder: a store may be moved
+    lists.filename = lists_path(path).name  # without a folder, so that a store can be moved
     write_index(trained, path)
 
 
 def read_index(path: PathLike, *, mapped: bool = False) -> faiss.Index:
-    """Load an index; lists that lie apart stay on disk, and what is searched is read from there.
+    """Load an index; separately stored lists stay on disk and are memory-mapped.
 
     Args:
-        path: its file.
-        mapped: let the vectors lie on disk too, for reading only.
+        path: the index file.
+        mapped: memory-map the vectors too, read-only.
 
     Raises:
         FileNotFoundError: there is none at `path`.
@@ -237,23 +237,23 @@ def read_index(path: PathLike, *, mapped: bool = False) -> faiss.Index:
     try:
         if not lists_path(path).exists():
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)  # lists that lie apart it leaves to us
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)  # leaves separate lists to us
         _map_lists(index, lists_path(path))
         return index
-    except (RuntimeError, MemoryError) as error:  # a corrupt length asks for more memory than there is
+    except (RuntimeError, MemoryError) as error:  # a corrupt length asks for too much memory
         raise ValueError(f"{path} is truncated or corrupt: delete it and build it again") from error
 
 
 def _map_lists(index: faiss.Index, path: Path) -> None:
-    """Let an index search the inverted lists in this file, for reading only, if it has none of its own.
+    """Memory-map the inverted lists in this file, read-only, if the index refers to it.
 
-    FAISS's IO_FLAG_ONDISK_SAME_DIR would open it for writing, and print where it lies each time.
+    FAISS's IO_FLAG_ONDISK_SAME_DIR would open the file for writing, and print its path each time.
     """
     inner = innermost(index)
     lists = faiss.downcast_InvertedLists(inner.invlists) if isinstance(inner, faiss.IndexIVF) else None
     if isinstance(lists, faiss.OnDiskInvertedLists) and lists.filename == path.name:
         if path.stat().st_size != lists.totsize:
-            raise RuntimeError(f"{path} has another size")  # to read beyond a file's end kills a process
+            raise RuntimeError(f"{path} has another size")  # reading beyond a mapped file's end kills the process
         lists.filename, lists.read_only = str(path), True
         lists.do_mmap()
 
@@ -262,9 +262,9 @@ def _map_lists(index: faiss.Index, path: Path) -> None:
 
 
 def search_parameters(index: faiss.Index, selector: faiss.IDSelector | None = None) -> faiss.SearchParameters:
-    """FAISS search parameters that keep to the ids of `selector`, whatever the kind of index.
+    """FAISS search parameters that restrict any kind of index to the ids of `selector`.
 
-    The effort (lists probed by IVF, candidates kept by HNSW) stays the index's own.
+    They keep the index's search effort (lists probed by IVF, candidates kept by HNSW).
     """
     if isinstance(faiss.downcast_index(index), faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=search_parameters(innermost(index), selector))
@@ -284,21 +284,21 @@ def search(
     exclude: Ranges = (),
     own: Int[np.ndarray, "b 2"] | None = None,
 ) -> tuple[Distances, Neighbours]:
-    """The k nearest ids of each query, none of them in an excluded range.
+    """Find the k nearest ids of each query outside the excluded ranges.
 
     Args:
-        index: what to search.
+        index: the index to search.
         queries: one vector per row.
-        k: how many neighbours.
+        k: number of neighbours.
         exclude: ranges [first, stop) of ids that must not be found.
-        own: for each query one more such range, that of its own document. Runs of equal ranges are
+        own: one more such range per query, that of its own document. Consecutive queries with the same range are
             searched together.
 
     Returns:
-        Squared L2 distances as the index sees them, ascending, and ids; inf and −1 where fewer are found.
+        Squared L2 distances as the index computes them, ascending, and ids; inf and −1 where fewer than k are found.
 
     Raises:
-        ValueError: k is less than 1, or the queries have another width than the index.
+        ValueError: k is less than 1, or queries and index differ in width.
     """
     if k < 1:
         raise ValueError(f"k = {k} neighbours: ask for 1 or more")
@@ -316,13 +316,13 @@ def search(
 
 
 def is_exact(index: faiss.Index) -> bool:
-    """Whether to search the index is to compare with the vectors themselves, all of them."""
+    """Whether a search compares each query with all the vectors themselves (a flat L2 index)."""
     whole = faiss.downcast_index(index)
     return isinstance(whole, faiss.IndexFlat) and whole.metric_type == faiss.METRIC_L2
 
 
 def _runs(own: Int[np.ndarray, "b 2"]) -> list[Run]:
-    """Where successive queries have the same own range."""
+    """Runs of consecutive queries with the same own range."""
     edges = [0, *(np.flatnonzero(np.any(own[1:] != own[:-1], axis=1)) + 1), len(own)]
     return [(slice(int(start), int(stop)), tuple(own[start].tolist())) for start, stop in pairwise(edges)]
 
@@ -340,7 +340,7 @@ def _search_outside(index: faiss.Index, queries: np.ndarray, k: int, exclude: Ra
         more = sum(max(0, int(stop) - int(first)) for first, stop in exclude)
         distances, ids = index.search(queries, min(k + more, max(k, index.ntotal)))
         dropped = np.any([(ids >= first) & (ids < stop) for first, stop in exclude], axis=0)
-        order = np.argsort(dropped, axis=1, kind="stable")[:, :k]  # the others to the left, as they were
+        order = np.argsort(dropped, axis=1, kind="stable")[:, :k]  # dropped ids to the end, the others in order
         ids = np.take_along_axis(np.where(dropped, NO_NEIGHBOUR, ids), order, axis=1)
         distances = np.take_along_axis(distances, order, axis=1)
     return np.where(ids < 0, np.float32(np.inf), distances), ids
@@ -354,10 +354,9 @@ def exact_search(
     exclude: Ranges = (),
     own: Int[np.ndarray, "b 2"] | None = None,
 ) -> tuple[Distances, Neighbours]:
-    """As `search`, by comparing every query with every vector that it may find: the measure of every index.
+    """Search like `search`, but compare each query with every vector that is not excluded: the ground truth.
 
-    A distance is |q|² + |v|² − 2q·v in float32: exact to about a millionth of |q|² + |v|². Of equally near
-    vectors the one with the lower id comes first.
+    A distance is |q|² + |v|² − 2q·v in float32: exact to about a millionth of |q|² + |v|². Ties go to the lower id.
     """
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     distances = np.full((len(queries), k), np.inf, dtype=np.float32)
@@ -378,10 +377,10 @@ def exact_search(
 def _comparisons(
     queries: int, count: int, exclude: Ranges, own: Int[np.ndarray, "b 2"] | None
 ) -> Iterator[tuple[slice, Ranges]]:
-    """Which queries are to be compared with which stretches of the `count` vectors.
+    """Rows of queries, each with the ranges of the `count` vectors to compare them with.
 
-    The queries of a group of documents, together, with all that lies outside of these documents; then those
-    of each document with the rest of the group's.
+    The queries of a group of documents are compared together with all vectors outside the group; then those of each
+    document with the rest of the group.
     """
     if own is None or not queries:
         yield slice(0, queries), _outside(count, exclude)
@@ -394,17 +393,17 @@ def _comparisons(
 
 
 def _groups(own: Int[np.ndarray, "b 2"]) -> Iterator[list[Run]]:
-    """Successive documents, as many as together have GROUP queries or more."""
+    """Group consecutive documents so that each group has at least GROUP queries, if there are that many."""
     group, begun = [], 0
     for rows, document in _runs(own):
         group.append((rows, document))
-        if rows.stop == len(own) or min(rows.stop - begun, len(own) - rows.stop) >= GROUP:  # what is left is enough
+        if rows.stop == len(own) or min(rows.stop - begun, len(own) - rows.stop) >= GROUP:  # enough is left
             yield group
             group, begun = [], rows.stop
 
 
 def _outside(count: int, ranges: Ranges) -> list[tuple[int, int]]:
-    """The stretches of 0 … count − 1 that no range covers."""
+    """The parts of 0 … count − 1 that no range covers."""
     stretches, free = [], 0
     for first, stop in sorted((int(first), int(stop)) for first, stop in [*ranges, (count, count + 1)]):
         if first < stop:
@@ -415,14 +414,14 @@ def _outside(count: int, ranges: Ranges) -> list[tuple[int, int]]:
 
 
 def _keep_nearest(distances: Distances, ids: Neighbours, near: np.ndarray, where: np.ndarray) -> None:
-    """Let what was found now take the place of what was found before, where it is nearer."""
+    """Merge new candidates into the nearest found so far, in place."""
     near, where = np.concatenate([distances, near], axis=1), np.concatenate([ids, where], axis=1)
     best = np.lexsort((where, near))[:, : distances.shape[1]]
     distances[:], ids[:] = (np.take_along_axis(found, best, axis=1) for found in (near, where))
 
 
 def recall(vectors: Vectors, queries: Float[np.ndarray, "b d"], found: Neighbours, truth: Neighbours) -> float:
-    """Share of the true neighbours that were found. Ties count: as near as the k-th is near enough."""
+    """Share of the true neighbours that were found. Ties count: any id as near as the true k-th is a hit."""
     hits = total = 0
     for query, ids, true in zip(queries, found, truth, strict=True):
         near, nearest = (((rows_of(vectors, row[row >= 0]) - query) ** 2).sum(axis=1) for row in (ids, true))

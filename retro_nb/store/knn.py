@@ -1,9 +1,9 @@
-"""Vectors become neighbours (notebook 03).
+"""Search the vectors for each chunk's nearest neighbours (notebook 03).
 
 RET(C) are the k chunks nearest to C in squared L2 distance of their vectors, none from C's own document
-(paper, §2.3): a chunk's own continuation would give the answer away. A document's chunks lie together, so
-its exclusion is one range of ids, applied inside the search: however many near chunks the document holds,
-k others come back if there are k others.
+(paper, §2.3): a chunk's own continuation would give the answer away. A document's chunks are contiguous, so
+excluding it is one range of ids, applied inside the search: however many near chunks the document holds,
+the search returns k others if they exist.
 """
 
 import time
@@ -43,16 +43,16 @@ from retro_nb.store.index import (
 
 AT_A_TIME = 1024  # chunks searched and saved together
 RECALL_QUERIES = 2000
-MOST_AT_ONCE = 2**23  # neighbours held in memory while near-duplicates are sorted out
+MOST_AT_ONCE = 2**23  # neighbours held in memory while near-duplicates are filtered out
 
 # the neighbours of every chunk
 
 
 def own_ranges(doc_ids: Int[np.ndarray, " c"], rows: np.ndarray | range) -> Int[np.ndarray, "b 2"]:
-    """The chunk ids [first, stop) of the document that each of these chunks belongs to.
+    """For each chunk in `rows`, the range [first, stop) of its document's chunk ids.
 
     Raises:
-        ValueError: a document's chunks do not lie together.
+        ValueError: a document's chunks are not contiguous.
     """
     doc_ids = np.asarray(doc_ids)
     if np.any(np.diff(doc_ids) < 0):
@@ -62,10 +62,10 @@ def own_ranges(doc_ids: Int[np.ndarray, " c"], rows: np.ndarray | range) -> Int[
 
 
 def document_ranges(doc_ids: Int[np.ndarray, " c"], documents: Sequence[int]) -> list[tuple[int, int]]:
-    """The chunk ids [first, stop) of these documents, neighbouring ones joined.
+    """Ranges [first, stop) of these documents' chunk ids, adjacent ranges joined.
 
     Raises:
-        ValueError: there is no such document.
+        ValueError: a document has no chunk.
     """
     ranges: list[tuple[int, int]] = []
     for document in sorted(set(documents)):
@@ -84,7 +84,7 @@ Find = Callable[..., tuple[Distances, Neighbours]]  # search(index, …) or exac
 def _find_others(
     find: Find, vectors: Vectors, rows: np.ndarray, own: np.ndarray, k: int, max_similarity: float | int | None
 ) -> Neighbours:
-    """k ids for each row, none in its own range, none too similar; asks for more until `find` has no more."""
+    """Find k ids per row outside its own range and not too similar; fetch more until `find` has no more."""
     out = np.full((len(rows), k), NO_NEIGHBOUR, dtype=np.int64)
     left, fetch = np.arange(len(rows)), min(k, len(vectors))
     while len(left):
@@ -123,18 +123,18 @@ def neighbours(
     max_similarity: float | int | None = None,
     rows: range | np.ndarray | None = None,
 ) -> Neighbours:
-    """The k nearest chunks of other documents, for every chunk or for some.
+    """Find the k nearest chunks of other documents, for every chunk or for some.
 
-    Where an approximate index finds fewer than k though there are k, exact search fills in.
+    Where an approximate index finds fewer than k, exact search replaces it.
 
     Args:
         index: filled with `vectors`.
         vectors: one row per chunk.
         doc_ids: the document of each chunk, ascending.
         k: neighbours per chunk.
-        exclude: ranges [first, stop) of chunks that nobody is to find: the rest is the database.
+        exclude: ranges [first, stop) of chunks that are never found: the rest is the database.
         max_similarity: leave out chunks whose cosine with the query is above this (near-duplicates).
-        rows: which chunks to answer for, ascending; all if left out.
+        rows: the chunks to find neighbours for, ascending; all if left out.
 
     Returns:
         Chunk ids by ascending distance; −1 only where no candidate is left.
@@ -184,16 +184,16 @@ def chunks_to_index_and_embed(
     force_reprocess: bool = False,
     progress: bool = True,
 ) -> tuple[faiss.Index, Float[np.ndarray, "c d"]]:
-    """Embed a chunk array and index the vectors; both land beside it and are reused while nothing changes.
+    """Embed a chunk array and index the vectors; both are saved next to it and reused while nothing changes.
 
     Args:
         num_chunks, chunk_size, chunk_memmap_path: the chunk array.
         use_cls_repr, chunks_to_embeddings_batch_size, embed_dim, bert: see `chunks_to_embeddings_`.
-        max_rows_per_file: the reference's block size; blocks here are fixed, and it changes nothing.
+        max_rows_per_file: the reference's block size; it has no effect, since blocks here are fixed.
         index_file: name of the index, in the chunk array's folder.
         index: an index-factory string; None for the choice of `choose_index`.
         max_index_memory_usage, current_memory_available: bytes, or "100m": the index takes no more than
-            the smaller of the two, at the price of exactness (see `choose_index`).
+            the smaller of the two, at the cost of exactness (see `choose_index`).
 
     Returns:
         The index and the vectors (read-only): row i of the vectors has id i in the index.
@@ -232,18 +232,18 @@ def choose_spec(
     max_index_memory_usage: str | int | None = None,
     current_memory_available: str | int | None = None,
 ) -> str:
-    """The index that these options of `chunks_to_index_and_embed` mean for so many vectors of this width."""
+    """Index-factory string that these options of `chunks_to_index_and_embed` give for `count` vectors of this width."""
     limits = [parse_bytes(size) for size in (max_index_memory_usage, current_memory_available)]
     return index or choose_index(count, dim, min((size for size in limits if size is not None), default=None))
 
 
 def index_settings(embeddings_path: PathLike, spec: str) -> dict:
-    """Everything that an index depends on, as the manifest has it."""
+    """Everything that an index depends on, as recorded in the manifest."""
     return {"embeddings": array_key(embeddings_path), "index": spec}
 
 
 def index_stats(path: Path, spec: str, count: int, started: float) -> dict:
-    """What the manifest says of an index: its kind, vectors, bytes, and the seconds since it was begun."""
+    """Statistics of an index for the manifest: its kind, number of vectors, bytes, and seconds since `started`."""
     size = sum(file.stat().st_size for file in index_files(path))
     return {"index": spec, "vectors": count, "bytes": size, "seconds": time.perf_counter() - started}
 
@@ -264,20 +264,20 @@ def chunks_to_precalculated_knn_(
     progress: bool = True,
     **index_kwargs: object,
 ) -> tuple[Path, faiss.Index]:
-    """Embed, index and search: the k nearest chunks of other documents for every chunk, to disk.
+    """Embed, index and search; write the k nearest chunks of other documents for every chunk to disk.
 
-    The neighbours are int32, num_chunks × k, ascending by distance, −1 where there is none. How good they
-    are is measured if the index is not exact, and kept in the folder's manifest (`knn_stats`).
+    The neighbours are int32, num_chunks × k, ascending by distance, −1 where there is none. Their recall is
+    measured if the index is not exact, and recorded in the folder's manifest (`knn_stats`).
 
     Args:
         num_nearest_neighbors: k.
         num_chunks, chunk_size, chunk_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
         max_rows_per_file: chunks searched and saved at a time.
-        num_extra_neighbors: the reference fetches as many more and drops its own document's; here the
-            exclusion is exact, and nothing extra is needed.
-        keep_out: numbers of documents that are not in the database: they have neighbours and are nobody's.
+        num_extra_neighbors: no effect: the reference fetches this many more and drops those of the chunk's own
+            document; here the exclusion is exact.
+        keep_out: numbers of documents outside the database: they get neighbours, but are never retrieved.
         max_similarity: leave out near-duplicates: chunks with a cosine above this.
-        force_reprocess: build again in any case.
+        force_reprocess: rebuild in any case.
         index_file, **index_kwargs: see `chunks_to_index_and_embed`.
 
     Returns:
@@ -316,7 +316,7 @@ def chunks_to_precalculated_knn_(
 def knn_settings(
     index_path: PathLike, doc_ids_memmap_path: PathLike, k: int, max_similarity: float | int | None
 ) -> dict:
-    """Everything that the neighbours of chunks depend on, as the manifest has it."""
+    """Everything that the neighbours of chunks depend on, as recorded in the manifest."""
     return {
         "index": array_key(index_path),
         "doc_ids": file_record(doc_ids_memmap_path),
@@ -337,14 +337,14 @@ def write_neighbours(
     max_similarity: float | int | None = None,
     force_reprocess: bool = False,
 ) -> dict:
-    """Store the neighbours of every chunk, whoever searches them, unless they are there.
+    """Store the neighbours of every chunk, as `fill` finds them, unless they are already stored.
 
     Args:
-        path: where to.
-        fill: writes all rows that are not there yet.
+        path: the file to write.
+        fill: writes all missing rows.
         settings: from `knn_settings`.
-        index, vectors, doc_ids, exclude, max_similarity: what is searched; recall is measured on it.
-        force_reprocess: build again in any case.
+        index, vectors, doc_ids, exclude, max_similarity: what `fill` searches; recall is measured on it.
+        force_reprocess: rebuild in any case.
 
     Returns:
         `k`, `recall` (at k), `missing` neighbours, `seconds`.
@@ -367,7 +367,7 @@ def write_neighbours(
 
 
 def knn_stats(chunk_memmap_path: PathLike, index_file: str = INDEX, exclude: Ranges = ()) -> dict:
-    """What was measured at the build: `index`, `bytes`, `recall` (at k), `missing` neighbours, seconds."""
+    """Statistics of the build: `index`, `vectors`, `bytes`, `k`, `recall` (at k), `missing` neighbours, `seconds`."""
     paths = Path(chunk_memmap_path).parent / index_file, knn_path(chunk_memmap_path, exclude)
     index, found = (read_manifest(path.parent)[path.name]["stats"] for path in paths)
     return {**index, **found, "seconds": index["seconds"] + found["seconds"]}
