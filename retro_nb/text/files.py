@@ -1,8 +1,11 @@
 """Texts in files: a folder of text files, or one JSON object per line; and how undecodable bytes are handled."""
 
 import codecs
+import gzip
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 
 from charset_normalizer import from_bytes
@@ -18,6 +21,8 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 MEGABYTE = 2**20
+BACKUPS = ("~", ".bak", ".orig", ".swp", ".tmp")
+FOLDER = "a folder"
 
 
 def decode_text(data: bytes, encoding: str = "utf-8") -> tuple[str, int]:
@@ -30,10 +35,17 @@ def decode_text(data: bytes, encoding: str = "utf-8") -> tuple[str, int]:
 
 
 def _detect(data: bytes) -> str:
-    """The encoding of a text: by its byte order mark, UTF-8 if that decodes it, else the best guess."""
+    """The encoding of a text: by its byte order mark or its zero bytes, UTF-8 if that decodes it, else the best guess.
+
+    Every other byte of Latin letters in UTF-16 is zero, which UTF-8 decodes as a control character.
+    """
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             return encoding
+    even, odd = (data[start:MEGABYTE:2].count(0) for start in (0, 1))
+    marked = data.startswith(codecs.BOM_UTF8)
+    if not marked and 10 * max(even, odd) > min(len(data), MEGABYTE) and min(even, odd) < max(even, odd) / 10:
+        return "utf-16-le" if odd > even else "utf-16-be"
     try:
         data.decode("utf-8")
         return "utf-8"
@@ -51,9 +63,12 @@ def _mend(text: str) -> tuple[str, int]:
 class text_folder:
     """The text files of a folder, in order of their relative paths, which without suffix are also their titles.
 
-    A byte order mark is dropped. Undecodable bytes become U+FFFD and are counted in `Document.replaced`. No file is
-    skipped: an empty one is a Document with an empty text. The files are listed once, at construction, and opened
-    one at a time.
+    A byte order mark is dropped. Undecodable bytes and NULs become U+FFFD and are counted in `Document.replaced`. An
+    empty file is a Document with an empty text. The files are listed once, at construction, and opened one at a time.
+
+    Left out, with a warning, is what no one means as text: hidden files and folders (names that begin with a dot, such
+    as .git or .ipynb_checkpoints), __MACOSX, editors' backups, and what is no regular file, such as a pipe, whose
+    reading might never end. A pattern that names a hidden file or folder itself ("**/.notes/*.txt") finds it.
 
     glob      a pattern, or several
     encoding  a name that Python knows; None to detect it file by file: UTF-16 or UTF-32 by a byte order mark, UTF-8
@@ -74,10 +89,29 @@ class text_folder:
         if not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file: pass the folder that holds it, or a .jsonl file")
         _check_encoding(encoding)
-        matched = (path for each in ([glob] if isinstance(glob, str) else glob) for path in self.folder.glob(each))
-        self._paths = sorted({path.relative_to(self.folder).as_posix() for path in matched if not path.is_dir()})
+        patterns = [glob] if isinstance(glob, str) else glob
+        matched = {path.relative_to(self.folder) for each in patterns for path in self.folder.glob(each)}
+        reasons = {path.as_posix(): self._reason_to_leave_out(path, patterns) for path in sorted(matched)}
+        self._paths = sorted(name for name, reason in reasons.items() if reason is None)
+        left_out = {name: reason for name, reason in reasons.items() if reason and reason != FOLDER}
+        if left_out:
+            warnings.warn(f"{self.folder}: {_summary(left_out)}", stacklevel=2)
         if not self._paths:
             raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}: pass e.g. '**/*.md'")
+
+    def _reason_to_leave_out(self, path: Path, patterns: Sequence[str]) -> str | None:
+        """Why a file that a pattern matches is no text of this corpus; None if it is one."""
+        asked = any(part.startswith(".") for each in patterns for part in Path(each).parts)
+        if not asked and any(part.startswith(".") for part in path.parts):
+            return "hidden"
+        if "__MACOSX" in path.parts:
+            return "left by an archiver of macOS"
+        if path.name.endswith(BACKUPS) or (path.name.startswith("#") and path.name.endswith("#")):
+            return "an editor's backup"
+        whole = self.folder / path
+        if whole.is_dir():
+            return FOLDER
+        return None if whole.is_file() or not whole.exists() else "no regular file"  # a broken link is an error
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -86,6 +120,7 @@ class text_folder:
         for name in self._paths:
             data = (self.folder / name).read_bytes()
             text, replaced = decode_text(data, self.encoding or _detect(data))
+            text, replaced = text.replace("\0", "\ufffd"), replaced + text.count("\0")
             source, _ = _mend(name)  # names need not be UTF-8 either
             yield Document(text, Path(source).with_suffix("").as_posix(), source, replaced=replaced)
 
@@ -100,6 +135,15 @@ class text_folder:
         files = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
         said = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as in older fingerprints
         return {"corpus": "text_folder", "documents": len(self), "files": files} | said
+
+
+def _summary(left_out: Mapping[str, str]) -> str:
+    """Which files were left out, and why."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        groups.setdefault(reason, []).append(name)
+    told = (f"{len(names)} {reason} ({names[0]!r}{', …' if names[1:] else ''})" for reason, names in groups.items())
+    return f"files left out: {', '.join(told)}"
 
 
 def write_texts(texts: Mapping[str, str], folder: str | Path) -> None:
@@ -126,10 +170,10 @@ def _check_encoding(encoding: str | None) -> None:
 
 
 class jsonl:
-    """One JSON object per line, with its text under `text_field`; blank lines are skipped.
+    """One JSON object per line, with its text under `text_field`; blank lines are skipped. It may be packed (.gz).
 
-    The title is the value under `title_field`, or "line N" without one; the source is "file.jsonl:N". Bytes that are
-    not UTF-8 become U+FFFD and are counted, as in `text_folder`.
+    A null is an empty text, as in tables. The title is the value under `title_field`, or "line N" without one; the
+    source is "file.jsonl:N". Bytes that are not UTF-8 become U+FFFD and are counted, as in `text_folder`.
 
     Raises FileNotFoundError if the file does not exist. Iterating raises ValueError, naming file and line, for a line
     that is not a JSON object or has no text.
@@ -142,7 +186,7 @@ class jsonl:
             raise FileNotFoundError(f"{self.path} is not a file: pass the path of a .jsonl file")
 
     def __iter__(self) -> Iterator[Document]:
-        with open(self.path, "rb") as file:  # bytes: only "\n" ends a line
+        with self._open() as file:  # bytes: only "\n" ends a line
             file.seek(self._start)
             for number, data in enumerate(file, start=self._line):
                 if data.strip():
@@ -150,11 +194,18 @@ class jsonl:
                 if self._stop is not None and file.tell() >= self._stop:
                     break
 
+    def _open(self) -> BufferedReader | gzip.GzipFile:
+        return gzip.open(self.path) if self._packed else open(self.path, "rb")
+
+    @property
+    def _packed(self) -> bool:
+        return self.path.suffix.lower() == ".gz"
+
     def _document(self, number: int, line: str, replaced: int) -> Document:
         where = f"{self.path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
             raise ValueError(f"{where}: not valid JSON ({error}): write one object a line") from None
         return record_document(
             record,
@@ -168,9 +219,12 @@ class jsonl:
     def split(self, count: int) -> "list[jsonl]":
         """Divide the lines, in order, into at most `count` corpora of similar size.
 
-        Each part needs the number of its first line, so the file is read once, as bytes, to count lines.
+        Each part needs the number of its first line, so the file is read once, as bytes, to count lines. A packed file
+        can only be read from its beginning: it stays whole.
         """
         check_count(count)
+        if self._packed:
+            return [self]
         stop = self.path.stat().st_size if self._stop is None else self._stop
         parts, line = [], self._line
         with open(self.path, "rb") as file:
@@ -211,6 +265,8 @@ def record_document(
     """
     text_field, title_field = fields
     text = record.get(text_field) if isinstance(record, dict) else None
+    if isinstance(record, dict) and text is None and text_field in record:
+        text = ""
     if not isinstance(text, str):
         found = f"the fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where}: no text under {text_field!r}, but {found}: pass text_field=…")

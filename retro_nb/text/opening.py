@@ -6,6 +6,7 @@ recognise("my_texts/")      a function that opens it; a bad name fails before an
 """
 
 import difflib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
@@ -100,6 +101,9 @@ def _opening(where: Any, glob: str | Sequence[str] | None) -> partial:
     if not isinstance(where, str):
         return partial(_itself, where)
     if where in NAMED:
+        if Path(where).is_dir():
+            remark = f"{where!r} is taken for the corpus of that name: pass './{where}' for the folder"
+            warnings.warn(remark, stacklevel=4)
         return partial(NAMED[where])
     name, _, config = where.removeprefix(HUB).partition(":")
     return partial(hf_dataset, name, **({"name": config} if config else {}))
@@ -110,8 +114,11 @@ def _itself(corpus: Any) -> Any:
 
 
 def _file(path: Path) -> partial:
-    if path.suffix in (".jsonl", ".parquet"):
-        return partial(jsonl if path.suffix == ".jsonl" else parquet, path)
+    kind = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    if kind.suffix.lower() == ".jsonl":
+        return partial(jsonl, path)
+    if path.suffix.lower() == ".parquet":
+        return partial(parquet, path)
     if path.exists():
         raise NotADirectoryError(f"{path} is a file, neither .jsonl nor .parquet: pass the folder that holds it")
     close = difflib.get_close_matches(str(path), NAMED, 1)

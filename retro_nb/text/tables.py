@@ -7,6 +7,7 @@ Each row is a document, with its text in one column and its title in another. Ro
 datasets.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from retro_nb.text.files import MEGABYTE, decode_text, record_document
 
 BATCH_ROWS, BATCH_BYTES = 1000, 4 * MEGABYTE  # in memory at a time: 1000 rows, fewer if they are long
 
+# "data/train-00000-of-00002.parquet", "validation.parquet", "test/0.parquet"
+SPLIT = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?:-\d+-of-\d+)?(?:\.parquet$|/)")
 CHOICE = ("name", "data_dir", "data_files", "revision")  # options of `load_dataset` that select the data
 
 
@@ -46,6 +49,16 @@ def _document(text: object, title: object, fields: tuple[str, str], name: str, r
     )
 
 
+def _check_one_split(folder: Path, names: Sequence[str]) -> None:
+    """Raise ValueError if the files of a folder are of several splits, as in a clone of a hub dataset."""
+    splits = {found[1] for name in names if (found := SPLIT.search(name))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder} has files of the splits {', '.join(sorted(splits))}, which do not belong into one database: "
+            f"pass one file, a folder with those of one split, or hf_dataset({str(folder)!r}, split=…)"
+        )
+
+
 # --- parquet files ------------------------------------------------------------------------------------------
 
 
@@ -68,6 +81,7 @@ class parquet:
         if not paths or not paths[0].exists():
             raise FileNotFoundError(f"{self.path} is no .parquet file and no folder of them: pass one or the other")
         self._names = [path.relative_to(self._folder).as_posix() for path in paths]
+        _check_one_split(self.path, self._names)
         # For each row group of each file: (rows, bytes of the texts).
         self._groups = [self._row_groups(path) for path in paths]
         self._first, self._stop = 0, sum(rows for groups in self._groups for rows, _ in groups)

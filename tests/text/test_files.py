@@ -1,0 +1,115 @@
+"""Only what is meant as text gets in, and errors name file, line and mend."""
+
+import gzip
+import json
+import os
+
+import pytest
+
+from retro_nb import jsonl, open_corpus, parquet, text_folder
+
+
+def titles(corpus) -> list[str]:
+    return [document.title for document in corpus]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (".ipynb_checkpoints/a-checkpoint.txt", "hidden"),
+        ("deep/.git/HEAD.txt", "hidden"),
+        ("._a.txt", "hidden"),
+        ("__MACOSX/a.txt", "left by an archiver"),
+        ("a.txt~", "an editor's backup"),
+        ("#a.txt#", "an editor's backup"),
+        ("b.bak", "an editor's backup"),
+    ],
+)
+def test_what_nobody_means_as_text_is_left_out_and_named(tmp_path, name, reason):
+    for file in ("a.txt", name):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("The tower stands by the river.")
+    with pytest.warns(UserWarning, match=rf"files left out: 1 {reason}"):
+        corpus = text_folder(tmp_path, ["**/*.txt", "**/*.txt~", "**/#*#", "**/*.bak"])
+    assert titles(corpus) == ["a"] and len(corpus) == 1
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path):
+    (tmp_path / ".notes").mkdir()
+    (tmp_path / ".notes" / "a.txt").write_text("A note.")
+    assert titles(text_folder(tmp_path, ".notes/*.txt")) == [".notes/a"]
+    (tmp_path / "in" / ".hidden").mkdir(parents=True)
+    (tmp_path / "in" / ".hidden" / "inside.txt").write_text("Inside.")
+    assert titles(text_folder(tmp_path / "in" / ".hidden")) == ["inside"], "the folder itself may be hidden"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "a.txt").write_text("A text.")
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.warns(UserWarning, match=r"1 no regular file \('b.txt'\)"):
+        assert titles(text_folder(tmp_path)) == ["a"]
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_found_out_or_counted(tmp_path, codec):
+    text = "The tower stands by the river.\nNaïve façades, too. " * 20
+    (tmp_path / "a.txt").write_bytes(text.encode(codec))
+    (found,) = text_folder(tmp_path, encoding=None)
+    assert (found.text, found.replaced) == (text, 0)
+    (wrong,) = text_folder(tmp_path)
+    assert "\0" not in wrong.text and wrong.replaced >= len(text) - 4
+
+
+def test_packed_lines_and_endings_in_capitals_are_read(tmp_path):
+    lines = "".join(json.dumps({"text": f"Text {number}."}) + "\n" for number in range(5))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "A.JSONL").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    expected = [document.text for document in jsonl(tmp_path / "a.jsonl")]
+    for name in ("A.JSONL", "b.jsonl.gz"):
+        corpus = open_corpus(str(tmp_path / name))
+        assert [document.text for document in corpus] == expected
+        parts = corpus.split(3)
+        assert [document.text for part in parts for document in part] == expected
+
+
+def test_a_null_is_an_empty_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null, "title": "nothing"}\n{"text": "Something."}\n')
+    assert [(each.title, each.text) for each in jsonl(tmp_path / "a.jsonl")] == [
+        ("nothing", ""),
+        ("line 2", "Something."),
+    ]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_hold_names_file_and_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "Fine."}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not valid JSON"):
+        list(jsonl(tmp_path / "a.jsonl"))
+
+
+def test_a_folder_named_like_a_corpus_is_not_passed_over_silently(tmp_path, monkeypatch):
+    (tmp_path / "almanac").mkdir()
+    (tmp_path / "almanac" / "a.txt").write_text("My own text.")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"'./almanac' for the folder"):
+        open_corpus("almanac")
+    assert titles(open_corpus("./almanac")) == ["a"]
+
+
+@pytest.mark.parametrize("names", [("train-00000-of-00001", "test-00000-of-00001"), ("train/0", "validation/0")])
+def test_splits_do_not_get_into_one_database(tmp_path, names):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": ["One.", "Two."]})
+    for name in names:
+        path = tmp_path / "data" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+    with pytest.raises(ValueError, match=r"files of the splits test, train|files of the splits train, validation"):
+        parquet(tmp_path)
+    (tmp_path / "data" / f"{names[1]}.parquet").unlink()
+    assert len(parquet(tmp_path)) == 2
