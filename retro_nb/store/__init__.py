@@ -1,1 +1,1 @@
-"""From a corpus to its database: chunks, vectors, index, neighbours, and what reads them."""
+"""From a corpus to its database: chunks, vectors, index and neighbours, and their readers."""

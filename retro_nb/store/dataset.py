@@ -1,9 +1,9 @@
 """Chunks and neighbours become training examples (notebooks 04 and 05).
 
-An example is a sequence of n + 1 tokens (input and label are its two shifts) and, for each of its l chunks,
-k neighbours of r = 2m tokens: the retrieved chunk N and its continuation F. Sequences stay within one
-document, and so does F. What is missing is padding: the sequence after the document's end, F after the
-document's last chunk, a neighbour that was not found.
+An example is a sequence of n + 1 tokens (the first n are the input, the last n the labels) and, for each of its
+l chunks, k neighbours of r = 2m tokens: the retrieved chunk N and its continuation F. Sequences stay within one
+document, and so does F. Padding fills the sequence after the document's end, F after the document's last chunk,
+and neighbours that were not found.
 """
 
 import copy
@@ -32,16 +32,16 @@ def knn_to_retrieved_chunks(
     eos_id: int = EOS_ID,
     doc_ids: Int[np.ndarray, " c"] | None = None,
 ) -> Int64[np.ndarray, "*rows k r"]:
-    """The tokens of neighbours: each retrieved chunk N and, if wanted, its continuation F.
+    """Tokens of neighbours: each retrieved chunk N and, optionally, its continuation F.
 
     Args:
         knns: chunk ids; −1 where there is no neighbour.
         chunks_memmap: the chunk array.
         add_continuations: append F, the chunk after N, for r = 2m tokens; else r = m.
-        num_chunks: chunks that count; all of the array if left out.
-        pad_id: fills a missing neighbour, and F where N closes its document.
-        eos_id: ends a document where `doc_ids` does not say so, as in the reference: a row that holds it,
-            be it as the next chunk's token, is the document's last.
+        num_chunks: number of chunks in use; the whole array if left out.
+        pad_id: fills a missing neighbour, and F where N is its document's last chunk.
+        eos_id: marks document ends if `doc_ids` is left out, as in the reference: a row that holds it, even as
+            the extra token, is the document's last.
         doc_ids: the document of each chunk: F is taken only from N's own document.
 
     Raises:
@@ -72,8 +72,8 @@ def _tokens(
     absent: Bool[np.ndarray, "*any"],
     pad_id: int | float,
 ) -> Int64[np.ndarray, "*any m"]:
-    """The tokens of chunks, without the next one's first; padding for those that are absent."""
-    rows = np.asarray(chunks).take(ids, axis=0)  # `take` copies row by row, an index number by number
+    """The m tokens of each chunk, without the extra token; padding for absent chunks."""
+    rows = np.asarray(chunks).take(ids, axis=0)  # `take` copies whole rows, indexing single numbers
     tokens = rows[..., :-1].astype(np.int64)
     if absent.any():
         tokens[absent] = pad_id
@@ -81,10 +81,10 @@ def _tokens(
 
 
 def closing_id(ids: SpecialIds) -> int:
-    """What tells where documents end if nothing else does.
+    """Id that marks the end of a document where document numbers are missing.
 
     Raises:
-        ValueError: the same id opens them.
+        ValueError: the same id also opens documents.
     """
     if ids.eos == ids.sos:
         raise ValueError(f"token {ids.eos} opens documents and closes them, so their numbers are needed: pass doc_ids")
@@ -92,10 +92,10 @@ def closing_id(ids: SpecialIds) -> int:
 
 
 class RETRODataset(Dataset):
-    """Training examples out of the arrays of a build, read from disk as they are asked for.
+    """Training examples from the arrays of a build, read from disk on demand.
 
-    Arrays are opened read-only, when the first example is asked for in each process, so that a dataset can
-    be sent to DataLoader workers and lie on read-only media.
+    Each process opens the arrays read-only when it reads its first example, so that a dataset can be sent to
+    DataLoader workers and its files can be on read-only media.
 
     Args:
         num_chunks, chunk_size, seq_len, num_sequences, num_neighbors: the sizes m, n, k and counts.
@@ -103,13 +103,13 @@ class RETRODataset(Dataset):
             written by this package, or raw memory maps as the reference writes them.
         doc_ids_memmap_path: the document of each chunk. Without it, a chunk that holds `eos_id` ends a
             document, as in the reference.
-        eos_id, pad_id: what closes a document, and padding; left out, what the chunk array's manifest says, or
-            [SEP] and [PAD] without one.
+        eos_id, pad_id: the ids of document ends and of padding; if left out, those in the chunk array's manifest,
+            or [SEP] and [PAD] without one.
         add_continuations: neighbours with their continuation, r = 2m; else r = m.
 
     Raises:
-        ValueError: n is not a multiple of m, an array has another shape than these numbers say, or the document
-            of each chunk is left out where one id opens documents and closes them.
+        ValueError: n is not a multiple of m, an array's shape does not match these numbers, or
+            `doc_ids_memmap_path` is left out although the same id opens and closes documents.
         FileNotFoundError: an array is missing.
     """
 
@@ -147,10 +147,10 @@ class RETRODataset(Dataset):
         }
         if doc_ids_memmap_path is not None:
             self._paths["doc_ids"] = (Path(doc_ids_memmap_path), (num_chunks,))
-        self.given: np.ndarray | None = None  # neighbours that take the place of those on the disk
-        self.draw: int | None = None  # so many of them at random
+        self.given: np.ndarray | None = None  # neighbours that replace those on disk
+        self.draw: int | None = None  # number of them to draw at random
         self._arrays: dict[str, np.ndarray] = {}
-        self._open()  # so that a missing or wrong array is met here
+        self._open()  # so that a missing or wrong array fails here
         self.close()
 
     def _open(self) -> dict[str, np.ndarray]:
@@ -168,12 +168,12 @@ class RETRODataset(Dataset):
     def with_neighbours(self, knns: Int[np.ndarray, "c k"], draw: int | None = None, seed: int = 0) -> "RETRODataset":
         """The same sequences with other neighbours: fewer, shuffled, or of another database.
 
-        With `draw`, a chunk gets so many of its neighbours at random, others each time it is read. A model that is
-        trained so cannot learn a chunk by heart from the sight of its neighbours, which matters where the corpus is
-        small. The draws begin anew, from `seed`, in a run that goes on after a stop.
+        With `draw`, each read of a chunk draws that many of its neighbours at random. A model trained on such draws
+        cannot memorise a chunk by its set of neighbours, which matters for a small corpus. A resumed run starts the
+        draws again from `seed`.
 
         Raises:
-            ValueError: not one row for each chunk, or more to draw than there are.
+            ValueError: `knns` does not have one row per chunk, or `draw` is less than 1 or more than it has.
         """
         if len(knns) != self.num_chunks:
             raise ValueError(f"neighbours of {len(knns)} chunks for a corpus of {self.num_chunks}: one row for each")
@@ -191,7 +191,7 @@ class RETRODataset(Dataset):
         return self._open()["knns"]
 
     def close(self) -> None:
-        """Let go of the files; the next example opens them again."""
+        """Release the files; the next example opens them again."""
         self._arrays = {}
 
     def __getstate__(self) -> dict:
@@ -218,19 +218,19 @@ class RETRODataset(Dataset):
     def __getitems__(
         self, inds: Sequence[int | np.integer]
     ) -> list[tuple[Int64[Tensor, " n_plus_1"], Int64[Tensor, "l k r"]]]:
-        """Several examples, read together: so a DataLoader asks for a batch, at a fifth of the time."""
+        """Read several examples together, as a DataLoader does for a batch; this takes a fifth of the time."""
         arrays, firsts = self._open(), self.first_chunks(inds)
         rows = firsts[:, None] + np.arange(self.seq_num_chunks)
         inside = np.minimum(rows, self.num_chunks - 1)
         document = arrays["doc_ids"].take(inside)
-        other = (document != document[:, :1]) | (rows > inside)  # after the sequence's own document
+        other = (document != document[:, :1]) | (rows > inside)  # past the end of the sequence's document
         chunks, knns = arrays["chunks"].take(inside, axis=0), arrays["knns"][inside]
         if other.any():
             chunks[other], knns[other] = self.pad_id, NO_NEIGHBOUR
         if self.draw is not None:
             order = self.rng.random(knns.shape).argsort(axis=-1)[..., : self.draw]
             knns = np.take_along_axis(knns, order, axis=-1)
-        # A row's last token is the next row's first: after the sequence's first token come all rows without theirs.
+        # A row's last token is the next row's first: the sequence is its first token, then all rows without theirs.
         b, n = len(chunks), self.seq_num_chunks * self.chunk_size
         tokens = np.empty((b, 1 + n), np.int64)
         tokens[:, 0], tokens[:, 1:] = chunks[:, 0, 0], chunks[..., 1:].reshape(b, n)
@@ -244,7 +244,7 @@ class RETRODataset(Dataset):
         return list(zip(map(torch.from_numpy, tokens), map(torch.from_numpy, retrieved), strict=True))
 
     def first_chunks(self, inds: Sequence[int | np.integer]) -> Int64[np.ndarray, " b"]:
-        """Where sequences begin."""
+        """First chunk of each of these sequences."""
         for ind in inds:
             if not -len(self) <= ind < len(self):
                 raise IndexError(f"sequence {ind} of {len(self)}")

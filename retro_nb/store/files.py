@@ -1,4 +1,4 @@
-"""Where the arrays of a store lie: the one place that knows their names."""
+"""Names and paths of a store's arrays, defined only here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ VECTORS, INDEX, NEIGHBOURS = "chunks.embedded.npy", "knn.index", "chunks.knn.npy
 
 
 def companion(chunks_memmap_path: PathLike, kind: str) -> Path:
-    """A file beside a chunk array: `chunks.spans.npy` for `chunks.npy` and the kind "spans.npy"."""
+    """Path of a file next to a chunk array: `chunks.spans.npy` for `chunks.npy` and the kind "spans.npy"."""
     path = Path(chunks_memmap_path)
     return path.with_name(f"{path.stem}.{kind}")
 
 
 def knn_path(chunk_memmap_path: PathLike, exclude: Sequence[tuple[int, int]] = ()) -> Path:
-    """Where the neighbours of a chunk array lie: `chunks.knn.npy` for `chunks.npy`.
+    """Path of a chunk array's neighbours: `chunks.knn.npy` for `chunks.npy`.
 
-    Those of a database that leaves out the chunks `exclude`, as ranges [first, stop), lie beside it under another name.
+    A database that leaves out the chunks `exclude`, as ranges [first, stop), has its neighbours under another name.
     """
     kept_out = f"-{digest([list(each) for each in exclude], 8)}" if exclude else ""
     return companion(chunk_memmap_path, f"knn{kept_out}{Path(chunk_memmap_path).suffix}")
@@ -28,7 +28,7 @@ def knn_path(chunk_memmap_path: PathLike, exclude: Sequence[tuple[int, int]] = (
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one store. Vectors, neighbours and what is known of the documents lie beside the chunks."""
+    """Paths of one store's files. Vectors, neighbours and the documents' metadata are next to the chunks."""
 
     chunks: Path
     seqs: Path
@@ -37,10 +37,10 @@ class Files:
 
     @classmethod
     def of(cls, folder: PathLike) -> "Files":
-        """Those of a store in this folder."""
+        """Files of a store in this folder, under their usual names."""
         return cls(*(Path(folder) / name for name in (CHUNKS, SEQS, DOC_IDS, INDEX)))
 
     @property
     def vectors(self) -> Path:
-        """Where the chunks' vectors lie."""
+        """Path of the chunks' vectors."""
         return companion(self.chunks, "embedded.npy")

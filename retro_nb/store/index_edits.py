@@ -1,6 +1,6 @@
-"""An index and the neighbours of chunks, where some chunks go and others come (for `retro_nb.store.updating`).
+"""Edit an index and stored neighbours when chunks are removed and added (for `retro_nb.store.updating`).
 
-`was` says it throughout: the number that each chunk had before, ascending; −1 for those that are added.
+Throughout, `was` holds the number that each chunk had before, ascending; −1 for added chunks.
 """
 
 import faiss
@@ -9,10 +9,10 @@ from jaxtyping import Bool, Int32, Int64
 
 from retro_nb.store.index import BLOCK, NO_NEIGHBOUR, Vectors, exact_search, innermost, is_exact, rows_of
 
-EDITABLE = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)  # all that they know is in the lists
+EDITABLE = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)  # all their data is in the lists
 AT_A_TIME = 1024  # chunks compared together
-# A search rounds a distance by up to 1.3e-6 of |q|² + d² (measured on 32 to 1024 dimensions), and three such meet here,
-# one of them of a vector that may be longer: what is this near may be nearer.
+# A search rounds a distance by up to 1.3e-6 of |q|² + d² (measured on 32 to 1024 dimensions). Three such errors meet
+# here, one of them of a vector that may be longer, so a chunk within this margin may be nearer.
 SLACK = 3e-5
 
 
@@ -20,7 +20,7 @@ SLACK = 3e-5
 
 
 def edit_lists(index: faiss.Index, was: Int64[np.ndarray, " c"], vectors: Vectors) -> None:
-    """Make an inverted file what it would be with these vectors: drop what is gone, renumber the rest, add."""
+    """Edit an inverted file in place to hold these vectors: drop removed ones, renumber the rest, add new ones."""
     inner, now = innermost(index), np.full(index.ntotal, NO_NEIGHBOUR, np.int64)
     now[was[was >= 0]] = np.flatnonzero(was >= 0)
     lists, size = faiss.ArrayInvertedLists(inner.nlist, inner.code_size), inner.code_size
@@ -30,19 +30,19 @@ def edit_lists(index: faiss.Index, was: Int64[np.ndarray, " c"], vectors: Vector
         ids = ids[ids >= 0]
         lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
     inner.replace_invlists(lists, True)
-    lists.this.disown()  # it is the index's now
+    lists.this.disown()  # the index owns it now
     inner.ntotal = index.ntotal = int((now >= 0).sum())
     added = np.flatnonzero(was < 0)
     for rows in np.array_split(added, -(-len(added) // BLOCK)) if len(added) else ():
         index.add_with_ids(rows_of(vectors, rows), rows)
-    for number in range(inner.nlist):  # by number, as in a list that is filled from the beginning
+    for number in range(inner.nlist):  # in ascending order, as in a list filled from scratch
         ids, codes = list_entries(inner.invlists, number, size)
         order = np.argsort(ids)
         ids[:], codes[:] = ids[order], codes[order]
 
 
 def list_entries(lists: faiss.InvertedLists, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and codes in an inverted list, where they lie in memory."""
+    """Ids and codes of an inverted list, as views of its memory."""
     count = lists.list_size(number)
     if not count:
         return np.empty(0, np.int64), np.empty((0, size), np.uint8)
@@ -54,11 +54,11 @@ def list_entries(lists: faiss.InvertedLists, number: int, size: int) -> tuple[np
 
 
 def comparing_pays(index: faiss.Index, added: int) -> bool:
-    """Whether to compare a chunk with those added tells if its neighbours change, for less than a search would take."""
+    """Whether comparing a chunk with the added ones shows if its neighbours change, and costs less than a search."""
     index = faiss.downcast_index(index)
     if is_exact(index):
         return True
-    if type(index) is not faiss.IndexIVFFlat:  # other indices see distances of their own
+    if type(index) is not faiss.IndexIVFFlat:  # other indices compute other distances
         return False
     return added * index.nlist <= index.nprobe * index.ntotal
 
@@ -66,8 +66,8 @@ def comparing_pays(index: faiss.Index, added: int) -> bool:
 def renumber(
     before: Int32[np.ndarray, "c_before k"], was: Int64[np.ndarray, " c"]
 ) -> tuple[Int32[np.ndarray, "c k"], Bool[np.ndarray, " c"]]:
-    """The neighbours that chunks had, by their new numbers, and which chunks have lost one."""
-    now = np.full(len(before) + 1, NO_NEIGHBOUR, np.int32)  # the last is that of −1
+    """Previous neighbours under their new numbers, and which chunks have lost a neighbour."""
+    now = np.full(len(before) + 1, NO_NEIGHBOUR, np.int32)  # the last entry stands for −1
     now[was[was >= 0]] = np.flatnonzero(was >= 0)
     found = np.full((len(was), before.shape[1]), NO_NEIGHBOUR, np.int32)
     found[was >= 0] = now[before[was[was >= 0]]]
@@ -79,7 +79,7 @@ def renumber(
 def may_be_nearer(
     vectors: Vectors, found: Int32[np.ndarray, "c k"], rows: Int64[np.ndarray, " b"], added: Int64[np.ndarray, " n"]
 ) -> Bool[np.ndarray, " b"]:
-    """Whether one of the added chunks may be nearer to a chunk than the last of its neighbours (or it has too few)."""
+    """For each chunk in `rows`, whether an added chunk may be nearer than its last neighbour, or it has too few."""
     if not len(added):
         return np.zeros(len(rows), bool)
     others, nearer = rows_of(vectors, added), np.zeros(len(rows), bool)

@@ -1,7 +1,7 @@
-"""Live retrieval: neighbours for chunks that are being written, and where they come from (notebook 06).
+"""Live retrieval: neighbours of chunks during generation, and their sources (notebook 06).
 
-At build time every chunk of the corpus got its neighbours (`retro_nb.store.knn`). A chunk that the model has just
-written gets them here, through the same embedding and the same index.
+The build found neighbours for every chunk of the corpus (`retro_nb.store.knn`). This module finds them for a chunk
+that the model has just generated, with the same embedding and the same index.
 """
 
 import difflib
@@ -24,7 +24,7 @@ from retro_nb.store.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, se
 from retro_nb.store.knn import document_ranges
 from retro_nb.text.tokens import TextTokenizer
 
-DocumentName = int | np.integer | str  # its number or its title
+DocumentName = int | np.integer | str  # a number or a title
 
 
 def nearest_chunks(
@@ -38,7 +38,7 @@ def nearest_chunks(
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Distances, Neighbours]:
-    """Squared L2 distances and ids of the chunks nearest to these, ranges of ids left out; −1 is no chunk."""
+    """Squared L2 distances and ids of the nearest chunks outside the ranges `exclude`; −1 stands for no chunk."""
     ids = seq_chunks.cpu()
     vectors = embed_chunks(ids, tokenizer=tokenizer, use_cls_repr=use_cls_repr, bert=bert, device=device)
     return search(faiss_index, vectors.numpy(), knn, exclude=exclude)
@@ -55,17 +55,17 @@ def knn_chunks_from_seq_chunks(
     doc_ids_memmap_path: PathLike | None = None,
     **options: Any,
 ) -> Int64[Tensor, "b k r"]:
-    """RET(C) for chunks that are being written: embed them, search the index, read N and F of each hit.
+    """RET(C) for newly generated chunks: embed them, search the index, read N and F of each hit.
 
     Args:
         seq_chunks: the chunks' tokens.
         knn: k.
-        faiss_index: over the chunks at `chunks_memmap_path`, of shape (num_chunks, chunk_size + 1).
+        faiss_index: the index of the chunks at `chunks_memmap_path`, of shape (num_chunks, chunk_size + 1).
         doc_ids_memmap_path: the document of each chunk, so that F does not run into the next document.
         **options: `exclude`, `use_cls_repr`, `bert` and `device` of `nearest_chunks`.
 
     Returns:
-        Their tokens, on the device of `seq_chunks`; padding where there are fewer than k.
+        The neighbours' tokens, on the device of `seq_chunks`; padding where fewer than k are found.
     """
     tokenizer = store_tokenizer(chunks_memmap_path, options.get("bert"))
     if doc_ids_memmap_path is None:
@@ -85,7 +85,7 @@ def knn_chunks_from_seq_chunks(
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A retrieved chunk: its id and document, its squared L2 distance, its text N and what follows, F."""
+    """A retrieved chunk: its id and document, its squared L2 distance, its text N and its continuation F."""
 
     chunk: int
     document: int
@@ -101,7 +101,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Passage:
-    """A chunk of a text, and the neighbours that were retrieved for it: the next chunk reads them."""
+    """A chunk of a text and the neighbours retrieved for it, which the next chunk reads."""
 
     text: str
     neighbours: tuple[Neighbour, ...]
@@ -109,7 +109,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text, the prompt included: its tokens, and chunk by chunk what was retrieved."""
+    """A generated text, the prompt included: its tokens, and its chunks with the neighbours retrieved for each."""
 
     text: str
     tokens: tuple[int, ...]
@@ -120,13 +120,13 @@ class Generation:
 
 
 class Retriever:
-    """The corpus of a build, open for questions: what is near, and what is it?
+    """Search a built corpus: find the nearest chunks, and read their text and metadata.
 
     Args:
-        faiss_index: over the chunks.
+        faiss_index: the index of the chunks.
         knn: k.
         num_chunks, chunk_size, chunks_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
-        use_cls_repr, bert: how the index was embedded.
+        use_cls_repr, bert: how the indexed chunks were embedded.
         keep_out: numbers of documents that are never retrieved.
     """
 
@@ -153,7 +153,7 @@ class Retriever:
     def nearest(
         self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[DocumentName] = ()
     ) -> tuple[Distances, Neighbours]:
-        """Squared L2 distances and ids of the nearest chunks, documents named in `exclude` left out."""
+        """Squared L2 distances and ids of the nearest chunks, without those of the documents in `exclude`."""
         return nearest_chunks(
             seq_chunks,
             knn=self.knn,
@@ -165,22 +165,22 @@ class Retriever:
         )
 
     def tokens(self, ids: Int[np.ndarray, "b k"]) -> Int64[Tensor, "b k r"]:
-        """N and F of retrieved chunks, as the model reads them; padding where an id is −1."""
+        """Tokens of N and F of retrieved chunks, as the model reads them; padding where an id is −1."""
         pad = self.tokenizer.ids.pad
         return torch.from_numpy(knn_to_retrieved_chunks(ids, self.chunks, pad_id=pad, doc_ids=self.doc_ids))
 
     def excluded(self, documents: Sequence[DocumentName]) -> list[tuple[int, int]]:
-        """The chunk ids [first, stop) of all these documents, and of those that are always kept out."""
+        """Ranges [first, stop) of the chunk ids of these documents, and of those always kept out."""
         if isinstance(documents, str):
             raise TypeError(f"exclude is the string {documents!r}: pass a list of documents, [{documents!r}]")
         named = [chunks for document in documents for chunks in self.document_ranges(document)]
         return document_ranges(self.doc_ids, self.keep_out) + named
 
     def document_ranges(self, document: DocumentName) -> list[tuple[int, int]]:
-        """Chunk ids [first, stop) of a document by its number, or of all documents with a title.
+        """Ranges [first, stop) of the chunk ids of the document with this number, or of all documents with this title.
 
         Raises:
-            KeyError: there is no such document; names the closest titles.
+            KeyError: there is no such document; the message names the closest titles.
         """
         titles = [about["title"] for about in self.documents]
         if isinstance(document, str):
@@ -194,7 +194,7 @@ class Retriever:
         return [tuple(self.documents[number]["chunks"]) for number in wanted]
 
     def neighbour(self, chunk: int, distance: float = float("nan")) -> Neighbour:
-        """What is known of a chunk of the corpus: its document, its text, what follows."""
+        """Describe a chunk of the corpus: its document, its text, its continuation."""
         both = self.tokens(np.array([[chunk]]))[0, 0]
         text, continuation = (self.tokenizer.decode(half) for half in both.split(self.chunk_size))
         document = int(self.doc_ids[chunk])
@@ -202,7 +202,7 @@ class Retriever:
         return Neighbour(chunk, document, about["title"], about["source"], distance, text, continuation)
 
     def passages(self, tokens: Int[Tensor, " n"], exclude: Sequence[DocumentName] = ()) -> tuple[Passage, ...]:
-        """A text chunk by chunk, each complete chunk with the neighbours that it finds."""
+        """Split a text into chunks, and find the neighbours of each complete chunk."""
         l = len(tokens) // self.chunk_size
         if not l:
             return self.annotate(tokens, {})
@@ -210,7 +210,7 @@ class Retriever:
         return self.annotate(tokens, dict(enumerate(zip(*found, strict=True))))
 
     def annotate(self, tokens: Int[Tensor, " n"], found: Mapping[int, tuple]) -> tuple[Passage, ...]:
-        """A text chunk by chunk, with the neighbours that were found for some: (distances, ids) by number."""
+        """Split a text into chunks, with neighbours from `found`: (distances, ids) by chunk number."""
         passages = []
         for u, part in enumerate(tokens.split(self.chunk_size)):
             hits = zip(*found.get(u, ((), ())), strict=True)

@@ -1,4 +1,4 @@
-"""Which documents are held out, and the sequences of the others."""
+"""Held-out documents, and the sequences on both sides of the split."""
 
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 def hold_out(
     documents: Int[np.ndarray, " documents"], share: float | int, seed: int = 0
 ) -> Int[np.ndarray, " held_out"]:
-    """A random share of these documents, one at least, in ascending order.
+    """Draw a random share of these documents, at least one, in ascending order.
 
     Raises:
         ValueError: the share is not between 0 and 1, or there are fewer than two documents.
@@ -28,11 +28,11 @@ def hold_out(
 
 
 def document_numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
-    """Numbers of the documents that a database of so many documents leaves out.
+    """Numbers of the documents that a database leaves out.
 
     Args:
         keep_out: their numbers, or the share that `hold_out` draws; 0 for none.
-        documents: how many there are.
+        documents: number of documents in the corpus.
     """
     if isinstance(keep_out, Sequence):
         return sorted(set(keep_out))
@@ -43,7 +43,7 @@ def split_by_document(dataset: Dataset, valid_share: float = 0.1, seed: int = 0)
     """Split sequences into (train, valid) so that no document has sequences on both sides.
 
     `dataset.sequence_documents` holds one document id per sequence. `valid_share` of the documents, drawn
-    with `seed`, go to validation; each side gets at least one. Fewer than two documents are a ValueError.
+    with `seed`, go to validation; each side gets at least one. Fewer than two documents raise a ValueError.
     """
     documents = hold_out(np.unique(np.asarray(dataset.sequence_documents)), valid_share, seed).tolist()
     return without_documents(dataset, documents), of_documents(dataset, documents)

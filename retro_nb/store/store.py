@@ -1,4 +1,4 @@
-"""A store: everything that is built of one corpus, in one folder (notebooks 01 to 03).
+"""A store: everything built from one corpus, in one folder (notebooks 01 to 03).
 
     store = Store.build(speeches(max_chars=4000), "my_store", StoreSettings(seq_len=512))
     store = Store.open("my_store")      later, without the corpus
@@ -8,7 +8,7 @@
     store.update(corpus)  follows a corpus that has changed
 
 The folder holds chunks, sequences, documents, vectors, index and neighbours (`Files`), the tokenizer, and a manifest
-that says of each what it was made from and with. A changed setting builds again what depends on it, and nothing else.
+that records the inputs and settings of each. A changed setting rebuilds only what depends on it.
 """
 
 import warnings
@@ -40,19 +40,19 @@ from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What a store is built with.
+    """Settings of a store.
 
     chunk_size, seq_len     m and n, tokens; n is a multiple of m
     knn                     k, neighbours of a chunk
     tokenizer               cuts the texts: a Hugging Face tokenizer, by folder or name; a number, for a byte-level BPE
                             of that size, trained on the corpus; None for the BERT's
-    bert                    embeds the chunks, see `tokens.bert_folder`
+    bert                    the BERT that embeds the chunks, see `tokens.bert_folder`
     use_cls_repr            a chunk's vector is that of [CLS], not the mean over its tokens
     index                   a FAISS index-factory string; None for the choice of `choose_index`
     max_index_memory_usage, current_memory_available    bytes, or "100m": the index takes no more than the smaller
     max_similarity          leaves out neighbours with a cosine above this (near-duplicates)
-    keep_out                documents that nobody retrieves: their numbers, or a share that `hold_out` draws
-    max_chunks, max_seqs    end the store before the document that would exceed them
+    keep_out                documents that are never retrieved: their numbers, or a share that `hold_out` draws
+    max_chunks, max_seqs    stop before the first document that would exceed either
     """
 
     chunk_size: int = 64
@@ -74,11 +74,11 @@ class StoreSettings:
             raise ValueError(f"knn is {self.knn}: it must be at least 1")
 
     def of_chunks(self) -> dict[str, Any]:
-        """Those that cut the chunks, besides the tokenizer."""
+        """The settings for cutting chunks, without the tokenizer."""
         return {name: getattr(self, name) for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
 
     def of_index(self) -> dict[str, Any]:
-        """Those that choose the index."""
+        """The settings for choosing the index."""
         names = ("index", "max_index_memory_usage", "current_memory_available")
         return {name: getattr(self, name) for name in names}
 
@@ -86,10 +86,10 @@ class StoreSettings:
 def choose_tokenizer(
     settings: StoreSettings, documents: Iterable[Document], folder: PathLike, progress: bool = True
 ) -> TextTokenizer:
-    """The tokenizer that the settings mean. One that is to be trained is trained once, while the corpus stays as it is.
+    """Load the tokenizer that the settings name, or train it, once for as long as the corpus stays the same.
 
     Raises:
-        ValueError: one is to be trained on a corpus that can be read only once.
+        ValueError: a tokenizer must be trained, but the corpus can be read only once.
     """
     if not isinstance(settings.tokenizer, int):
         return get_tokenizer(settings.bert if settings.tokenizer is None else settings.tokenizer)
@@ -108,12 +108,12 @@ def choose_tokenizer(
 
 
 class Store:
-    """A built store; made by `build` or `open`.
+    """A built store; create it with `build` or `open`.
 
-    files       where its arrays lie
+    files       paths of its arrays
     settings    what it was built with
-    kept_out    numbers of the documents that nobody retrieves
-    tokenizer   what its chunks are cut with
+    kept_out    numbers of the documents that are never retrieved
+    tokenizer   the tokenizer of its chunks
     stats       counts of documents, chunks, sequences and tokens; the index, its recall, seconds
     """
 
@@ -138,18 +138,18 @@ class Store:
         progress: bool = True,
         **options: Any,
     ) -> "Store":
-        """Build what is missing of a corpus's store: chunk, embed, index and search it.
+        """Build the missing parts of a corpus's store: chunk, embed, index and search.
 
-        What is there already, made with the same settings, is used again; REPROCESS=1 in the environment builds all
-        anew. Where the corpus alone has changed, only its new documents are embedded (`update`). Processes that were
-        launched together share the work, and each has to call this.
+        Parts built with the same settings are reused; REPROCESS=1 in the environment rebuilds everything. If only the
+        corpus has changed, only its new documents are embedded (`update`). Processes launched together share the work,
+        and each must call this.
 
         Args:
-            documents: a corpus, or any iterable of `Document` (which cannot say whether it has changed: it is chunked
-                anew).
-            folder: where to.
+            documents: a corpus, or any iterable of `Document` (which is always chunked again, since it cannot say
+                whether it has changed).
+            folder: the store's folder.
             settings: see `StoreSettings`.
-            files: where the arrays lie, if not in `folder` under their usual names.
+            files: paths of the arrays, if they are not in `folder` under their usual names.
             progress: show progress bars.
             **options: those of `knn.chunks_to_precalculated_knn_` that do not change what is built.
 
@@ -178,15 +178,15 @@ class Store:
     def open(
         cls, folder: PathLike, *, bert: PathLike | None = None, keep_out: float | int | Sequence[int] = ()
     ) -> "Store":
-        """Open a store that was built, without its corpus; nothing is built or changed.
+        """Open a built store without its corpus; nothing is built or changed.
 
         Args:
-            folder: the store's.
-            bert: the BERT that embedded it, for questions to its `retriever`.
-            keep_out: the documents that its neighbours leave out, as they were named when it was built.
+            folder: the store's folder.
+            bert: the BERT that embedded it, for queries to its `retriever`.
+            keep_out: the documents that its neighbours leave out, as passed when it was built.
 
         Raises:
-            FileNotFoundError: there is no whole store, or none whose neighbours leave these documents out.
+            FileNotFoundError: the store is incomplete, or has no neighbours that leave these documents out.
             ValueError: another BERT embedded it, or its manifest is damaged or of a newer format.
         """
         folder, files = Path(folder), Files.of(folder)
@@ -222,14 +222,14 @@ class Store:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The store's folder."""
         return self.files.chunks.parent
 
     # its arrays
 
     @property
     def chunks(self) -> Integer[np.ndarray, "c m_plus_1"]:
-        """The tokens of every chunk and, after them, the first of the next; read-only, as the others are."""
+        """The tokens of every chunk, each followed by the next one's first token; read-only, like the arrays below."""
         return open_array(self.files.chunks)
 
     @property
@@ -249,7 +249,7 @@ class Store:
 
     @property
     def documents(self) -> list[dict]:
-        """What is known of each document: title, source, chunks, characters."""
+        """Metadata of each document: title, source, chunks, characters, digest of the text, facts."""
         return read_documents(self.files.chunks)
 
     @cached_property
@@ -257,16 +257,16 @@ class Store:
         """The index of the vectors."""
         return read_index(self.files.index)
 
-    # what reads it
+    # its readers
 
     def dataset(self, k: int | None = None) -> RETRODataset:
         """Sequences with their neighbours.
 
         Args:
-            k: how many neighbours of each chunk; all that are stored if left out.
+            k: number of neighbours per chunk; all that are stored if left out.
 
         Raises:
-            ValueError: fewer are stored.
+            ValueError: k is less than 1, or fewer than k are stored.
         """
         stored = self.stats["k"]
         if k is not None and not 1 <= k <= stored:
@@ -280,7 +280,7 @@ class Store:
         return data if k in (None, stored) else data.with_neighbours(np.array(data.knns[:, :k]))
 
     def database(self, k: int | None = None) -> dict[str, Any]:
-        """The arguments by which `Retriever` and `knn_chunks_from_seq_chunks` know it."""
+        """Arguments that describe the store to `Retriever` and `knn_chunks_from_seq_chunks`."""
         return {
             "knn": k or self.stats["k"], "faiss_index": self.index, "num_chunks": self.stats["chunks"],
             "chunk_size": self.settings.chunk_size, "chunks_memmap_path": self.files.chunks,
@@ -289,17 +289,17 @@ class Store:
         }  # fmt: skip
 
     def retriever(self, k: int | None = None) -> Retriever:
-        """What answers questions about the corpus, with k chunks each: as many as are stored if left out."""
+        """Retriever that finds k chunks per query; if left out, the number of stored neighbours per chunk."""
         return Retriever(**self.database(k), keep_out=self.kept_out)
 
     def update(self, documents: Iterable[Document], *, progress: bool = True) -> Update:
-        """Follow the corpus, from which documents may have gone and to which others came (see `updating.update_store`).
+        """Update the store after documents of its corpus were removed or added (see `updating.update_store`).
 
         Returns:
-            What was done; as a string, in a sentence.
+            What was done; `str()` of it is a sentence.
 
         Raises:
-            ValueError: it keeps documents out (`Store.build` follows the corpus then), or cannot be updated.
+            ValueError: the store keeps documents out (call `Store.build` instead), or cannot be updated.
         """
         if self.kept_out:
             raise ValueError(f"the store in {self.folder} keeps documents out: call Store.build with the new corpus")
@@ -310,7 +310,7 @@ class Store:
 
 
 def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress: bool) -> None:
-    """Where a store is there and only its corpus has changed, let it follow; else it will be built."""
+    """Update an existing store if only its corpus has changed; else leave it to be built."""
     folder, name = Path(folder), Files.of(folder).chunks.name
     wanted = chunk_settings(documents, settings.tokenizer, **settings.of_chunks())
     how = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
