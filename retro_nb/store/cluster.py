@@ -1,31 +1,31 @@
-"""A store built by many workers on one machine or several, with Ray; what comes out is what one process builds
-(notebook 11).
+"""Build a store with Ray workers on one machine or several; the result is the same as one process's (notebook 11).
 
-    chunk    workers read parts of the corpus and cut their documents; the results come back in order
-    embed    each worker has its own BERT and takes a block of chunks after the other
-    index    an inverted file is trained on a sample, workers fill shards of it, and these are merged on disk;
+    chunk    workers read parts of the corpus and cut their documents; the results arrive in order
+    embed    each worker has its own BERT and takes one block of chunks after another
+    index    an inverted file is trained on a sample, workers fill shards of it, and the shards are merged on disk;
              an index of another kind is filled by this process
-    search   workers open index and vectors where they lie and take blocks of chunks
+    search   workers memory-map the index and the vectors, and take blocks of chunks
 
-Ray Data hands out the work, holds back what the writer cannot take yet, starts a worker that died anew, and repeats
-what it had in hand. This process alone writes into the store, a block at a time, so that a worker's death costs that
-worker's block (beyond TASKS blocks, a few), and a stop of the whole costs the blocks in hand: the same call goes on.
-Chunks alone are cut again from the first, as in one process.
+Ray Data distributes the work, holds workers back while the writer is busy, restarts workers that die and repeats their
+tasks. Only this process writes the store's arrays, a block at a time. A worker's death therefore costs its current
+block (beyond TASKS blocks, a few). A stop of the whole build costs the blocks in progress, and the same call resumes
+it. Only chunking starts again from the first document, as in one process.
 
 Every machine must see the work folder under the same path (a shared file system), and have this package installed.
-The corpus is divided if it can be (`split`), and read by the machines that the workers run on. What is the same to the
-last bit is what the same kind of processor computes.
+The corpus is divided if it has `split`, and read on the workers' machines. Results are equal to the last bit only on
+the same kind of processor.
 
-Memory of a worker, beside Python with its libraries (0.3 to 0.5 GB of its own, by the build of PyTorch) and what the
-operating system keeps of mapped files as long as nobody else wants it; `python benchmarks/cluster.py` measures it:
+Memory of a worker, measured by `python benchmarks/cluster.py`. Not counted are Python with its libraries (0.3 to
+0.5 GB of private memory, depending on the build of PyTorch) and mapped files, which the operating system caches while
+memory is free:
 
-    chunk    800,000 characters with their tokens and some handfuls of results (0.2 GB), and the longest document
-    embed    the BERT with what runs it, and a block of chunks with its vectors (0.4 GB for the default)
+    chunk    800,000 characters with their tokens and a few HANDFULs of results (0.2 GB), and the longest document
+    embed    the BERT with its runtime, and a block of chunks with its vectors (0.4 GB for the default)
     index    the centroids, SHARD vectors with their ids, twice while they grow (0.8 GB for 384 dimensions), BLOCK more
-    search   the lists' centroids or, of an index that is not an inverted file, the index; BLOCK vectors (0.1 GB)
+    search   the lists' centroids, or the whole index if it is not an inverted file; BLOCK vectors (0.1 GB)
 
-What workers have finished and the writer has not taken yet lies in Ray's object store. A cluster started here gives it
-STORE bytes for each worker, and two more; when it is full, workers wait.
+Finished results wait for the writer in Ray's object store. A cluster started here gives it STORE bytes per worker and
+twice STORE for Ray itself; when it is full, workers wait.
 """
 
 import json
@@ -87,14 +87,14 @@ from retro_nb.store.store import StoreSettings, choose_tokenizer
 from retro_nb.text.document import Corpus
 from retro_nb.text.tokens import SpecialIds, TextTokenizer
 
-PIECES = 32  # parts of the corpus for each worker: what is done before its turn has to wait, in Ray's object store
-HANDFUL = 4_000_000  # bytes of results that go back at a time
-STORE = 2**27  # bytes of Ray's object store for each worker, and as much for Ray's own use twice
+PIECES = 32  # parts of the corpus per worker: parts finished before their turn wait in Ray's object store
+HANDFUL = 4_000_000  # bytes of results returned at a time
+STORE = 2**27  # bytes of Ray's object store per worker, and twice as much for Ray itself
 SHARD = 2**18  # vectors in a shard of the index
-TASKS = 4096  # that Ray has to keep account of; where there are more blocks, some share one
+TASKS = 4096  # most tasks that Ray has to track; with more blocks, some share one
 TRAINED = "trained.index"
 ATTEMPTS = 5  # to start Ray
-PATIENCE = 5  # seconds that a cluster has to answer
+PATIENCE = 5  # seconds to wait for a cluster's answer
 
 
 # the cluster
@@ -102,12 +102,12 @@ PATIENCE = 5  # seconds that a cluster has to answer
 
 @contextmanager
 def cluster(workers: int, address: str | None = None, *, progress: bool = True) -> Iterator[None]:
-    """Join a running Ray cluster, or start one on this machine for as long as this lasts.
+    """Join a running Ray cluster, or start one on this machine for the duration of the `with` block.
 
     Args:
-        workers: how many are to work at once.
-        address: of a running cluster ("auto", "10.0.0.1:6379"); None for one of its own. One that this process has
-            joined already is used as it is.
+        workers: number of concurrent workers.
+        address: address of a running cluster ("auto", "10.0.0.1:6379"); None to start one. A cluster that this
+            process has already joined is used as it is.
         progress: show Ray's own progress and messages.
 
     Raises:
@@ -126,7 +126,7 @@ def cluster(workers: int, address: str | None = None, *, progress: bool = True) 
         _start(address, log_to_driver=progress, logging_level=level, **({} if address else _sizes(workers)))
     try:
         cpus = int(ray.cluster_resources().get("CPU", 0))
-        if workers > cpus:  # those without one would be waited for
+        if workers > cpus:  # the build would wait for workers without one
             raise ValueError(f"{workers} workers, but the cluster has {cpus} CPUs: ask for no more, or add machines")
         ray.data.DataContext.get_current().enable_progress_bars = progress
         logging.getLogger("ray.data").setLevel(logging.INFO if progress else logging.ERROR)
@@ -137,20 +137,20 @@ def cluster(workers: int, address: str | None = None, *, progress: bool = True) 
 
 
 def _sizes(workers: int) -> dict[str, Any]:
-    """What a cluster of one's own has: more CPUs than workers, for what Ray itself does, and little memory.
+    """Resources of a cluster started here: more CPUs than workers, for Ray's own tasks, and little memory.
 
-    Without a word Ray would take a third of the machine's memory for its object store.
+    By default Ray would take a third of the machine's memory for its object store.
     """
     cpus = max(os.cpu_count() or 1, workers + 2)
     return {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": (workers + 2) * STORE}
 
 
 def _start(address: str | None, **options: Any) -> None:
-    """`ray.init`, and again if need be: on a busy machine one of Ray's processes may take longer than Ray waits."""
+    """Call `ray.init`, with retries: on a busy machine one of Ray's processes may take longer than Ray waits."""
     import ray
 
     host, _, port = (address or "").rpartition(":")
-    if host and port.isdecimal():  # Ray itself would try for many minutes
+    if host and port.isdecimal():  # Ray itself would retry for many minutes
         try:
             socket.create_connection((host.rpartition("/")[2], int(port)), timeout=PATIENCE).close()
         except OSError as error:
@@ -159,7 +159,7 @@ def _start(address: str | None, **options: Any) -> None:
         try:
             ray.init(address or "local", **options)
             return
-        except Exception as error:  # Ray raises no kind of its own; it waits 15 s (its issue 65983)
+        except Exception as error:  # Ray raises no specific type; it waits 15 s (Ray issue 65983)
             ray.shutdown()
             if address:
                 raise ConnectionError(f"no Ray cluster at {address} ({error}): {MEND}") from error
@@ -173,10 +173,10 @@ MEND = "`ray start --head` starts one and says its address; without an address, 
 def _results(
     worker: "type[_Worker]", arguments: dict, items: list[dict], workers: int, *, in_order: bool = False
 ) -> Iterator[Any]:
-    """What workers yield for the items, as it comes or in order.
+    """Yield the workers' results for the items, as they arrive or in order.
 
     Raises:
-        ChildProcessError: Ray gives up, as it does when nothing gets done for half an hour.
+        ChildProcessError: Ray gives up, as it does after half an hour without progress.
     """
     import ray.data
 
@@ -193,7 +193,7 @@ def _results(
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
         num_gpus=gpus,
-    )  # a worker that dies is started again as often as it takes: Ray's default for such a pool
+    )  # workers that die are restarted without limit: Ray's default for such a pool
     try:
         for batch in made.iter_batches(batch_size=None, prefetch_batches=1):
             for data in batch["data"]:
@@ -207,7 +207,7 @@ def _results(
 
 
 def _gpu_share(workers: int, gpus: int | float) -> int | float:
-    """The part of a GPU that each worker gets, so that none has to wait for one; 0 where there are none."""
+    """Share of a GPU per worker, so that no worker has to wait for one; 0 without GPUs."""
     return 1 / -(-workers // int(gpus)) if gpus >= 1 else 0
 
 
@@ -215,17 +215,17 @@ def _gpu_share(workers: int, gpus: int | float) -> int | float:
 
 
 class _Failure(NamedTuple):
-    """What went wrong in a worker: the error, and where."""
+    """An error in a worker, with its traceback."""
 
     error: Exception
     trace: str
 
 
 class _Worker:
-    """What Ray makes in another process, and calls with one item at a time.
+    """Base of the workers, which Ray creates in other processes and calls with one item at a time.
 
-    `open` gets the arguments when the first item comes, `work` gets the item and yields results. An error comes back
-    as a result: Ray would bring one from a constructor without its cause, and others with words of its own.
+    `open` receives the arguments before the first item; `work` receives an item and yields results. Errors are returned
+    as results: Ray would report a constructor's error without its cause, and reword others.
     """
 
     def __init__(self, where: str, arguments: dict) -> None:
@@ -234,7 +234,7 @@ class _Worker:
     def __call__(self, items: dict) -> Iterator[dict]:
         try:
             if not self.opened:
-                with suppress(OSError):  # a machine without this folder can still do what names no path in it
+                with suppress(OSError):  # a machine without this folder can still do work that needs no path in it
                     os.chdir(self.where)
                 self.open(**self.arguments)
                 self.opened = True
@@ -263,7 +263,7 @@ class _Chunk(_Worker):
         yield handful
 
 
-Block = tuple[int, int, np.ndarray]  # first row, the row after the last, and the rows
+Block = tuple[int, int, np.ndarray]  # start and stop of the rows, and their values
 
 
 class _Embed(_Worker):
@@ -296,7 +296,7 @@ class _Fill(_Worker):
 
 
 def _shard(folder: Path, start: int) -> Path:
-    """The file of the shard that begins with this vector."""
+    """File of the shard that begins with the vector `start`."""
     return folder / f"{start}.index"
 
 
@@ -323,20 +323,20 @@ def build_store(
     address: str | None = None,
     progress: bool = True,
 ) -> None:
-    """Build what `Store.build` with the same settings then finds built: chunks, vectors, index and neighbours.
+    """Build chunks, vectors, index and neighbours, which `Store.build` with the same settings then reuses.
 
     Args:
         documents: the corpus.
-        folder: where to; all machines see it.
+        folder: the store's folder, which all machines must see.
         settings: see `StoreSettings`.
-        workers: how many work at once; on GPUs, how many embed at once.
-        address: of a running cluster; None for one on this machine.
+        workers: number of concurrent workers; on GPUs, the number that embed at once.
+        address: address of a running cluster; None to start one on this machine.
         progress: show Ray's progress.
 
     Raises:
         ModuleNotFoundError, ConnectionError, ValueError: there is no such cluster (see `cluster`).
-        ChildProcessError: Ray gives up, as it does when nothing gets done for half an hour.
-        What building in one process raises.
+        ChildProcessError: Ray gives up, as it does after half an hour without progress.
+        Errors of a build in one process.
     """
     files = Files.of(Path(folder).resolve())
     tokenizer = choose_tokenizer(settings, documents, folder, progress)
@@ -364,7 +364,7 @@ def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: in
 
 
 def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], arguments: dict, workers: int) -> None:
-    """Let workers compute the blocks that are missing, and write each as it comes."""
+    """Let workers compute the missing blocks, and write each as it arrives."""
     items = [{"start": part.start, "stop": part.stop} for part in rows.blocks(block)]
     for start, stop, values in _results(worker, arguments, items, workers):
         rows.write(slice(start, stop), values)
@@ -388,7 +388,7 @@ def _embed(files: Files, count: int, settings: StoreSettings, workers: int) -> N
 
 
 def _index(files: Files, spec: str, workers: int) -> None:
-    """Train on a sample, let workers fill shards, and merge these; what has no lists is filled here."""
+    """Train on a sample, let workers fill shards and merge them; an index without inverted lists is filled here."""
     path, shards = files.index, files.index.with_name("shards")
     vectors, settings = open_array(files.vectors), index_settings(files.vectors, spec)
 
@@ -405,7 +405,7 @@ def _index(files: Files, spec: str, workers: int) -> None:
 
 
 def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[faiss.Index, list[Path]]:
-    """An index trained on these vectors, and the files of its shards; those of an interrupted build are kept."""
+    """Trained empty index and the files of its filled shards; those of an interrupted build are reused."""
     vectors, settings = open_array(vectors_path), to_jsonable(index_settings(vectors_path, spec))
     note, settings = folder / "settings.json", settings | {"shard": SHARD}
     if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != settings:

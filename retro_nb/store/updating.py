@@ -1,13 +1,13 @@
-"""A store follows its corpus: documents come and go, and only what is new is embedded (notebook 10).
+"""Update a store when documents are added or removed; only new texts are embedded (notebook 10).
 
-What stays the same is taken over from the store as it was: the chunks of every document whose text has not changed,
-their vectors, and the neighbours of every chunk that neither lost one nor has a nearer new one. The result is what
-building the new corpus from nothing gives. (An inverted file keeps its centroids and its effort: it is what filling
-the same trained index anew gives. Neighbours that exact search had to fill in stay, though it might now find others.)
+Unchanged parts are taken from the old store: the chunks and vectors of every document with unchanged text, and the
+neighbours of every chunk that neither lost one nor has a nearer new one. The result is what a build of the new corpus
+from scratch gives, with two exceptions. An inverted file keeps its centroids and its search effort: it equals the same
+trained index, filled again. Neighbours that exact search had to fill in stay, though a search might now find others.
 
-The new store is made in a folder within the old one, step by step, and moved into place at the end: a stop costs at
-most the block that was being worked on, and until then the old store serves. An update that stopped is gone on with
-if it is the same, from the same store to the same corpus; else it is begun anew.
+The new store is built step by step in a folder within the old one, and moved into place at the end; until then the
+old store stays usable. A stop costs at most the block in progress. A stopped update resumes if it leads from the same
+store to the same corpus; otherwise it starts over.
 """
 
 import hashlib
@@ -86,8 +86,8 @@ from retro_nb.text.tokens import get_tokenizer
 
 @dataclass(frozen=True)
 class Update:
-    """What an update did: how many documents were kept, added and removed, how many chunks were embedded, and for how
-    many neighbours were searched."""
+    """Counts of an update: documents kept, added and removed, chunks embedded, and chunks whose neighbours were
+    searched."""
 
     kept: int
     added: int
@@ -108,14 +108,14 @@ def reason_to_rebuild(
     use_cls_repr: bool | None = None,
     settings: dict | None = None,
 ) -> str | None:
-    """Why a store cannot be brought up to date with a corpus; None if it can.
+    """Why a store cannot be updated to a corpus; None if it can.
 
     Args:
         documents: the corpus.
-        folder: the store's.
-        bert: what is to embed it.
-        use_cls_repr: how; None: as it was.
-        settings: how its chunks would be made now, from `chunk_settings`; None: as they were.
+        folder: the store's folder.
+        bert: the BERT to embed it with.
+        use_cls_repr: the pooling to embed it with; None for the store's.
+        settings: the settings for its chunks, from `chunk_settings`; None for the store's.
     """
     folder = Path(folder)
     finish_replacement(folder)
@@ -153,30 +153,30 @@ def update_store(
     progress: bool = True,
     **index_options: Any,
 ) -> Update:
-    """Bring a built store up to date with its corpus, from which documents may have gone and to which others came.
+    """Update a built store after documents of its corpus were removed or added.
 
-    `TrainingWrapper` and `python -m retro_nb build` do this by themselves when they find that the corpus has changed
-    and nothing else. It takes as much free disk as the store has. A document that moved among the others counts as
-    removed and added, but is not embedded again. Neighbours for databases that keep documents out (`keep_out`) are
-    dropped: they are searched again when they are next asked for. A stopped update goes on when it is called again.
+    `TrainingWrapper` and `python -m retro_nb build` do this automatically when only the corpus has changed. It needs as
+    much free disk space as the store takes. A document that changed its place counts as removed and added, but is not
+    embedded again. Neighbours for databases that keep documents out (`keep_out`) are dropped, and searched again at
+    their next use. A stopped update resumes at the next call.
 
     Args:
         documents: the corpus as it is now.
-        work_dir: the store, as `TrainingWrapper` builds it.
-        bert: what embedded it, and will embed what is new.
-        device: where; see `bert_embed`.
+        work_dir: the store's folder.
+        bert: the BERT that embedded the store; it also embeds new texts.
+        device: where to embed; see `bert_embed`.
         progress: show progress bars.
         **index_options: `index`, `max_index_memory_usage`, `current_memory_available` as at the build. An inverted
-            file of the same kind is edited; one of another kind, as a corpus grows, is trained and searched anew.
+            file of the same kind is edited; if the kind changes as the corpus grows, it is trained and searched again.
 
     Returns:
-        What was done; as a string, in a sentence.
+        What was done; `str()` of it is a sentence.
 
     Raises:
         ValueError: there is no whole store, it was made with other settings, or its manifest is of a newer format.
     """
     folder, staging = Path(work_dir), Path(work_dir) / STAGING
-    read_manifest(folder)  # one of a newer format is refused before a lock is made
+    read_manifest(folder)  # refuses a newer format before a lock is made
     with _alone(folder):
         if reason := broadcast(reason_to_rebuild(documents, folder, bert=bert)):
             raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
@@ -188,18 +188,18 @@ def update_store(
         _embed(old, new, bert, device, progress)
         index = _index(old, new, index_options, progress)
         searched = _search(old, new, index, progress)
-        broadcast()  # the others have seen that all is there
+        broadcast()  # wait until all processes have seen that everything is built
         if launched()[0] == 0:
             replace_store(folder, old.searches())
-        broadcast()  # the others wait
+        broadcast()  # let the others wait for the replacement
     kept = len(new.kept)
     return Update(kept, new.documents - kept, len(old.documents) - kept, len(new.fresh), searched)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let other launches that would update the same store wait."""
-    if launched()[0] > 0 or not os.access(folder, os.W_OK):  # or else nothing can be changed
+    """Hold a lock, so that other launches that update the same store wait."""
+    if launched()[0] > 0 or not os.access(folder, os.W_OK):  # a read-only store cannot change
         yield
         return
     with FileLock(folder / f".{STAGING}.lock"):
@@ -207,13 +207,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _begin(old: "_Old", documents: Corpus, staging: Path) -> None:
-    """Clear away what an update from another store, or to another corpus, has left.
+    """Remove the remains of an update from another store or to another corpus.
 
     Raises:
-        ValueError: it was left by a newer version.
+        ValueError: a newer version left them.
     """
     check_writable(old.folder)
-    if staging.is_symlink():  # it came with the store: `update_store` makes none
+    if staging.is_symlink():  # it came with the store: `update_store` makes no links
         staging.unlink()
     read_manifest(staging)
     files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS)]
@@ -248,24 +248,24 @@ class _Old:
             self.by_digest[about["digest"]].append(number)
 
     def chunked(self, document: int, about: dict, replaced: int) -> ChunkedDocument:
-        """The chunks of a document, under what is now known of it."""
+        """The chunks of a document, with its new metadata."""
         rows = slice(*self.documents[document]["chunks"])
         own = (np.array(array[rows]) for array in (self.chunks, self.spans, self.bytes))
         return ChunkedDocument(about, replaced, *own)
 
     def searches(self) -> list[str]:
-        """The arrays of neighbours found with its index, those of databases that keep documents out too."""
+        """Names of the neighbour arrays found with its index, including those of databases that keep documents out."""
         index = self.settings[NEIGHBOURS]["index"]
         return [name for name, settings in self.settings.items() if settings.get("index") == index]
 
 
 @dataclass(frozen=True)
 class _New:
-    """A store as it will be: its chunks are there, and what they were before.
+    """The updated store: its chunks, and the old chunks they correspond to.
 
     kept     (new, old) numbers of the documents that are the same and in the same order
-    origin   for each chunk an old one with the same text, whose vector it takes; −1 for a new text
-    was      for each chunk of a kept document the same one; −1 for others, whose neighbours are searched
+    origin   per chunk, an old chunk with the same text, from which it takes its vector; −1 for a new text
+    was      per chunk of a kept document, its old number; −1 for other chunks, whose neighbours are searched
     """
 
     folder: Path
@@ -281,7 +281,7 @@ class _New:
 
 
 def _chunk(old: _Old, documents: Corpus, staging: Path, progress: bool) -> _New:
-    """Write the chunks of the corpus; those of texts that the old store has are copied."""
+    """Write the chunks of the corpus; copy those of texts that the old store has."""
     settings, tokenizer = old.settings[CHUNKS], store_tokenizer(old.folder / CHUNKS)
 
     def cut() -> Iterator[ChunkedDocument]:
@@ -306,14 +306,14 @@ def _chunk(old: _Old, documents: Corpus, staging: Path, progress: bool) -> _New:
 
 
 def _kept(old: dict[str, list[int]], digests: Sequence[str]) -> list[tuple[int, int]]:
-    """A longest list of pairs (new, old) of documents with the same text in which both numbers ascend.
+    """Longest list of (new, old) pairs of documents with the same text, with both numbers ascending.
 
-    Where several have the same text it may be a shorter one: each is held against one of them only, the first that
-    makes the longest list so far longer. A document that moved to another place is not among the pairs: of equally
-    near chunks the first is the nearer, and its chunks are elsewhere now.
+    With duplicate texts a longer list may exist: each document is paired with one duplicate only, the first that
+    extends the longest list so far. A document that changed its place is not paired: distance ties go to the lower
+    chunk id, so its new place may change neighbours.
     """
-    pairs, before = [], []  # what may be kept; and for each the one that precedes it in the longest list that it ends
-    ends, last = [], []  # of each length the list that ends lowest: its last old number, and its last pair
+    pairs, before = [], []  # candidates, and each one's predecessor in the longest list that it ends
+    ends, last = [], []  # per length, the list that ends lowest: its last old number, and its last pair
     for new, digest in enumerate(digests):
         if not (numbers := old.get(digest)):
             continue
@@ -334,7 +334,7 @@ def _kept(old: dict[str, list[int]], digests: Sequence[str]) -> list[tuple[int, 
 
 
 def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | str | None, progress: bool) -> None:
-    """The vectors of all chunks: the old ones, and those of new texts."""
+    """Write the vectors of all chunks: copy those of old texts, embed new texts."""
     whole, fresh = new.folder / CHUNKS, new.fresh
     chunks, cls = open_array(whole), old.settings[VECTORS]["pooling"] == "cls"
     tokenizer, part = store_tokenizer(whole), new.folder / "fresh" / CHUNKS
@@ -372,7 +372,7 @@ def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | s
 
 
 def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> faiss.Index:
-    """The index of all vectors; an inverted file of the same kind keeps its centroids and its effort."""
+    """Write and return the index of all vectors; an inverted file of the same kind keeps its centroids and effort."""
     path, vectors = new.folder / INDEX, open_array(new.folder / VECTORS)
     spec = choose_spec(*vectors.shape, **options)
 
@@ -394,7 +394,7 @@ def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> fai
 
 
 def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
-    """Write the neighbours of all chunks; return how many had to be searched for."""
+    """Write the neighbours of all chunks; return the number of chunks that had to be searched."""
     vectors, doc_ids = open_array(new.folder / VECTORS), open_array(new.folder / DOC_IDS)
     k, most = (old.settings[NEIGHBOURS][name] for name in ("k", "max_similarity"))
     settings = knn_settings(new.folder / INDEX, new.folder / DOC_IDS, k, most)
@@ -420,7 +420,7 @@ def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
 def _taken_over(
     old: _Old, new: _New, index: faiss.Index, vectors: Vectors
 ) -> tuple[Int32[np.ndarray, "c k"], Int64[np.ndarray, " n"]]:
-    """The neighbours that chunks had, by their new numbers, and the chunks that have to be searched for."""
+    """Previous neighbours under their new numbers, and the chunks whose neighbours have to be searched."""
     found, lost = renumber(open_array(old.folder / NEIGHBOURS), new.was)
     added = np.flatnonzero(new.was < 0)
     todo = (new.was < 0) | lost
