@@ -34,7 +34,7 @@ class Reading:
 
     def __init__(self, tokenizer: TextTokenizer, chunk_size: int, chunks_per_seq: int) -> None:
         self.tokenizer, self.chunk_size, self.chunks_per_seq = tokenizer, chunk_size, chunks_per_seq
-        self.unknown = unknown_id(tokenizer)
+        self.unknown = tokenizer.unknown
         self.counts: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
         self.texts, self.hashes = array("Q"), array("Q")  # an 8-byte hash per document, per chunk
@@ -91,7 +91,8 @@ class Reading:
             if self.room >= 0:
                 own.append(tokens.ids.astype(np.int32, copy=False))
             self.counts["tokens"] += len(tokens.ids)
-            self.counts["unknown_tokens"] += int(np.count_nonzero(tokens.ids == self.unknown))
+            if self.unknown is not None:
+                self.counts["unknown_tokens"] += int(np.count_nonzero(tokens.ids == self.unknown))
             yield tokens
             reached = int(tokens.spans[-1, 1])
             long = len(tokens.ids) > 1 and len(text) - reached > PIECES_AT_ONCE * PIECE_CHARACTERS  # and more to come
@@ -139,14 +140,8 @@ class Reading:
         texts = [self.tokenizer.decode(row) for row in some]
         tokens, characters = int((~np.isin(ids, reader.ids)).sum()), sum(map(len, texts))
         spaces = sum(text.count(" ") + text.count("\n") for text in texts)
-        return is_unsuited(characters, spaces, tokens, int((ids == unknown_id(reader)).sum()))
-
-
-def unknown_id(tokenizer: TextTokenizer) -> int:
-    """The id of a tokenizer's unknown token; −1 if it has none."""
-    name = getattr(tokenizer.backend.model, "unk_token", None)
-    found = None if name is None else tokenizer.backend.token_to_id(name)
-    return -1 if found is None else found
+        unknown = 0 if reader.unknown is None else int((ids == reader.unknown).sum())
+        return is_unsuited(characters, spaces, tokens, unknown)
 
 
 def is_unsuited(characters: int, spaces: int, tokens: int, unknown: int) -> bool:

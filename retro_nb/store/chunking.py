@@ -31,7 +31,7 @@ from retro_nb.common.arrays import ArrayWriter, PathLike, explain_write_errors, 
 from retro_nb.common.manifest import MANIFEST, cached, read_manifest
 from retro_nb.store.files import companion
 from retro_nb.text.document import Document
-from retro_nb.text.files import text_folder
+from retro_nb.text.files import TEXTS, text_folder
 from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, get_tokenizer
 
 # A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. Cuts fall
@@ -176,6 +176,10 @@ class ChunkedDocument(NamedTuple):
     spans: Int64[np.ndarray, "c 2"]
     bytes: Int32[np.ndarray, " c"]
 
+    def count_of(self, token: int | None) -> int:
+        """Number of its tokens with this id; 0 for None."""
+        return 0 if token is None else int(np.count_nonzero(self.rows[:, :-1] == token))
+
     def tokens(self, pad_id: int) -> int:
         """Number of tokens in the document, start and end included."""
         if not len(self.rows):
@@ -212,6 +216,7 @@ def chunk_document(document: Document, chunk_size: int, tokenizer: TextTokenizer
 
 # a corpus
 
+MOST_UNKNOWN = 0.01  # share of unknown tokens that needs no warning
 COMPANIONS = ("spans.npy", "bytes.npy", "documents.jsonl", "tokenizer.json")
 
 
@@ -432,6 +437,7 @@ def _write_all(
 ) -> tuple[dict, list[str]]:
     """Write all documents; return the statistics and the warnings for the caller."""
     tokens, replaced, complete, empty, undecodable, remarks = 0, 0, True, [], [], []
+    lost: dict[str, int] = {}  # unknown tokens of each document that has some
     for document in chunked:
         source = document.about["source"]
         if not len(document.rows):
@@ -445,6 +451,8 @@ def _write_all(
                 break
             files.append(document)
             tokens += document.tokens(files.pad_id)
+            if unknown := document.count_of(files.tokenizer.unknown):
+                lost[source] = unknown
         replaced += document.replaced
         if document.replaced:
             undecodable.append(source)
@@ -453,6 +461,13 @@ def _write_all(
         raise ValueError(f"no text to chunk in {where}: {len(empty)} documents, none with a token{first}")
     if empty:
         remarks.append(f"documents without a token, left out: {len(empty)}, first {empty[0]}")
+    if sum(lost.values()) > MOST_UNKNOWN * tokens:
+        unknown = sum(lost.values())
+        remarks.append(
+            f"{unknown} of {tokens} tokens ({unknown / tokens:.0%}) are unknown to the tokenizer, most of them in "
+            f"{max(lost, key=lost.get)}: what they say is lost. Pass a tokenizer that knows these letters, or a "
+            f"number, as in tokenizer=8000, to train one on this corpus"
+        )
     if undecodable:
         remarks.append(
             f"{replaced} undecodable bytes became U+FFFD in {len(undecodable)} documents, first in {undecodable[0]}: "
@@ -480,7 +495,7 @@ def text_folder_to_chunks_(
     doc_ids_memmap_path: PathLike,
     chunk_size: int = 64,
     seq_len: int = 2048,
-    glob: str = "**/*.txt",
+    glob: str | Sequence[str] = TEXTS,
     max_chunks: int | None = None,
     max_seqs: int | None = None,
     **options: object,

@@ -21,6 +21,7 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 MEGABYTE = 2**20
+TEXTS = ("**/*.txt", "**/*.md")  # patterns of the texts of a folder, if no other is passed
 BACKUPS = ("~", ".bak", ".orig", ".swp", ".tmp")
 FOLDER = "a folder"
 
@@ -80,9 +81,7 @@ class text_folder:
     it is a file, ValueError for an unknown encoding.
     """
 
-    def __init__(
-        self, folder: str | Path, glob: str | Sequence[str] = "**/*.txt", encoding: str | None = "utf-8"
-    ) -> None:
+    def __init__(self, folder: str | Path, glob: str | Sequence[str] = TEXTS, encoding: str | None = "utf-8") -> None:
         self.folder, self.glob, self.encoding = Path(folder), glob, encoding
         if not self.folder.exists():
             raise FileNotFoundError(f"{self.folder} does not exist: pass a folder of .txt files or a .jsonl file")
@@ -97,7 +96,7 @@ class text_folder:
         if left_out:
             warnings.warn(f"{self.folder}: {_summary(left_out)}", stacklevel=2)
         if not self._paths:
-            raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}: pass e.g. '**/*.md'")
+            raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}: pass e.g. '**/*.rst'")
 
     def _reason_to_leave_out(self, path: Path, patterns: Sequence[str]) -> str | None:
         """Why a file that a pattern matches is no text of this corpus; None if it is one."""

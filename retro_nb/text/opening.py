@@ -17,14 +17,13 @@ from retro_nb.common.arrays import WORK
 from retro_nb.common.digests import digest
 from retro_nb.text.almanac import almanac
 from retro_nb.text.docstrings import docstrings
-from retro_nb.text.files import jsonl, text_folder
+from retro_nb.text.files import TEXTS, jsonl, text_folder
 from retro_nb.text.sources import code
 from retro_nb.text.speeches import speeches
 from retro_nb.text.tables import hf_dataset, parquet, saved_to_disk
 
 NAMED = {"speeches": speeches, "almanac": almanac, "docstrings": docstrings, "code": code}
 HUB = "hf:"
-TEXTS = ("**/*.txt", "**/*.md")
 OPTIONS = {"encoding": "utf-8", "text_field": "text", "title_field": "title"}  # with their defaults
 
 

@@ -6,6 +6,7 @@ Ids are 0 … v−1, padding included. A document is `start text end`, with ids 
     GPT-2     <|endoftext|> text <|endoftext|>, padded with a new id, the first after the vocabulary
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -73,6 +74,13 @@ class TextTokenizer:
     def fingerprint(self) -> str:
         """Digest of the vocabulary, rules and special ids; independent of where the tokenizer is stored."""
         return digest([self.backend.to_str(), self.ids])
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """The id of what the vocabulary lacks, such as [UNK]; None if it lacks nothing, as in byte-level ones."""
+        model = json.loads(self.backend.to_str())["model"]
+        name = model.get("unk_token")
+        return model.get("unk_id") if name is None else self.backend.token_to_id(name)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""

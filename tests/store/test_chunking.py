@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -598,3 +599,17 @@ def test_a_full_disk_leaves_the_whole_set_as_it_was(tmp_path, sample_corpus, run
     assert run_apart(chunk_on_full_disk, tmp_path, sample_corpus, limit) == [0]
     assert contents(tmp_path) == before
     assert build(tmp_path, Corpus(sample_corpus)) == first and not recwarn.list
+
+
+def test_text_that_the_tokenizer_does_not_know_is_not_lost_silently(tmp_path):
+    paths = {f"{name}_memmap_path": tmp_path / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
+    unread = Document("\u0e2b\u0e2d\u0e04\u0e2d\u0e22 \u0e41\u0e21\u0e48\u0e19\u0e49\u0e33 " * 40, "tower", "tower.txt")
+    plain = Document("The tower stands by the river. " * 40, "plain", "plain.txt")
+    with pytest.warns(UserWarning, match=r"of \d+ tokens \(\d+%\) are unknown .* most of them in tower.txt") as told:
+        made = documents_to_chunks_([plain, unread], **paths, chunk_size=16, seq_len=32, progress=False)
+    unknown, tokens = map(int, re.search(r"(\d+) of (\d+) tokens", str(told[0].message)).groups())
+    assert unknown == np.count_nonzero(np.load(tmp_path / "chunks.npy")[:, :-1] == 100) and tokens == made["tokens"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = {name: tmp_path / "plain" / path.name for name, path in paths.items()}
+        documents_to_chunks_([plain], **paths, chunk_size=16, seq_len=32, progress=False)

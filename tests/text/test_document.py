@@ -111,16 +111,17 @@ def test_limits_below_one_are_refused(limits):
 
 
 def test_folder_titles_and_order(tmp_path):
-    for name in ["b.txt", "a.txt", "deep/er/c.v2.txt", "ignored.md"]:
+    for name in ["b.txt", "a.txt", "deep/er/c.v2.txt", "d.md", "ignored.rst"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     documents = list(text_folder(tmp_path))
     assert [(d.title, d.source, d.text) for d in documents] == [
         ("a", "a.txt", "a.txt"),
         ("b", "b.txt", "b.txt"),
+        ("d", "d.md", "d.md"),
         ("deep/er/c.v2", "deep/er/c.v2.txt", "deep/er/c.v2.txt"),
     ]
-    assert [d.source for d in text_folder(tmp_path, glob="*.md")] == ["ignored.md"]
+    assert [d.source for d in text_folder(tmp_path, glob="*.rst")] == ["ignored.rst"]
 
 
 @pytest.mark.parametrize(
@@ -277,8 +278,8 @@ def test_missing_folder_and_fruitless_glob_are_met_at_the_door(tmp_path):
         text_folder(tmp_path / "nowhere")
     with pytest.raises(NotADirectoryError, match="is a file: pass the folder that holds it"):
         text_folder(__file__)
-    with pytest.raises(FileNotFoundError, match=re.escape(f"no file in {tmp_path} matches glob '**/*.txt'")):
-        text_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no file in {tmp_path} matches glob '*.rst'")):
+        text_folder(tmp_path, "*.rst")
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(FileNotFoundError):
         text_folder(tmp_path)
@@ -598,7 +599,7 @@ def test_a_fingerprint_changes_when_a_file_does(tmp_path, make):
 def test_a_fingerprint_changes_with_the_list_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     before = text_folder(tmp_path).fingerprint()
-    (tmp_path / "b.md").write_text("b")
+    (tmp_path / "b.rst").write_text("b")
     assert text_folder(tmp_path).fingerprint() == before  # not matched, not a document
     assert text_folder(tmp_path, "*").fingerprint() != before
 
