@@ -29,12 +29,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from evidence_store import CORPORA, FOUND, SEEDS, SHARED, SHARES, build_store, built_with
 
 from retro_nb import RETRO, RETRODataset, fit
 from retro_nb.common.arrays import ROOT, open_array, write_json, writing
-from retro_nb.lab.settings import parse_as
+from retro_nb.lab.settings import load_yaml, parse_as, read_yaml
 from retro_nb.measure.evaluation import MODES, bytes_of_chunks, found_twins, score, token_losses
 from retro_nb.measure.results import RESULTS
 from retro_nb.model.pretrained import INCLUDED
@@ -75,14 +74,14 @@ CARD = """# RETRO on the {name}
 
 def read_recipe(name: str, given: dict[str, str], script: str = __file__) -> dict[str, Any]:
     """A corpus's recipe, with the values that were given on the command line in the places of their names."""
-    recipe = yaml.safe_load(Path(script).with_suffix(".yaml").read_text(encoding="utf-8"))[name]
+    recipe = read_yaml(Path(script).with_suffix(".yaml"))[name]
     for key, text in given.items():
         places = [part for part in (recipe, *recipe.values()) if isinstance(part, dict) and key in part]
         if not places:
             raise SystemExit(f"-p {key}: not in the recipe of {name}, which has {', '.join(recipe)}")
         for part in places:
             value, kind = part[key], type(part[key])  # YAML alone reads 3e-3 as text
-            part[key] = yaml.safe_load(text) if value is None else parse_as(text, kind)
+            part[key] = load_yaml(text) if value is None else parse_as(text, kind)
     return recipe
 
 

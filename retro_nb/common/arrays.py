@@ -83,6 +83,14 @@ def read_json(path: PathLike) -> Any:
         raise ValueError(f"{path} is truncated or corrupt ({error})") from error
 
 
+def read_note(path: PathLike) -> Any:
+    """Content of a JSON file that only spares work; None if it is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
 # writing
 
 

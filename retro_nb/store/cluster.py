@@ -28,7 +28,6 @@ Finished results wait for the writer in Ray's object store. A cluster started he
 twice STORE for Ray itself; when it is full, workers wait.
 """
 
-import json
 import logging
 import os
 import pickle
@@ -48,7 +47,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from retro_nb.common.arrays import PathLike, ResumableRows, open_array, to_jsonable, write_json
+from retro_nb.common.arrays import PathLike, ResumableRows, open_array, read_note, to_jsonable, write_json
 from retro_nb.common.extras import extra
 from retro_nb.common.manifest import cached
 from retro_nb.store.chunking import ChunkedDocument, chunk_document, store_tokenizer, write_chunks
@@ -408,7 +407,7 @@ def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[
     """Trained empty index and the files of its filled shards; those of an interrupted build are reused."""
     vectors, settings = open_array(vectors_path), to_jsonable(index_settings(vectors_path, spec))
     note, settings = folder / "settings.json", settings | {"shard": SHARD}
-    if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != settings:
+    if read_note(note) != settings:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_index(train_index(vectors, spec), folder / TRAINED)

@@ -91,6 +91,7 @@ def choose_tokenizer(
     Raises:
         ValueError: a tokenizer must be trained, but the corpus can be read only once.
     """
+    read_manifest(folder)  # one of a newer format is refused before anything is trained
     if not isinstance(settings.tokenizer, int):
         return get_tokenizer(settings.bert if settings.tokenizer is None else settings.tokenizer)
     if isinstance(documents, Iterator):

@@ -34,7 +34,7 @@ from retro_nb.common.arrays import (
     PathLike,
     ResumableRows,
     open_array,
-    read_json,
+    read_note,
     to_jsonable,
     write_json,
     writing,
@@ -218,17 +218,10 @@ def _begin(old: "_Old", documents: Corpus, staging: Path) -> None:
     read_manifest(staging)
     files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS)]
     note, about = staging / "begun.json", to_jsonable({"from": files, "to": documents.fingerprint()})
-    if _noted(note) != about or any(path.is_symlink() for path in staging.rglob("*")):
+    if read_note(note) != about or any(path.is_symlink() for path in staging.rglob("*")):
         if staging.exists():
             shutil.rmtree(staging)
         write_json(note, about)
-
-
-def _noted(note: Path) -> Any:
-    try:
-        return read_json(note)
-    except (OSError, ValueError):
-        return None
 
 
 # documents and chunks

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from retro_nb.common.arrays import PathLike, file_record, move_settled, settle, to_jsonable, write_json
+from retro_nb.common.arrays import PathLike, file_record, inside, move_settled, settle, to_jsonable, write_json
 from retro_nb.model.pretrained import load_weights
 from retro_nb.training.log import whole_records
 from retro_nb.training.runs import by_main, data_identity
@@ -170,9 +170,13 @@ class Checkpoints:
             return f"{MARK} is empty, damaged or of an earlier version ({error!r})"
         self._refuse_other(folder, identity)
         for name, record in files.items():
-            if not (folder / name).is_file():
+            try:
+                path = inside(folder, name)
+            except ValueError as error:
+                return f"{MARK} is damaged ({error})"
+            if not path.is_file():
                 return f"{name} is missing"
-            if (now := file_record(folder / name, whole=True)) != record:
+            if (now := file_record(path, whole=True)) != record:
                 return f"{name} is damaged ({now['bytes']} of {record['bytes']} bytes)"
         records, damage = whole_records(self.log_path)
         steps = [record["step"] for record in records]
@@ -290,10 +294,10 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
-    """Let Ctrl-C set the yielded event, and raise KeyboardInterrupt only after the block.
+    """Let Ctrl-C or SIGTERM set the yielded event, and raise KeyboardInterrupt only after the block.
 
-    Interrupting a step would leave the weights half updated. A second Ctrl-C interrupts at once. Only the main
-    thread can handle signals; in other threads nothing changes.
+    Interrupting a step would leave the weights half updated. A second one interrupts at once. Schedulers send SIGTERM
+    before they kill. Only the main thread can handle signals; in other threads nothing changes.
     """
     asked = threading.Event()
     if not enabled or threading.current_thread() is not threading.main_thread():
@@ -305,10 +309,11 @@ def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         asked.set()
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if asked.is_set():
         raise KeyboardInterrupt

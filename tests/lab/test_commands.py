@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from retro_nb import RETRO, TrainingWrapper, docstrings, evaluate_loss, split_by_document
 from retro_nb.__main__ import main
+from retro_nb.lab import commands
 from retro_nb.lab.commands import BUILD, TRAIN, choose_settings
 from retro_nb.lab.settings import parse_as, read_yaml
 from retro_nb.measure.evaluation import evaluate
@@ -425,3 +426,19 @@ def test_help_has_every_setting_with_type_default_and_sentence(command, capsys):
     lines = printed.split("the corpus:", 1)[1].splitlines()
     last = [line for line, after in pairwise(lines) if line.startswith("  ") and not after.strip()]
     assert last and all(line.startswith("      ") for line in last), "a group ends with a setting without a sentence"
+
+
+def test_sigterm_ends_a_command_like_ctrl_c(recipe, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(commands, "build", lambda settings: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["build", "-f", str(recipe)]) == 130 and "stopped" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_store_of_a_newer_format_is_refused_before_a_tokenizer_is_trained(recipe, tmp_path, capsys):
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "manifest.json").write_text('{"format": 99, "arrays": {}}')
+    given = ["-p", "work_dir", str(tmp_path / "newer"), "-p", "tokenizer", "300"]
+    assert main(["build", "-f", str(recipe), *given]) == 2
+    assert "format 99" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "newer").iterdir()] == ["manifest.json"]

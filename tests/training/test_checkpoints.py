@@ -123,6 +123,15 @@ def test_a_note_without_digests_is_named_and_the_checkpoint_before_is_taken(out_
         goes_on(out_dir, expected)
 
 
+def test_a_note_that_names_a_file_elsewhere_is_damaged_and_that_file_is_not_read(out_dir, expected):
+    note = out_dir / "checkpoints" / "step-00000009" / "fit.json"
+    content = json.loads(note.read_text())
+    content["files"]["../../../elsewhere"] = {"bytes": 1, "sha256": "0"}
+    note.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"step-00000009: fit\.json is damaged \('../../../elsewhere' is not the name"):
+        goes_on(out_dir, expected)
+
+
 def test_a_folder_in_place_of_a_file_is_damage(out_dir, expected):
     file = out_dir / "checkpoints" / "step-00000009" / "optimizer.bin"
     file.unlink()
