@@ -1,4 +1,4 @@
-"""Names and paths of a store's arrays, defined only here."""
+"""Names and paths of a store's arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def companion(chunks_memmap_path: PathLike, kind: str) -> Path:
 def knn_path(chunk_memmap_path: PathLike, exclude: Sequence[tuple[int, int]] = ()) -> Path:
     """Path of a chunk array's neighbours: `chunks.knn.npy` for `chunks.npy`.
 
-    A database that leaves out the chunks `exclude`, as ranges [first, stop), has its neighbours under another name.
+    If `exclude`, ranges [first, stop) of chunks that are never retrieved, is not empty, the name has its digest.
     """
     kept_out = f"-{digest([list(each) for each in exclude], 8)}" if exclude else ""
     return companion(chunk_memmap_path, f"knn{kept_out}{Path(chunk_memmap_path).suffix}")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import faiss
 import numpy as np
@@ -102,13 +103,28 @@ def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = F
 
     Raises:
         ValueError: there are no vectors, too few to train the index, or `spec` is not an index-factory string.
+        FloatingPointError: a vector is not finite, as in stores whose vectors were not checked.
     """
     with _explaining(spec, vectors):
         index = train_index(vectors, spec)
         for start in tqdm(range(0, len(vectors), BLOCK), desc="indexing", disable=not progress):
-            index.add(rows_of(vectors, slice(start, start + BLOCK)))
+            rows = rows_of(vectors, slice(start, start + BLOCK))
+            if not np.isfinite(rows).all():
+                _refuse_not_finite(vectors)
+            index.add(rows)
         tune(index, vectors)
     return index
+
+
+def _refuse_not_finite(vectors: Vectors) -> NoReturn:
+    """Name the chunks whose vectors are not finite: no distance to them means anything."""
+    blocks = range(0, len(vectors), BLOCK)
+    bad = [start + np.flatnonzero(~np.isfinite(vectors[start : start + BLOCK]).all(axis=1)) for start in blocks]
+    numbers = np.concatenate(bad)
+    raise FloatingPointError(
+        f"{len(numbers)} of {len(vectors)} vectors are not finite, the first is that of chunk {numbers[0]}: embed the "
+        f"chunks again (REPROCESS=1)"
+    )
 
 
 def train_index(vectors: Vectors, spec: str | None = None) -> faiss.Index:
@@ -121,7 +137,10 @@ def train_index(vectors: Vectors, spec: str | None = None) -> faiss.Index:
         if hasattr(innermost(index), "do_polysemous_training"):
             innermost(index).do_polysemous_training = False  # takes seconds per PQ byte, for a search not used here
         if not index.is_trained:
-            index.train(_training_sample(vectors, index))
+            sample = _training_sample(vectors, index)
+            if not np.isfinite(sample).all():
+                _refuse_not_finite(vectors)
+            index.train(sample)
     return index
 
 

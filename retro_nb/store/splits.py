@@ -28,10 +28,10 @@ def hold_out(
 
 
 def document_numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
-    """Numbers of the documents that a database leaves out.
+    """Turn `keep_out` into numbers of documents, ascending.
 
     Args:
-        keep_out: their numbers, or the share that `hold_out` draws; 0 for none.
+        keep_out: numbers of documents, or the share of all that `hold_out` is to draw with seed 0; 0 for none.
         documents: number of documents in the corpus.
     """
     if isinstance(keep_out, Sequence):

@@ -1,11 +1,12 @@
 """A store: everything built from one corpus, in one folder (notebooks 01 to 03).
 
-    store = Store.build(speeches(max_chars=4000), "my_store", StoreSettings(seq_len=512))
-    store = Store.open("my_store")      later, without the corpus
+    store = Store.build("my_texts/", "my_store", StoreSettings(seq_len=512))
+    store = Store.open("my_store")              later, without the corpus
 
-    store.dataset()       sequences with their neighbours, to train on
-    store.retriever()     answers questions about the corpus
-    store.update(corpus)  follows a corpus that has changed
+    store.dataset()                             sequences with their neighbours, to train on
+    store.retriever()                           answers questions about the corpus
+    store.update(corpus)                        follows a corpus that has changed
+    TrainingWrapper.over(retro, store)          ties a model to it, here RETRO(max_seq_len=512, …)
 
 The folder holds chunks, sequences, documents, vectors, index and neighbours (`Files`), the tokenizer, and a manifest
 that records the inputs and settings of each. A changed setting rebuilds only what depends on it.
@@ -35,6 +36,7 @@ from retro_nb.store.retrieval import Retriever
 from retro_nb.store.splits import document_numbers
 from retro_nb.store.updating import Update, reason_to_rebuild, update_store
 from retro_nb.text.document import Document
+from retro_nb.text.opening import open_corpus
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
 
 
@@ -42,14 +44,14 @@ from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
 class StoreSettings:
     """Settings of a store.
 
-    chunk_size, seq_len     m and n, tokens; n is a multiple of m
+    chunk_size, seq_len     m and n, tokens: a model's chunk_size and max_seq_len; n is a multiple of m
     knn                     k, neighbours of a chunk
     tokenizer               cuts the texts: a Hugging Face tokenizer, by folder or name; a number, for a byte-level BPE
-                            of that size, trained on the corpus; None for the BERT's
+                            of that size, trained on the corpus; None for the BERT's. For a RETROfit, the model's
     bert                    the BERT that embeds the chunks, see `tokens.bert_folder`
     use_cls_repr            a chunk's vector is that of [CLS], not the mean over its tokens
     index                   a FAISS index-factory string; None for the choice of `choose_index`
-    max_index_memory_usage, current_memory_available    bytes, or "100m": the index takes no more than the smaller
+    max_index_memory_usage, current_memory_available    bytes, or "100m": upper limits of the index's size
     max_similarity          leaves out neighbours with a cosine above this (near-duplicates)
     keep_out                documents that are never retrieved: their numbers, or a share that `hold_out` draws
     max_chunks, max_seqs    stop before the first document that would exceed either
@@ -114,6 +116,7 @@ class Store:
     files       paths of its arrays
     settings    what it was built with
     kept_out    numbers of the documents that are never retrieved
+    exclude     their chunks, as ranges [first, stop)
     tokenizer   the tokenizer of its chunks
     stats       counts of documents, chunks, sequences and tokens; the index, its recall, seconds
     """
@@ -131,7 +134,7 @@ class Store:
     @classmethod
     def build(
         cls,
-        documents: Iterable[Document],
+        documents: Iterable[Document] | PathLike,
         folder: PathLike,
         settings: StoreSettings | None = None,
         *,
@@ -142,23 +145,24 @@ class Store:
         """Build the missing parts of a corpus's store: chunk, embed, index and search.
 
         Parts built with the same settings are reused; REPROCESS=1 in the environment rebuilds everything. If only the
-        corpus has changed, only its new documents are embedded (`update`). Processes launched together share the work,
-        and each must call this.
+        corpus has changed, only its new documents are embedded (`update`), unless documents are kept out or `files`
+        are passed. Processes launched together share the work, and each must call this.
 
         Args:
-            documents: a corpus, or any iterable of `Document` (which is always chunked again, since it cannot say
-                whether it has changed).
+            documents: a corpus, or a name or path that `opening.open_corpus` knows; or any iterable of `Document`,
+                which is chunked again each time, because changes in it cannot be detected.
             folder: the store's folder.
             settings: see `StoreSettings`.
             files: paths of the arrays, if they are not in `folder` under their usual names.
             progress: show progress bars.
-            **options: those of `knn.chunks_to_precalculated_knn_` that do not change what is built.
+            **options: `force_reprocess`, `max_rows_per_file` and `chunks_to_embeddings_batch_size` of
+                `knn.chunks_to_precalculated_knn_`.
 
         Raises:
             ValueError: a setting is out of range, or no document has a token.
             OSError: a file cannot be written; what was there is untouched.
         """
-        settings, files = settings or StoreSettings(), files or Files.of(folder)
+        documents, settings, files = open_corpus(documents), settings or StoreSettings(), files or Files.of(folder)
         settings = replace(settings, tokenizer=choose_tokenizer(settings, documents, folder, progress))
         if files == Files.of(folder):
             _follow(documents, folder, settings, progress)
@@ -179,12 +183,12 @@ class Store:
     def open(
         cls, folder: PathLike, *, bert: PathLike | None = None, keep_out: float | int | Sequence[int] = ()
     ) -> "Store":
-        """Open a built store without its corpus; nothing is built or changed.
+        """Open a built store without its corpus; nothing is built.
 
         Args:
             folder: the store's folder.
             bert: the BERT that embedded it, for queries to its `retriever`.
-            keep_out: the documents that its neighbours leave out, as passed when it was built.
+            keep_out: the same as when it was built.
 
         Raises:
             FileNotFoundError: the store is incomplete, or has no neighbours that leave these documents out.

@@ -50,7 +50,7 @@ class TrainingWrapper(nn.Module):
             index and neighbours are stored beside the first.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
         keep_out: documents that the database leaves out, so that nothing retrieves them: their numbers, or a share
-            of all, drawn by `splits.hold_out`. `fit` validates on them, and `evaluation` measures on them.
+            of all, drawn by `splits.hold_out`. `fit` validates on them unless it is given a `valid_share`.
         knn_extra_neighbors: the reference's margin for same-document exclusion; unused, since exclusion is exact here.
         processed_stats_json_path: file for `.stats`; None writes none.
         faiss_index_filename: name of the index, beside the chunks.
@@ -120,10 +120,14 @@ class TrainingWrapper(nn.Module):
 
     @classmethod
     def over(cls, retro: ChunkedLM, store: Store) -> "TrainingWrapper":
-        """Wrap an existing store.
+        """Wrap an existing store: `TrainingWrapper.over(RETRO(max_seq_len=512), Store.open("my_store"))`.
+
+        The model's chunk_size and max_seq_len must be the store's, its vocabulary at least as large, its padding the
+        same; a RETROfit must have the store's tokenizer. Whether a RETRO was trained with it, nobody can tell.
 
         Raises:
-            TypeError, ValueError: model and store do not match.
+            TypeError: `retro` is neither a RETRO nor made by `retrofit`.
+            ValueError: model and store do not match.
         """
         cls._check(retro, store.settings.chunk_size)
         if retro.seq_len != store.settings.seq_len:
@@ -157,7 +161,7 @@ class TrainingWrapper(nn.Module):
         if own is not None and own.fingerprint != fingerprint:
             raise ValueError(
                 f"the model has a tokenizer of its own ({own.size} ids), this one is another ({size} ids): leave "
-                f"tokenizer out, or pass the model's"
+                f"tokenizer out, or pass the model's, as in StoreSettings(tokenizer=model.tokenizer)"
             )
         if retro.num_tokens < size or retro.pad_id != pad:
             raise ValueError(
@@ -184,8 +188,8 @@ class TrainingWrapper(nn.Module):
 
         Args:
             valid_share: share of the documents held out of training for the validation loss; 0 for none. By
-                default, the documents that the database keeps out, or else a tenth of all, which stay in the
-                database, where only other documents retrieve them.
+                default, the documents that the database keeps out; if there are none, a tenth of all. That tenth
+                stays in the database: training documents may retrieve it.
             **kwargs: `steps` or `epochs`, and other arguments of `training.fit`.
 
         Returns:
@@ -272,8 +276,8 @@ class TrainingWrapper(nn.Module):
             end_chunk: pad before the prompt so that it ends with a chunk. Then even the first word written after a
                 short prompt reads the neighbours retrieved for it (see `sampling.left_pad`).
             on_text: called with the text so far after each token, for streaming.
-            **options: those of `generate` except `on_token` and `on_retrieved`. No neighbours are looked up, or
-                reported, for chunks that `retrieved` covers and for a chunk that no token follows.
+            **options: those of `generate` except `on_token` and `on_retrieved`. Chunks covered by `retrieved`, and a
+                last chunk that no token follows, have no neighbours in the result.
 
         Raises:
             ValueError: `end_chunk` is set for a model that would read the padding as text, as a RETRO does.

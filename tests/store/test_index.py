@@ -331,3 +331,12 @@ def test_a_truncated_index_is_told(spec, tmp_path):
 def test_a_missing_index_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no index at .*gone\.index: build it"):
         read_index(tmp_path / "gone.index")
+
+
+@pytest.mark.parametrize("spec", ["Flat", "IVF4,Flat", "HNSW8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused_and_named(spec, bad):
+    vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    vectors[[7, 90], 3] = bad
+    with pytest.raises(FloatingPointError, match="2 of 300 vectors are not finite, the first is that of chunk 7"):
+        build_index(vectors, spec)
