@@ -108,7 +108,9 @@ class Survey:
 
     def __str__(self) -> str:
         remarks = [textwrap.fill(each, WIDTH, initial_indent="! ", subsequent_indent="  ") for each in self.remarks]
-        return "\n".join([*_found(self), "", *_expected(self), *([""] if remarks else []), *remarks])
+        report = "\n".join([*_found(self), "", *_expected(self), *([""] if remarks else []), *remarks])
+        # Titles and file names may hold anything: escape sequences of a terminal are not passed on.
+        return "".join(each if each == "\n" or each.isprintable() else "\ufffd" for each in report)
 
 
 def survey(

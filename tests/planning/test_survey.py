@@ -439,3 +439,9 @@ def test_ctrl_c_stops_it(quick):
 
     with pytest.raises(KeyboardInterrupt):
         quick(corpus())
+
+
+def test_a_title_cannot_command_the_terminal(quick):
+    corpus = [Document("The tower stands by the river. " * 30, "\x1b]0;owned\x07\x1b[2J", "a.txt")]
+    report = str(quick(corpus))
+    assert "owned" in report and all(each == "\n" or each.isprintable() for each in report)
