@@ -193,7 +193,8 @@ def _terminated_like_interrupted() -> Iterator[None]:
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
+    alone = launched()[1] == 1  # one of several may wait for the others in code that runs no handler
+    if not alone or threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)

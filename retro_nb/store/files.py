@@ -28,19 +28,24 @@ def knn_path(chunk_memmap_path: PathLike, exclude: Sequence[tuple[int, int]] = (
 
 @dataclass(frozen=True)
 class Files:
-    """Paths of one store's files. Vectors, neighbours and the documents' metadata are next to the chunks."""
+    """Paths of one store's arrays. Vectors, index, neighbours and metadata are next to the chunks."""
 
     chunks: Path
     seqs: Path
     doc_ids: Path
-    index: Path
+    index_name: str = INDEX
 
     @classmethod
     def of(cls, folder: PathLike) -> "Files":
-        """Files of a store in this folder, under their usual names."""
-        return cls(*(Path(folder) / name for name in (CHUNKS, SEQS, DOC_IDS, INDEX)))
+        """The default paths in a folder."""
+        return cls(*(Path(folder) / name for name in (CHUNKS, SEQS, DOC_IDS)))
 
     @property
     def vectors(self) -> Path:
         """Path of the chunks' vectors."""
         return companion(self.chunks, "embedded.npy")
+
+    @property
+    def index(self) -> Path:
+        """Path of the index."""
+        return self.chunks.parent / self.index_name

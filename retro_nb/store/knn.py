@@ -248,6 +248,12 @@ def index_stats(path: Path, spec: str, count: int, started: float) -> dict:
     return {"index": spec, "vectors": count, "bytes": size, "seconds": time.perf_counter() - started}
 
 
+def check_similarity(max_similarity: float | int | None) -> None:
+    """Reject a limit that no cosine can have."""
+    if max_similarity is not None and not -1 < max_similarity <= 1:
+        raise ValueError(f"max_similarity {max_similarity} is a cosine: give something above −1 and up to 1, e.g. 0.95")
+
+
 def chunks_to_precalculated_knn_(
     *,
     num_nearest_neighbors: int,
@@ -285,8 +291,7 @@ def chunks_to_precalculated_knn_(
     """
     if num_nearest_neighbors < 1:
         raise ValueError(f"num_nearest_neighbors {num_nearest_neighbors}: ask for 1 or more")
-    if max_similarity is not None and not -1 < max_similarity <= 1:
-        raise ValueError(f"max_similarity {max_similarity} is a cosine: give something above −1 and up to 1, e.g. 0.95")
+    check_similarity(max_similarity)
     doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
     exclude = document_ranges(doc_ids, keep_out)
     index, vectors = chunks_to_index_and_embed(

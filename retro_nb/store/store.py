@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,15 @@ from jaxtyping import Float, Int, Integer
 from retro_nb.common.arrays import PathLike, open_array, to_jsonable
 from retro_nb.common.launch import broadcast
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
-from retro_nb.store.chunking import chunk_settings, documents_to_chunks_, read_documents, store_tokenizer
+from retro_nb.store.chunking import check_sizes, chunk_settings, documents_to_chunks_, read_documents, store_tokenizer
 from retro_nb.store.dataset import RETRODataset
 from retro_nb.store.embedding import bert_fingerprint
 from retro_nb.store.files import Files, knn_path
 from retro_nb.store.index import read_index
-from retro_nb.store.knn import chunks_to_precalculated_knn_, document_ranges, knn_stats
+from retro_nb.store.knn import check_similarity, chunks_to_precalculated_knn_, document_ranges, knn_stats
 from retro_nb.store.retrieval import Retriever
 from retro_nb.store.splits import document_numbers
-from retro_nb.store.updating import Update, reason_to_rebuild, update_store
+from retro_nb.store.updating import Update, mismatch, reason_to_rebuild, update_store
 from retro_nb.text.document import Document
 from retro_nb.text.opening import open_corpus
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
@@ -74,6 +75,8 @@ class StoreSettings:
     def __post_init__(self) -> None:
         if self.knn < 1:
             raise ValueError(f"knn is {self.knn}: it must be at least 1")
+        check_sizes(self.chunk_size, self.seq_len, self.max_chunks, self.max_seqs)
+        check_similarity(self.max_similarity)
 
     def of_chunks(self) -> dict[str, Any]:
         """The settings for cutting chunks, without the tokenizer."""
@@ -128,7 +131,7 @@ class Store:
     def _read(self) -> None:
         self.exclude = document_ranges(self.doc_ids, self.kept_out)
         chunk_stats = read_manifest(self.folder)[self.files.chunks.name]["stats"]
-        self.stats = {**chunk_stats, **knn_stats(self.files.chunks, self.files.index.name, self.exclude)}
+        self.stats = {**chunk_stats, **knn_stats(self.files.chunks, self.files.index_name, self.exclude)}
         self.__dict__.pop("index", None)
 
     @classmethod
@@ -173,7 +176,7 @@ class Store:
         kept_out = document_numbers(settings.keep_out, made["docs"])
         chunks_to_precalculated_knn_(
             num_nearest_neighbors=settings.knn, num_chunks=made["chunks"], chunk_size=settings.chunk_size,
-            chunk_memmap_path=files.chunks, doc_ids_memmap_path=files.doc_ids, index_file=files.index.name,
+            chunk_memmap_path=files.chunks, doc_ids_memmap_path=files.doc_ids, index_file=files.index_name,
             keep_out=kept_out, max_similarity=settings.max_similarity, use_cls_repr=settings.use_cls_repr,
             bert=settings.bert, progress=progress, **settings.of_index(), **options,
         )  # fmt: skip
@@ -191,8 +194,10 @@ class Store:
             keep_out: the same as when it was built.
 
         Raises:
-            FileNotFoundError: the store is incomplete, or has no neighbours that leave these documents out.
-            ValueError: another BERT embedded it, or its manifest is damaged or of a newer format.
+            FileNotFoundError: the store is incomplete, has no neighbours that leave these documents out, or its
+                manifest is damaged.
+            ValueError: another BERT embedded it; an array is damaged, or is not what the next was made from, as after
+                a stopped build; or its manifest is of a newer format.
         """
         folder, files = Path(folder), Files.of(folder)
         finish_replacement(folder)
@@ -213,9 +218,14 @@ class Store:
         )
         if vectors["bert"] != bert_fingerprint(bert):
             raise ValueError(f"the store in {folder} was embedded by another BERT ({vectors['bert']}): pass bert=…")
+        tokenizer = store_tokenizer(files.chunks, bert)
+        if tokenizer.fingerprint != chunks["tokenizer"]:
+            raise ValueError(f"the store in {folder} has lost its tokenizer ({chunks['tokenizer']}): build it again")
+        if reason := mismatch(folder, found):
+            raise ValueError(f"the store in {folder}: {reason}. Build it again with Store.build")
         sizes = {name: chunks[name] for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
         settings = StoreSettings(
-            **sizes, knn=neighbours["k"], tokenizer=store_tokenizer(files.chunks, bert), bert=bert,
+            **sizes, knn=neighbours["k"], tokenizer=tokenizer, bert=bert,
             use_cls_repr=vectors["pooling"] == "cls", index=index["index"],
             max_similarity=neighbours["max_similarity"], keep_out=kept_out,
         )  # fmt: skip
@@ -274,7 +284,8 @@ class Store:
             ValueError: k is less than 1, or fewer than k are stored.
         """
         stored = self.stats["k"]
-        if k is not None and not 1 <= k <= stored:
+        _check_k(k)
+        if k is not None and k > stored:
             raise ValueError(f"k {k}: the store in {self.folder} has {stored} neighbours of each: build it with more")
         data = RETRODataset(
             num_chunks=self.stats["chunks"], chunk_size=self.settings.chunk_size, seq_len=self.settings.seq_len,
@@ -295,6 +306,7 @@ class Store:
 
     def retriever(self, k: int | None = None) -> Retriever:
         """Retriever that finds k chunks per query; if left out, the number of stored neighbours per chunk."""
+        _check_k(k)
         return Retriever(**self.database(k), keep_out=self.kept_out)
 
     def update(self, documents: Iterable[Document], *, progress: bool = True) -> Update:
@@ -303,15 +315,24 @@ class Store:
         Returns:
             What was done; `str()` of it is a sentence.
 
+        Datasets, retrievers and wrappers made before hold the old arrays: make them again.
+
         Raises:
-            ValueError: the store keeps documents out (call `Store.build` instead), or cannot be updated.
+            ValueError: the store keeps documents out or its files have other names (call `Store.build` instead), or
+                it cannot be updated.
         """
-        if self.kept_out:
-            raise ValueError(f"the store in {self.folder} keeps documents out: call Store.build with the new corpus")
+        if self.kept_out or self.files != Files.of(self.folder):
+            how = "keeps documents out" if self.kept_out else "has files of other names"
+            raise ValueError(f"the store in {self.folder} {how}: call Store.build with the new corpus")
         options = {"bert": self.settings.bert, "progress": progress, **self.settings.of_index()}
         done = update_store(documents, self.folder, **options)
         self._read()
         return done
+
+
+def _check_k(k: Any) -> None:
+    if k is not None and (isinstance(k, bool) or not isinstance(k, Integral) or k < 1):
+        raise ValueError(f"k {k!r}: pass a whole number of neighbours, 1 or more, or None for all that are stored")
 
 
 def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress: bool) -> None:

@@ -100,6 +100,23 @@ class Update:
         return f"{documents}; {self.embedded} chunks embedded, neighbours searched for {self.searched}"
 
 
+def mismatch(folder: PathLike, neighbours: str = NEIGHBOURS) -> str | None:
+    """Name an array of a store that is damaged, or is not what the next one was made from; None if all match.
+
+    Args:
+        folder: the store's; its manifest has a record of each array.
+        neighbours: name of the array of neighbours.
+    """
+    folder = Path(folder)
+    was = {name: record["settings"] for name, record in read_manifest(folder).items()}
+    for name, source, needed in (
+        (VECTORS, CHUNKS, "chunks"), (INDEX, VECTORS, "embeddings"), (neighbours, INDEX, "index")
+    ):  # fmt: skip
+        if not intact(folder / source) or was[name][needed] != array_key(folder / source):
+            return f"{source} is not what {name} was made from"
+    return None if intact(folder / neighbours) else f"{neighbours} is truncated or corrupt"
+
+
 def reason_to_rebuild(
     documents: Any,
     folder: PathLike,
@@ -130,12 +147,8 @@ def reason_to_rebuild(
     for name, value in (was[VECTORS] | was[CHUNKS] | {"corpus": None}).items():
         if wanted.get(name, value) != value:
             return f"{name} was {value} and is {wanted[name]}"
-    sources = ((VECTORS, CHUNKS, "chunks"), (INDEX, VECTORS, "embeddings"), (NEIGHBOURS, INDEX, "index"))
-    for name, source, needed in sources:
-        if not intact(folder / source) or was[name][needed] != array_key(folder / source):
-            return f"{source} is not what {name} was made from"
-    if not intact(folder / NEIGHBOURS):
-        return f"{NEIGHBOURS} is truncated or corrupt"
+    if reason := mismatch(folder):
+        return reason
     if not all("digest" in about for about in read_documents(folder / CHUNKS)):
         return "it was built by a version that did not record the texts' digests"
     return None
@@ -179,7 +192,7 @@ def update_store(
     read_manifest(folder)  # refuses a newer format before a lock is made
     with _alone(folder):
         if reason := broadcast(reason_to_rebuild(documents, folder, bert=bert)):
-            raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with TrainingWrapper")
+            raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with Store.build")
         old = _Old(folder)
         if old.settings[CHUNKS]["corpus"] == to_jsonable(documents.fingerprint()):
             return Update(len(old.documents), added=0, removed=0, embedded=0, searched=0)

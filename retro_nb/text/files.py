@@ -4,6 +4,7 @@ import codecs
 import gzip
 import json
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -43,9 +44,9 @@ def _detect(data: bytes) -> str:
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             return encoding
-    even, odd = (data[start:MEGABYTE:2].count(0) for start in (0, 1))
-    marked = data.startswith(codecs.BOM_UTF8)
-    if not marked and 10 * max(even, odd) > min(len(data), MEGABYTE) and min(even, odd) < max(even, odd) / 10:
+    places = min(len(data), MEGABYTE) // 2
+    even, odd = (data[start : 2 * places : 2].count(0) for start in (0, 1))
+    if len(data) % 2 == 0 and max(even, odd) > max(0.7 * places, 3) and min(even, odd) < 0.05 * places:
         return "utf-16-le" if odd > even else "utf-16-be"
     try:
         data.decode("utf-8")
@@ -69,7 +70,8 @@ class text_folder:
 
     Left out, with a warning, is what no one means as text: hidden files and folders (names that begin with a dot, such
     as .git or .ipynb_checkpoints), __MACOSX, editors' backups, and what is no regular file, such as a pipe, whose
-    reading might never end. A pattern that names a hidden file or folder itself ("**/.notes/*.txt") finds it.
+    reading might never end. A pattern that names hidden files or backups itself ("**/.notes/*.txt", "*.bak") finds
+    them.
 
     glob      a pattern, or several
     encoding  a name that Python knows; None to detect it file by file: UTF-16 or UTF-32 by a byte order mark, UTF-8
@@ -88,29 +90,19 @@ class text_folder:
         if not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file: pass the folder that holds it, or a .jsonl file")
         _check_encoding(encoding)
-        patterns = [glob] if isinstance(glob, str) else glob
-        matched = {path.relative_to(self.folder) for each in patterns for path in self.folder.glob(each)}
-        reasons = {path.as_posix(): self._reason_to_leave_out(path, patterns) for path in sorted(matched)}
+        reasons: dict[str, str | None] = {}
+        for pattern in [glob] if isinstance(glob, str) else glob:
+            for path in self.folder.glob(pattern):
+                name = path.relative_to(self.folder).as_posix()
+                if reasons.get(name, FOLDER) is not None:  # what one pattern leaves out, another may ask for
+                    reasons[name] = _reason_to_leave_out(self.folder, name, pattern)
         self._paths = sorted(name for name, reason in reasons.items() if reason is None)
-        left_out = {name: reason for name, reason in reasons.items() if reason and reason != FOLDER}
+        left_out = {name: reason for name, reason in sorted(reasons.items()) if reason and reason != FOLDER}
         if left_out:
             warnings.warn(f"{self.folder}: {_summary(left_out)}", stacklevel=2)
         if not self._paths:
-            raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}: pass e.g. '**/*.rst'")
-
-    def _reason_to_leave_out(self, path: Path, patterns: Sequence[str]) -> str | None:
-        """Why a file that a pattern matches is no text of this corpus; None if it is one."""
-        asked = any(part.startswith(".") for each in patterns for part in Path(each).parts)
-        if not asked and any(part.startswith(".") for part in path.parts):
-            return "hidden"
-        if "__MACOSX" in path.parts:
-            return "left by an archiver of macOS"
-        if path.name.endswith(BACKUPS) or (path.name.startswith("#") and path.name.endswith("#")):
-            return "an editor's backup"
-        whole = self.folder / path
-        if whole.is_dir():
-            return FOLDER
-        return None if whole.is_file() or not whole.exists() else "no regular file"  # a broken link is an error
+            but = ", but those left out" if left_out else ""
+            raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}{but}: pass e.g. '**/*.rst'")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -134,6 +126,22 @@ class text_folder:
         files = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
         said = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as in older fingerprints
         return {"corpus": "text_folder", "documents": len(self), "files": files} | said
+
+
+def _reason_to_leave_out(folder: Path, name: str, pattern: str) -> str | None:
+    """Why a file that this pattern matches is no text of a corpus; None if it is one, or is asked for by its kind."""
+    path, whole = Path(name), folder / name
+    if whole.is_dir():
+        return FOLDER
+    asked = any(part.startswith((".", "[.]")) for part in Path(pattern).parts)
+    if not asked and any(part.startswith(".") and not part.startswith("..") for part in path.parts):
+        return "hidden"
+    if "__MACOSX" in path.parts:
+        return "left by an archiver of macOS"
+    backup = path.name.endswith(BACKUPS) or (path.name.startswith("#") and path.name.endswith("#"))
+    if backup and not pattern.endswith((*BACKUPS, "#")):
+        return "an editor's backup"
+    return None if whole.is_file() or not whole.exists() else "no regular file"  # a broken link is an error
 
 
 def _summary(left_out: Mapping[str, str]) -> str:
@@ -185,13 +193,20 @@ class jsonl:
             raise FileNotFoundError(f"{self.path} is not a file: pass the path of a .jsonl file")
 
     def __iter__(self) -> Iterator[Document]:
+        number = self._line
         with self._open() as file:  # bytes: only "\n" ends a line
-            file.seek(self._start)
-            for number, data in enumerate(file, start=self._line):
-                if data.strip():
-                    yield self._document(number, *decode_text(data))
-                if self._stop is not None and file.tell() >= self._stop:
-                    break
+            try:
+                file.seek(self._start)
+                for number, data in enumerate(file, start=self._line):
+                    if data.strip():
+                        yield self._document(number, *decode_text(data))
+                    if self._stop is not None and file.tell() >= self._stop:
+                        break
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                where = f"{self.path}, after line {number}"
+                raise ValueError(
+                    f"{where}: damaged or cut ({error}): fetch it again, or unpack what is there"
+                ) from None
 
     def _open(self) -> BufferedReader | gzip.GzipFile:
         return gzip.open(self.path) if self._packed else open(self.path, "rb")

@@ -22,8 +22,8 @@ from retro_nb.text.files import MEGABYTE, decode_text, record_document
 
 BATCH_ROWS, BATCH_BYTES = 1000, 4 * MEGABYTE  # in memory at a time: 1000 rows, fewer if they are long
 
-# "data/train-00000-of-00002.parquet", "validation.parquet", "test/0.parquet"
-SPLIT = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?:-\d+-of-\d+)?(?:\.parquet$|/)")
+# "data/train-00000-of-00002.parquet", "validation.parquet", "partial-test/0000.parquet"
+SPLIT = re.compile(r"(?:^|/)(?:partial-)?(train|validation|valid|val|dev|test)(?:[-_.][^/]*)?(?:\.parquet$|/)", re.I)
 CHOICE = ("name", "data_dir", "data_files", "revision")  # options of `load_dataset` that select the data
 
 
@@ -51,8 +51,8 @@ def _document(text: object, title: object, fields: tuple[str, str], name: str, r
 
 def _check_one_split(folder: Path, names: Sequence[str]) -> None:
     """Raise ValueError if the files of a folder are of several splits, as in a clone of a hub dataset."""
-    splits = {found[1] for name in names if (found := SPLIT.search(name))}
-    if len(splits) > 1:
+    splits = {found[1].lower() for name in names if (found := SPLIT.search(name))}
+    if len(splits) > 1 and "train" in splits:
         raise ValueError(
             f"{folder} has files of the splits {', '.join(sorted(splits))}, which do not belong into one database: "
             f"pass one file, a folder with those of one split, or hf_dataset({str(folder)!r}, split=…)"

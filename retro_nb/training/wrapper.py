@@ -110,11 +110,11 @@ class TrainingWrapper(nn.Module):
         self._check_tokenizer(retro, tokens.size, tokens.ids.pad, tokens.fingerprint)
         files = Files(
             Path(chunks_memmap_path or folder / CHUNKS), Path(seqs_memmap_path or folder / SEQS),
-            Path(doc_ids_memmap_path or folder / DOC_IDS),
-            Path(chunks_memmap_path or folder / CHUNKS).with_name(faiss_index_filename),
+            Path(doc_ids_memmap_path or folder / DOC_IDS), faiss_index_filename,
         )  # fmt: skip
         settings = replace(settings, tokenizer=tokens)
-        self._tie(retro, Store.build(corpus, folder, settings, files=files, progress=progress, **index_kwargs))
+        store = Store.build(corpus, folder, settings, files=files, progress=progress, **index_kwargs)
+        self._tie(retro, store, folder)
         if processed_stats_json_path is not None:
             write_json(processed_stats_json_path, self.stats)
 
@@ -138,14 +138,14 @@ class TrainingWrapper(nn.Module):
         cls._check_tokenizer(retro, store.tokenizer.size, store.tokenizer.ids.pad, store.tokenizer.fingerprint)
         wrapper = cls.__new__(cls)
         nn.Module.__init__(wrapper)
-        wrapper._tie(retro, store)
+        wrapper._tie(retro, store, store.folder)
         return wrapper
 
-    def _tie(self, retro: ChunkedLM, store: Store) -> None:
+    def _tie(self, retro: ChunkedLM, store: Store, work_dir: Path) -> None:
         self.retro, self.store, self.ds, self.retriever = retro, store, store.dataset(), store.retriever()
         self.chunk_size, self.max_seq_len, self.bert = retro.chunk_size, retro.seq_len, store.settings.bert
         self.stats, self.kept_out, self.tokenizer = store.stats, store.kept_out, store.tokenizer
-        self.work_dir = store.folder
+        self.work_dir = work_dir
         self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **store.database(), exclude=store.exclude)
 
     @staticmethod

@@ -1,5 +1,7 @@
 """The store as an object: what it builds is what its parts build, it opens without its corpus, and it follows it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from retro_nb import RETRO, Store, StoreSettings, TrainingWrapper
 from retro_nb.common.manifest import read_manifest
 from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.store.files import Files
 from retro_nb.store.index import exact_search
 from retro_nb.store.knn import own_ranges
 from retro_nb.text.document import Document
@@ -79,9 +82,8 @@ def test_a_dataset_with_fewer_neighbours_has_the_nearest(store):
     seq, retrieved = store.dataset(k=2)[0]
     whole_seq, all_retrieved = store.dataset()[0]
     assert torch.equal(seq, whole_seq) and torch.equal(retrieved, all_retrieved[:, :2])
-    for k in (0, 4):
-        with pytest.raises(ValueError, match=f"k {k}: .* has 3 neighbours"):
-            store.dataset(k)
+    with pytest.raises(ValueError, match=r"k 4: .* has 3 neighbours"):
+        store.dataset(4)
 
 
 def test_documents_that_are_kept_out_are_nobodys_neighbour(corpus, settings, tmp_path):
@@ -151,3 +153,59 @@ def test_a_store_that_a_wrapper_of_long_ago_left_opens(store):
     names = {"chunks.npy", "chunks.embedded.npy", "knn.index", "chunks.knn.npy"}
     assert names <= read_manifest(store.folder).keys()
     assert not list(store.folder.glob("*.yaml")) and not (store.folder / "settings.json").exists()
+
+
+def test_neighbours_of_other_vectors_are_not_opened(corpus, settings, tmp_path):
+    """A build without kept-out documents leaves the neighbours of an earlier one with them where they lie."""
+    Store.build(corpus, tmp_path / "store", replace(settings, keep_out=[1]), progress=False)
+    with pytest.warns(UserWarning, match="pooling was mean and is cls"):
+        Store.build(corpus, tmp_path / "store", replace(settings, use_cls_repr=True), progress=False)
+    Store.open(tmp_path / "store", bert=settings.bert)
+    with pytest.raises(ValueError, match=r"knn\.index is not what chunks\.knn-\w+\.npy was made from"):
+        Store.open(tmp_path / "store", bert=settings.bert, keep_out=[1])
+
+
+def test_a_build_that_stopped_after_its_chunks_is_not_opened(store, settings, tmp_path):
+    write_texts({name: text.replace("river", "harbour") for name, text in TEXTS.items()}, tmp_path / "others")
+    names = {f"{name}_memmap_path": store.folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
+    with pytest.warns(UserWarning, match="corpus was"):
+        documents_to_chunks_(
+            text_folder(tmp_path / "others"), **names, **SIZES, tokenizer=settings.bert, progress=False
+        )
+    with pytest.raises(ValueError, match=r"chunks\.npy is not what chunks\.embedded\.npy was made from"):
+        Store.open(store.folder, bert=settings.bert)
+
+
+def test_a_store_without_its_own_tokenizer_is_not_read_with_another(corpus, settings, tmp_path):
+    store = Store.build(corpus, tmp_path / "own", replace(settings, tokenizer=300), progress=False)
+    assert Store.open(store.folder, bert=settings.bert).tokenizer.fingerprint == store.tokenizer.fingerprint
+    (store.folder / "chunks.tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has lost its tokenizer"):
+        Store.open(store.folder, bert=settings.bert)
+
+
+def test_files_of_other_names_are_not_updated_in_place(corpus, settings, tmp_path):
+    files = replace(Files.of(tmp_path / "store"), seqs=tmp_path / "store" / "s.npy", index_name="my.index")
+    store = Store.build(corpus, tmp_path / "store", settings, files=files, progress=False)
+    assert store.index.ntotal == len(store.chunks) and (tmp_path / "store" / "my.index").exists()
+    with pytest.raises(ValueError, match="has files of other names"):
+        store.update(corpus)
+    assert len(store.dataset()) == store.stats["seqs"]
+
+
+@pytest.mark.parametrize("changes", [{"seq_len": 40}, {"chunk_size": 0}, {"max_chunks": 0}, {"max_similarity": 3}])
+def test_settings_are_refused_before_anything_is_read(settings, changes):
+    with pytest.raises(ValueError):
+        replace(settings, **changes)
+
+
+@pytest.mark.parametrize("k", [0, -1, True])
+def test_a_number_of_neighbours_is_a_number(store, k):
+    for ask in (store.dataset, store.retriever):
+        with pytest.raises(ValueError, match="pass a whole number of neighbours"):
+            ask(k)
+
+
+def test_a_corpus_is_named_as_everywhere(corpus, store, settings, tmp_path):
+    named = Store.build(str(tmp_path / "texts"), tmp_path / "named", settings, progress=False)
+    assert np.array_equal(named.chunks, store.chunks)

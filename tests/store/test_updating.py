@@ -556,7 +556,7 @@ REFUSED = [
 def test_a_store_that_cannot_be_updated_says_why_and_is_built_anew(work, bert, wrap, harm, message):
     harm(work, bert)
     before = {path.name: path.read_bytes() for path in work.iterdir()}
-    with pytest.raises(ValueError, match=f"cannot be updated: .*({message}).*Build it again with TrainingWrapper"):
+    with pytest.raises(ValueError, match=f"cannot be updated: .*({message}).*Build it again with Store.build"):
         update(CHANGED, work, bert)
     before.setdefault(".update.lock", b"")
     assert {path.name: path.read_bytes() for path in work.iterdir()} == before

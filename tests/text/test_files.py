@@ -30,7 +30,7 @@ def test_what_nobody_means_as_text_is_left_out_and_named(tmp_path, name, reason)
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("The tower stands by the river.")
     with pytest.warns(UserWarning, match=rf"files left out: 1 {reason}"):
-        corpus = text_folder(tmp_path, ["**/*.txt", "**/*.txt~", "**/#*#", "**/*.bak"])
+        corpus = text_folder(tmp_path, "**/*")
     assert titles(corpus) == ["a"] and len(corpus) == 1
 
 
@@ -49,6 +49,27 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "b.txt")
     with pytest.warns(UserWarning, match=r"1 no regular file \('b.txt'\)"):
         assert titles(text_folder(tmp_path)) == ["a"]
+
+
+def test_one_pattern_lets_in_no_more_than_it_asks_for(tmp_path):
+    for name in ("a.txt", ".notes/b.txt", ".git/c.txt", "d.bak"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("A text.")
+    with pytest.warns(UserWarning, match=r"1 hidden \('.git/c.txt'\)"):
+        assert titles(text_folder(tmp_path, ["**/*.txt", ".notes/*.txt"])) == [".notes/b", "a"]
+    assert titles(text_folder(tmp_path, "*.bak")) == ["d"]
+    (tmp_path / "...and justice.txt").write_text("For all.")
+    with pytest.warns(UserWarning, match="2 hidden"):
+        assert titles(text_folder(tmp_path)) == ["...and justice", "a"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello\0", b"abc\0" * 20, b"one\0two\0six\0ten\0", b"key\0value\0", b"\0hello", b"\0"]
+)
+def test_a_text_with_a_few_nuls_is_no_utf_16(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    (document,) = text_folder(tmp_path, encoding=None)
+    assert document.text == data.decode().replace("\0", "\ufffd") and document.replaced == data.count(0)
 
 
 @pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
@@ -99,7 +120,25 @@ def test_a_folder_named_like_a_corpus_is_not_passed_over_silently(tmp_path, monk
     assert titles(open_corpus("./almanac")) == ["a"]
 
 
-@pytest.mark.parametrize("names", [("train-00000-of-00001", "test-00000-of-00001"), ("train/0", "validation/0")])
+@pytest.mark.parametrize("cut", [40, -12])
+def test_a_packed_file_that_was_cut_is_named(tmp_path, cut):
+    lines = "".join(json.dumps({"text": f"Text {number} of a tower."}) + "\n" for number in range(500))
+    whole = gzip.compress(lines.encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, after line \d+: damaged or cut"):
+        list(jsonl(tmp_path / "a.jsonl.gz"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001", "test-00000-of-00001"),
+        ("train/0", "validation/0"),
+        ("train-00000-of-00001-2a1df75c6bce91ab", "test-00000-of-00001-aabbccdd"),
+        ("partial-train/0000", "partial-test/0000"),
+        ("Train", "test_0"),
+    ],
+)
 def test_splits_do_not_get_into_one_database(tmp_path, names):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -113,3 +152,14 @@ def test_splits_do_not_get_into_one_database(tmp_path, names):
         parquet(tmp_path)
     (tmp_path / "data" / f"{names[1]}.parquet").unlink()
     assert len(parquet(tmp_path)) == 2
+
+
+def test_names_that_only_look_like_splits_are_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("training", "latest", "dev/a", "test/b"):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": ["One."]}), path)
+    assert len(parquet(tmp_path)) == 4
