@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from retro_nb.common.arrays import ResumableRows, open_array
 from retro_nb.common.devices import best_dtype
 from retro_nb.common.manifest import cached
+from retro_nb.lab.commands import processes
 from retro_nb.store import embedding
 from retro_nb.store.chunking import documents_to_chunks_, store_tokenizer
 from retro_nb.store.embedding import (
@@ -660,4 +661,5 @@ def test_the_default_bert_puts_paraphrases_together(minilm):
 if __name__ == "__main__":  # a process of `launch`
     torch.set_num_threads(1)
     embedding.best_dtype, embedding.ON_CPU = (lambda device: torch.float32), Sizes(5, BLOCK, ahead=0)
-    {"killed": child_killed, "resumed": child_resumed}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
+    with processes():  # as the commands do: without it, gloo's threads sometimes abort the interpreter at its end
+        {"killed": child_killed, "resumed": child_resumed}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
