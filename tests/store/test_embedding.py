@@ -661,5 +661,7 @@ def test_the_default_bert_puts_paraphrases_together(minilm):
 if __name__ == "__main__":  # a process of `launch`
     torch.set_num_threads(1)
     embedding.best_dtype, embedding.ON_CPU = (lambda device: torch.float32), Sizes(5, BLOCK, ahead=0)
-    with processes():  # as the commands do: without it, gloo's threads sometimes abort the interpreter at its end
+    with processes():
         {"killed": child_killed, "resumed": child_resumed}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
+    sys.stderr.flush()
+    os._exit(0)  # now and then a C++ thread aborts the interpreter at its very end, when all is done
