@@ -83,19 +83,19 @@ TRAIN = CORPUS | DATABASE | MODEL | FIT
 MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir"}  # when a run goes on
 
 
-ABOUT = {  # what no docstring says
-    "corpus": "speeches, almanac, docstrings or code; a folder; a .jsonl or .parquet file; or hf:NAME, of the hub",
-    "encoding": "of a folder's files; null: guessed file by file",
-    "text_field": "what the text stands under, in tables and .jsonl files",
-    "title_field": "what the title stands under",
-    "max_documents": "speeches: at most so many",
-    "max_chars": "speeches: characters of each, from its beginning",
-    "towns": "almanac: how many towns",
-    "packages": "docstrings and code: of which packages; null: of all that are installed, or of some (docstrings)",
-    "min_chars": "docstrings: characters that a module's must have",
-    "min_bytes": "code: bytes that a file must have",
-    "max_bytes": "code: bytes that a file may have",
-    "num_workers": "processes that prepare batches; 0: this one does",
+ABOUT = {  # settings that no docstring describes
+    "corpus": "speeches, almanac, docstrings or code; a folder; a .jsonl or .parquet file; or hf:NAME for the hub",
+    "encoding": "encoding of a folder's files; null detects it file by file",
+    "text_field": "field or column of the texts in tables and .jsonl files",
+    "title_field": "field or column of the titles",
+    "max_documents": "speeches: maximum number",
+    "max_chars": "speeches: number of characters kept from the beginning of each",
+    "towns": "almanac: number of towns",
+    "packages": "docstrings, code: packages to read; null reads the default ones",
+    "min_chars": "docstrings: minimum length of a module's docstrings, in characters",
+    "min_bytes": "code: minimum size of a file",
+    "max_bytes": "code: maximum size of a file",
+    "num_workers": "processes that prepare batches; 0 prepares them in the training process",
 }
 
 
@@ -112,7 +112,7 @@ def explain_settings(command: str) -> str:
 
 
 def choose_settings(command: str, file: Path | None = None, given: dict[str, Any] | None = None) -> Settings:
-    """All settings of a command: what is given wins over the file, and the file over the functions' defaults.
+    """All settings of a command. Given values override the file's, and those the functions' defaults.
 
     One file serves both commands: `build` leaves out what only `train` knows.
 
@@ -136,7 +136,7 @@ def choose_settings(command: str, file: Path | None = None, given: dict[str, Any
 
 
 def _vocabulary(settings: Settings) -> dict[str, int]:
-    """What the model has to know of the tokenizer."""
+    """Vocabulary size and padding id of the model, from the tokenizer."""
     named = settings["tokenizer"]
     if isinstance(named, int):  # still to be trained
         return {"num_tokens": named, "pad_id": PAD_ID}
@@ -199,11 +199,11 @@ def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
 
 
 def survey_corpus(settings: Settings, seconds: float | int = 20) -> Survey:
-    """What a corpus holds and what `build` will take, without `max_chunks` and `max_seqs`, which end it sooner.
+    """Report on a corpus and the cost of `build`, ignoring `max_chunks` and `max_seqs`.
 
     Args:
         settings: from `choose_settings("build", …)`.
-        seconds: read no longer than so.
+        seconds: time limit for reading.
     """
     corpus, folder = choose_corpus(settings)
     same = ("chunk_size", "knn", "tokenizer", "bert", "index", "max_index_memory_usage")
@@ -212,13 +212,13 @@ def survey_corpus(settings: Settings, seconds: float | int = 20) -> Survey:
 
 
 def build(settings: Settings) -> Store:
-    """Chunk, embed, index and search a corpus, as `train` with the same settings will want it.
+    """Chunk, embed, index and search a corpus, as `train` needs it with the same settings.
 
     Args:
         settings: from `choose_settings("build", …)`.
     """
-    corpus, folder = choose_corpus(settings)
     with processes() as here:
+        corpus, folder = choose_corpus(settings)
         store = Store.build(corpus, folder, _store_settings(settings), progress=here.is_main_process)
         if here.is_main_process:
             print(store, flush=True)
@@ -235,7 +235,7 @@ def build_on_cluster(settings: Settings, workers: int = 2, address: str | None =
     """
     corpus, folder = choose_corpus(settings)
     build_store(corpus, folder, _store_settings(settings), workers=workers, address=address)
-    os.environ.pop("REPROCESS", None)  # that has been done: what follows finds everything built
+    os.environ.pop("REPROCESS", None)  # done: `build` below finds everything built
     return build(settings)
 
 

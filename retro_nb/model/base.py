@@ -21,7 +21,6 @@ from retro_nb.model.loss import linear_cross_entropy, token_cross_entropy
 from retro_nb.model.pretrained import save
 from retro_nb.text.tokens import TextTokenizer
 
-SIZES = 32  # numbers of chunks that can be kept of a batch
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
 
 
@@ -162,9 +161,8 @@ class ChunkedLM(nn.Module):
         """Leave out chunks without neighbours, such as padding, because there is nothing to encode.
 
         Returns the neighbours of the c kept chunks, (c, 1, k, r), and the numbers of these among the b·l chunks; or
-        all neighbours and None if every chunk has some. Some chunks without neighbours are kept, so that c is a
-        multiple of b·l / SIZES: a GPU's memory and its libraries' plans are made for sizes, and are used again only
-        if few sizes occur. At least two are kept: torch.compile generates separate code for sizes 0 and 1.
+        all neighbours and None if every chunk has some. At least two chunks are kept, with or without neighbours:
+        torch.compile generates separate code for sizes 0 and 1.
         """
         if retrieved is None:
             return None, None
@@ -173,8 +171,7 @@ class ChunkedLM(nn.Module):
         count = len(chunks) - int(missing.sum())
         if count == len(chunks):
             return retrieved, None
-        step = max(2, len(chunks) // SIZES)
-        kept = missing.byte().argsort(stable=True)[: max(step, -(-count // step) * step)]
+        kept = missing.byte().argsort(stable=True)[: max(2, count)]
         return chunks[kept], kept
 
     def _here(self, ids: Shaped[Tensor, "..."] | None) -> Shaped[Tensor, "..."] | None:
