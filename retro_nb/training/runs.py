@@ -24,6 +24,7 @@ PAPER_WARMUP_STEPS = 750  # appendix C.1
 FREE_SETTINGS = (  # may change when a run resumes
     "epochs", "log_every", "eval_every", "checkpoint_every", "compile", "num_workers", "resume", "progress",
 )  # fmt: skip
+LEAST_NORM = 1e-8  # of clipped gradients: smaller ones vanish beside the eps of AdamW, and nothing is trained
 LEAST = {
     "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "seed": 0, "log_every": 1,
     "eval_every": 1, "checkpoint_every": 1, "num_workers": 0,
@@ -74,8 +75,10 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"lr is {value}: it must be above 0 and finite, e.g. 3e-4")
     if name == "wd" and not 0 <= value < math.inf:
         raise ValueError(f"wd is {value}: it must be finite and at least 0, which means no weight decay")
-    if name == "grad_clip" and not value > 0:
-        raise ValueError(f"grad_clip is {value}: it must be above 0, e.g. 1.0, or math.inf for no clipping")
+    if name == "grad_clip" and not value >= LEAST_NORM:
+        raise ValueError(
+            f"grad_clip is {value}: it must be at least {LEAST_NORM}, e.g. 1.0, or math.inf for no clipping"
+        )
 
 
 def _check_warmup(warmup_steps: Real, steps: Real) -> None:

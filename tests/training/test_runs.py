@@ -51,7 +51,7 @@ def test_a_whole_number_is_one(name, value):
         ("steps", [0, -1]), ("batch_size", [0]), ("accumulate", [0]), ("warmup_steps", [-1, 10]), ("seed", [-1, 2**32]),
         ("log_every", [0]), ("eval_every", [0]), ("checkpoint_every", [-5]), ("num_workers", [-1]),
         ("lr", [0, 0.0, -1e-3, math.nan, math.inf]), ("wd", [-0.1, math.nan, math.inf]),
-        ("grad_clip", [0, 0.0, -1.0, math.nan]), ("precision", ["fp8", ""]), ("epochs", [1]),
+        ("grad_clip", [0, 0.0, 1e-320, -1.0, math.nan]), ("precision", ["fp8", ""]), ("epochs", [1]),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range(name, values):
