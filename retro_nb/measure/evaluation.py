@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from retro_nb.common.arrays import PathLike, open_array
+from retro_nb.common.devices import few_cpu_threads
 from retro_nb.model.base import ChunkedLM, evaluating
 from retro_nb.store.chunking import document_tokens
 from retro_nb.store.dataset import RETRODataset
@@ -82,7 +83,8 @@ def token_losses(
     batches = DataLoader(sequences, batch_size, generator=torch.Generator())
     firsts = iter(dataset.first_chunks(sequences.indices).tolist())
     # `fit` may be running: eager execution is faster than compiling again
-    with evaluating(retro), torch.compiler.set_stance("force_eager"):
+    few_threads = few_cpu_threads(retro.to_logits.weight.device)
+    with evaluating(retro), few_threads, torch.compiler.set_stance("force_eager"):
         for seq, retrieved in tqdm(batches, desc=mode, unit="batch", disable=not progress):
             nats_of_batch = retro.token_losses(seq, _read(retrieved, mode, dataset.pad_id)).cpu().float()
             for nats, row in zip(nats_of_batch, seq, strict=True):

@@ -68,7 +68,10 @@ def save(weights: nn.Module, config: dict, name: str, folder: str | Path) -> Non
     """Write a model of the class `name`: model.safetensors and config.json, each atomically."""
     config = {"model": _kind(name), **config}
     with replacing(Path(folder) / "model.safetensors") as temporary:
+        temporary.touch()
+        readers = temporary.stat().st_mode
         save_model(weights, str(temporary), metadata={"config": json.dumps(config)})
+        temporary.chmod(readers)  # safetensors lets only the owner read
     write_json(Path(folder) / "config.json", config)
 
 

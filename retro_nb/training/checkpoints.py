@@ -79,7 +79,7 @@ class Checkpoints:
     newest deleted. Digests reveal files that were damaged later.
 
     Args:
-        accelerator, retro, train: the run's Accelerator, model and training data.
+        accelerator, retro, train, valid: the run's Accelerator, model, training and validation data.
         out_dir: the run's folder; None saves nothing.
         run: the settings that the losses depend on.
         resume: continue from the newest intact checkpoint; False deletes the existing checkpoints.
@@ -94,6 +94,7 @@ class Checkpoints:
         accelerator: Accelerator,
         retro: nn.Module,
         train: Dataset,
+        valid: Dataset | None,
         out_dir: PathLike | None,
         run: dict[str, Any],
         resume: bool,
@@ -107,6 +108,7 @@ class Checkpoints:
         if accelerator.is_main_process:
             settings = {name: "inf" if value == math.inf else value for name, value in run.items()}  # JSON lacks it
             self.identity = to_jsonable({"model": retro.config, "run": settings, "data": data_identity(train)})
+            self.valid = None if valid is None else data_identity(valid)
         self.newest = by_main(accelerator, partial(self._begin, resume))
 
     @property
@@ -120,6 +122,7 @@ class Checkpoints:
         if not resume:
             self._delete([*self._all(), self.folder / "saving"])
         newest = self._find() if resume else None
+        self._warn_of_other_validation(newest)
         done = _step(newest) if newest else 0
         self._delete([folder for folder in self._all() if _step(folder) < done][1:])  # left behind by a kill
         for folder in (self.folder / "saving", *self._all()):
@@ -195,6 +198,15 @@ class Checkpoints:
                         f"{START_OVER}"
                     )
 
+    def _warn_of_other_validation(self, newest: Path | None) -> None:
+        saved = {} if newest is None else json.loads((newest / MARK).read_text(encoding="utf-8"))
+        if self.valid is not None and saved.get("valid") not in (None, self.valid):
+            warnings.warn(
+                f"{newest} was saved by a run with another validation set: valid_loss cannot be compared before and "
+                f"after step {saved['step']}. Pass the same valid, or {START_OVER}",
+                stacklevel=2,
+            )
+
     # loading and saving
 
     def load(self, optimizer: Optimizer) -> None:
@@ -256,7 +268,7 @@ class Checkpoints:
         files = {file.name: file_record(file, whole=True) for file in sorted(saving.iterdir()) if file.name != MARK}
         for name in files:
             settle(saving / name)
-        write_json(saving / MARK, {"step": step, "files": files, **self.identity})
+        write_json(saving / MARK, {"step": step, "files": files, "valid": self.valid, **self.identity})
         _remove(target)  # a damaged checkpoint of the same step
         move_settled(saving, target)
         self._delete(set(self._all()) - {target, self.newest})

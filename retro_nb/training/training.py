@@ -28,7 +28,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.common.arrays import PathLike, to_jsonable
-from retro_nb.common.devices import can_compile, compile_in_place, send
+from retro_nb.common.devices import can_compile, compile_in_place, few_cpu_threads, send
 from retro_nb.model.base import ChunkedLM, evaluating
 from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, not_finite
 from retro_nb.training.log import History, Log, Skipped
@@ -362,9 +362,9 @@ def fit(
     if not retrieval and retro.frozen:
         raise ValueError("retrieval is off and the model frozen: nothing would be trained. Pass retrieval=True")
     run = resolve_settings(asked, len(train), accelerator.device, accelerator.num_processes)
-    with only_run(accelerator, out_dir):
+    with only_run(accelerator, out_dir), few_cpu_threads(accelerator.device):
         lasting = {name: value for name, value in run.items() if name not in FREE_SETTINGS}
-        checkpoints = Checkpoints(accelerator, retro, train, out_dir, lasting, resume)
+        checkpoints = Checkpoints(accelerator, retro, train, valid, out_dir, lasting, resume)
         with (
             closing(_Trainer(accelerator, retro, run, train)) as trainer,
             closing(Log(accelerator, out_dir, checkpoints.step, run["steps"], progress)) as log,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny_language_models import TOKENIZERS, language_model, move
 
 from retro_nb import RETRO, retrofit
-from retro_nb.common.devices import attention_kernels
+from retro_nb.common.devices import attention_kernels, few_cpu_threads
 
 M, K = 64, 2
 HEADS = dict(heads=2, dim_head=8)
@@ -66,3 +66,16 @@ def test_a_language_model_gets_none_of_cudnns(seen, tokenizers):
     model(torch.randint(1, 300, (1, 128)), torch.randint(1, 300, (1, 8, K, 32)))
     own = [(queries, keys, cudnn) for queries, keys, cudnn, _ in seen if queries == keys == 128]
     assert own and not any(cudnn for *_, cudnn in own)
+
+
+@pytest.mark.parametrize(("device", "before", "inside"), [("cpu", 6, 6), ("cuda", 6, 4), ("cuda", 1, 1)])
+def test_few_cpu_threads_run_beside_a_gpu(device, before, inside):
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before)
+        with pytest.raises(KeyError), few_cpu_threads(torch.device(device)):
+            assert torch.get_num_threads() == inside
+            raise KeyError
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(usual)

@@ -366,6 +366,11 @@ def test_save_and_load(option, tmp_path):
     assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_weights_are_readable_by_all_who_may_read_other_files(tmp_path):
+    make().save_pretrained(tmp_path)
+    assert len({(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
+
+
 def test_included_models_go_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrained, "INCLUDED", tmp_path / "included")

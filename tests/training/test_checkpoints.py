@@ -267,6 +267,16 @@ def test_other_data_is_refused(tmp_path, name):
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == content
 
 
+def test_another_validation_set_is_warned_of(tmp_path):
+    train(tmp_path, valid=Subset(tiny_data(), range(4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(tmp_path, valid=Subset(tiny_data(), range(4)))
+        train(tmp_path)
+    with pytest.warns(UserWarning, match=r"another validation set: .* before and after step 9"):
+        train(tmp_path, valid=Subset(tiny_data(), range(5)))
+
+
 def test_no_clipping_can_be_gone_on_with(tmp_path):
     train(tmp_path, grad_clip=math.inf)
     note = (tmp_path / "checkpoints" / "step-00000009" / "fit.json").read_text()
