@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from retro_nb.common.arrays import write_json
-from retro_nb.store.chunking import text_folder_to_chunks_
+from retro_nb.reference import text_folder_to_chunks_
 from retro_nb.text.speeches import speeches
 from retro_nb.text.tokens import get_tokenizer
 

@@ -31,13 +31,12 @@ import psutil
 from measure import write_results
 
 from retro_nb.common.manifest import read_manifest
+from retro_nb.reference import chunks_to_index_and_embed, chunks_to_precalculated_knn_, documents_to_chunks_
 from retro_nb.store import cluster, embedding
-from retro_nb.store.chunking import documents_to_chunks_
 from retro_nb.store.cluster import _results, _Worker, build_store
 from retro_nb.store.embedding import embedding_dim, get_bert
 from retro_nb.store.index import BLOCK
-from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
-from retro_nb.store.store import StoreSettings
+from retro_nb.store.settings import StoreSettings
 from retro_nb.text.speeches import speeches
 
 SIZES = {"chunk_size": 64, "seq_len": 2048}

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from retro_nb.common.arrays import open_array
 from retro_nb.common.devices import best_dtype
+from retro_nb.reference import chunks_to_embeddings_, documents_to_chunks_
 from retro_nb.store import embedding
-from retro_nb.store.chunking import documents_to_chunks_
-from retro_nb.store.embedding import chunks_to_embeddings_, flops_per_chunk, frame_chunks, get_bert
+from retro_nb.store.embedding import flops_per_chunk, frame_chunks, get_bert
 from retro_nb.text.speeches import speeches
 from retro_nb.text.tokens import bert_folder
 

@@ -35,7 +35,8 @@ from retro_nb import RETRO, RETRODataset, fit, speeches
 from retro_nb.common.arrays import open_array, write_json
 from retro_nb.common.devices import attention_kernels, best_dtype, compile_in_place
 from retro_nb.model.base import ChunkedLM
-from retro_nb.store.store import Store, StoreSettings
+from retro_nb.store.settings import StoreSettings
+from retro_nb.store.store import Store
 from retro_nb.text.tokens import bert_folder
 from retro_nb.training.log import History
 

@@ -37,11 +37,10 @@ from measure import compare, write_results
 from peer import import_reference
 
 from retro_nb.common.arrays import WORK, open_array
+from retro_nb.reference import chunks_to_embeddings_, chunks_to_precalculated_knn_, documents_to_chunks_
 from retro_nb.store import knn
-from retro_nb.store.chunking import documents_to_chunks_
-from retro_nb.store.embedding import chunks_to_embeddings_, get_bert
+from retro_nb.store.embedding import get_bert
 from retro_nb.store.index import recall, rows_of
-from retro_nb.store.knn import chunks_to_precalculated_knn_
 from retro_nb.text.speeches import speeches
 
 K, EXTRA = 2, 10

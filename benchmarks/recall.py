@@ -35,8 +35,8 @@ from measure import RESULTS, cpu_name, where
 
 from retro_nb.common.arrays import WORK, ArrayWriter, open_array, to_jsonable, write_json
 from retro_nb.common.digests import digest
-from retro_nb.store.chunking import documents_to_chunks_
-from retro_nb.store.embedding import bert_fingerprint, chunks_to_embeddings_
+from retro_nb.reference import chunks_to_embeddings_, documents_to_chunks_
+from retro_nb.store.embedding import bert_fingerprint
 from retro_nb.store.index import BLOCK, exact_search, innermost, recall, rows_of, search, usual_lists
 from retro_nb.store.knn import own_ranges
 from retro_nb.text.document import Document

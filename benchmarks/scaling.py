@@ -30,7 +30,7 @@ from measure import Comparison, write_results
 
 from retro_nb.common.arrays import write_json
 from retro_nb.lab.commands import processes
-from retro_nb.store.embedding import chunks_to_embeddings_
+from retro_nb.reference import chunks_to_embeddings_
 from retro_nb.training.log import History, read_log
 
 ROOT = Path(__file__).resolve().parent.parent

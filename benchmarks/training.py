@@ -28,7 +28,7 @@ from torch import Tensor
 from retro_nb import RETRO, RETRODataset, get_optimizer, speeches
 from retro_nb.common.devices import can_compile, compile_in_place
 from retro_nb.planning.flops import flops_per_token
-from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.reference import documents_to_chunks_
 
 V, M, K = 30522, 64, 2
 SMALL = dict(

@@ -45,8 +45,10 @@ from retro_nb.store.chunking import (
     tokens_to_chunks,
     write_chunks,
 )
-from retro_nb.store.embedding import chunks_to_embeddings_
+from retro_nb.store.embedding import write_vectors
+from retro_nb.store.files import Files
 from retro_nb.store.index import NO_NEIGHBOUR
+from retro_nb.store.settings import StoreSettings
 from retro_nb.text.document import Document
 from retro_nb.text.duplicates import Pair, grams_of, near_duplicates
 from retro_nb.text.sources import code
@@ -215,17 +217,17 @@ def chunked(
 def build_store(packed: Path, folder: Path, seq_len: int, bert: str | None, retriever: str = "minilm") -> None:
     """Chunks and neighbours; see above."""
     corpus = Packed(packed)
-    paths = [folder / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")]
-    write_chunks(lambda: corpus, corpus, paths, corpus.tokenizer, chunk_size=M, seq_len=seq_len)
-    doc_ids, file = np.array(open_array(paths[2])), packed / f"{RETRIEVERS[retriever][0]}.npz"
+    files, settings = Files.of(folder), StoreSettings(chunk_size=M, seq_len=seq_len, tokenizer=corpus.tokenizer)
+    write_chunks(corpus, files, settings, cut=lambda: corpus)
+    doc_ids, file = np.array(open_array(files.doc_ids)), packed / f"{RETRIEVERS[retriever][0]}.npz"
     if not file.exists():
         if retriever == "bm25":
-            search = _by_bm25(paths[0], doc_ids, corpus.tokenizer)
+            search = _by_bm25(files.chunks, doc_ids, corpus.tokenizer)
         else:
-            search = _by_minilm(paths[0], doc_ids, bert)
+            search = _by_minilm(files, doc_ids, bert)
         found = find_neighbours(corpus, doc_ids, search)
         if retriever == "minilm":
-            found |= {"overlap": overlap_of(paths[0], found, doc_ids, best_device())}
+            found |= {"overlap": overlap_of(files.chunks, found, doc_ids, best_device())}
         with writing(file) as opened:
             np.savez_compressed(opened, sha256=corpus.about["sha256"], **found)
     with np.load(file) as found:
@@ -241,11 +243,10 @@ def build_store(packed: Path, folder: Path, seq_len: int, bert: str | None, retr
 Search = Callable[[Int[np.ndarray, " e"], Int[np.ndarray, " _"], int], Int[np.ndarray, "e k"]]
 
 
-def _by_minilm(chunks_path: Path, doc_ids: Int[np.ndarray, " c"], bert: str | None) -> Search:
+def _by_minilm(files: Files, doc_ids: Int[np.ndarray, " c"], bert: str | None) -> Search:
     """Search by squared distance of the vectors that a BERT gives the chunks."""
-    places = {"chunks_memmap_path": chunks_path, "embeddings_memmap_path": chunks_path.with_suffix(".embedded.npy")}
-    chunks_to_embeddings_(num_chunks=len(doc_ids), **places, bert=bert, progress=False)
-    vectors = open_array(places["embeddings_memmap_path"])
+    write_vectors(files.chunks, files.vectors, StoreSettings(bert=bert), progress=False)
+    vectors = open_array(files.vectors)
     return lambda queries, among, k: nearest(vectors, queries, among, doc_ids, k, best_device())[1]
 
 

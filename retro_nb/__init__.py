@@ -11,14 +11,22 @@ from retro_nb.model.retrofit import RETROfit, retrofit
 from retro_nb.model.sampling import generate, gumbel_sample, left_pad, top_k, top_p
 from retro_nb.planning.scale import Plan
 from retro_nb.planning.survey import Survey, survey
-from retro_nb.store.chunking import documents_to_chunks_, text_folder_to_chunks_
+from retro_nb.reference import (
+    chunks_to_embeddings_,
+    chunks_to_index_and_embed,
+    chunks_to_precalculated_knn_,
+    documents_to_chunks_,
+    knn_chunks_from_seq_chunks,
+    text_folder_to_chunks_,
+)
 from retro_nb.store.dataset import RETRODataset, knn_to_retrieved_chunks
-from retro_nb.store.embedding import bert_embed, chunks_to_embeddings_, embed_chunks
+from retro_nb.store.embedding import bert_embed, embed_chunks
 from retro_nb.store.index import build_index, exact_search, search
-from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_, neighbours
-from retro_nb.store.retrieval import Retriever, knn_chunks_from_seq_chunks
+from retro_nb.store.knn import neighbours
+from retro_nb.store.retrieval import Retriever
+from retro_nb.store.settings import StoreSettings
 from retro_nb.store.splits import split_by_document
-from retro_nb.store.store import Store, StoreSettings
+from retro_nb.store.store import Store
 from retro_nb.store.updating import update_store
 from retro_nb.text.almanac import almanac
 from retro_nb.text.docstrings import docstrings

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from retro_nb import RETRO, code, get_tokenizer
 from retro_nb.common.arrays import ROOT
 from retro_nb.measure.leakage import shared_runs
-from retro_nb.store.chunking import documents_to_chunks_, special_ids
+from retro_nb.reference import documents_to_chunks_
+from retro_nb.store.chunking import special_ids
 from retro_nb.text.duplicates import near_duplicates
 from retro_nb.text.tokens import SpecialIds
 

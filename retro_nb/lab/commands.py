@@ -1,7 +1,7 @@
 """The commands `survey`, `build`, `train`, `evaluate`: a corpus to neighbours, these to a model, both to bits per byte.
 
-Their settings are the arguments of the functions that do the work, by the same names: `TrainingWrapper` and the
-index functions (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
+Their settings are the arguments of the functions that do the work, by the same names: `TrainingWrapper` and
+`StoreSettings` (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
 and some of the corpora's. A YAML file holds them flat, `name: value`.
 
 `build` and `train` run in one process, or in several that `accelerate launch` starts. Then all take part in
@@ -37,9 +37,8 @@ from retro_nb.measure.evaluation import bytes_of_chunks, evaluate
 from retro_nb.model.retro import RETRO
 from retro_nb.planning.survey import Survey, survey
 from retro_nb.store.cluster import build_store
-from retro_nb.store.embedding import chunks_to_embeddings_
-from retro_nb.store.knn import chunks_to_index_and_embed, chunks_to_precalculated_knn_
-from retro_nb.store.store import Store, StoreSettings
+from retro_nb.store.settings import StoreSettings
+from retro_nb.store.store import Store
 from retro_nb.text.opening import NAMED, OPTIONS, as_corpus, recognise
 from retro_nb.text.tokens import PAD_ID, get_tokenizer
 from retro_nb.training.log import History
@@ -72,8 +71,7 @@ DATABASE = (
     _own("knn", int, 2)
     | _own("chunk_size", int, parameters(RETRO)["chunk_size"].default)
     | parameters(TrainingWrapper, "keep_out", "glob", "max_chunks", "max_seqs", "work_dir", "bert", "tokenizer")
-    | parameters(chunks_to_precalculated_knn_, "max_similarity")
-    | parameters(chunks_to_index_and_embed, "index", "max_index_memory_usage", "use_cls_repr")
+    | parameters(StoreSettings, "max_similarity", "index", "max_index_memory_usage", "use_cls_repr")
 )
 MODEL = parameters(RETRO)
 FIT = parameters(TrainingWrapper.fit, "valid_share")
@@ -101,9 +99,12 @@ ABOUT = {  # settings that no docstring describes
 
 def explain_settings(command: str) -> str:
     """Every setting of a command, with its type, its default and a sentence."""
-    database = (TrainingWrapper, chunks_to_embeddings_, chunks_to_precalculated_knn_, chunks_to_index_and_embed)
-    groups = (("the corpus", CORPUS, ()), ("the database", DATABASE, database), ("the model", MODEL, (RETRO,)))
-    groups += (("the training", FIT, (TrainingWrapper.fit, fit)),)
+    groups = (
+        ("the corpus", CORPUS, ()),
+        ("the database", DATABASE, (TrainingWrapper, StoreSettings)),
+        ("the model", MODEL, (RETRO,)),
+        ("the training", FIT, (TrainingWrapper.fit, fit)),
+    )
     left, text = dict({"build": BUILD, "train": TRAIN}[command]), ""
     for title, group, functions in groups:
         if own := {name: left.pop(name) for name in group if name in left}:

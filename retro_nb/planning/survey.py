@@ -20,9 +20,9 @@ import psutil
 from retro_nb.common.arrays import WORK, PathLike
 from retro_nb.planning.costs import Rates, Size, Step, lists_of, measure, steps
 from retro_nb.planning.counting import COMPARED, Reading, is_unsuited, repeated
-from retro_nb.store.chunking import check_sizes
 from retro_nb.store.embedding import embedding_dim
 from retro_nb.store.index import choose_index, parse_bytes
+from retro_nb.store.settings import check_sizes
 from retro_nb.text.document import Document
 from retro_nb.text.duplicates import GRAM, JACCARD, repeating
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 
 from retro_nb.common.arrays import ArrayWriter, PathLike, explain_write_errors, writing
 from retro_nb.common.manifest import MANIFEST, cached, read_manifest
-from retro_nb.store.files import companion
+from retro_nb.store.files import Files, companion
+from retro_nb.store.settings import StoreSettings
 from retro_nb.text.document import Document
-from retro_nb.text.files import TEXTS, text_folder
 from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, get_tokenizer
 
 # A document is tokenised in pieces, so that one huge document needs no more memory than many small ones. Cuts fall
@@ -220,40 +220,20 @@ MOST_UNKNOWN = 0.01  # share of unknown tokens that needs no warning
 COMPANIONS = ("spans.npy", "bytes.npy", "documents.jsonl", "tokenizer.json")
 
 
-def check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None) -> None:
-    """Raise ValueError for sizes that no store can have."""
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size {chunk_size} must be 1 or more; the paper's is 64")
-    if seq_len < chunk_size or seq_len % chunk_size:
-        nearest = max(chunk_size, round(seq_len / chunk_size) * chunk_size)
-        raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
-    for name, limit in (("max_chunks", max_chunks), ("max_seqs", max_seqs)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} {limit} leaves nothing: pass 1 or more, or None for no limit")
-
-
 class _ChunkFiles:
     """Writer of a chunked corpus's files, one document at a time."""
 
-    def __init__(
-        self,
-        chunks_path: Path,
-        seqs_path: Path,
-        doc_ids_path: Path,
-        chunk_size: int,
-        seq_len: int,
-        tokenizer: TextTokenizer,
-    ):
-        self.tokenizer, self.pad_id = tokenizer, tokenizer.ids.pad
-        self.chunks_per_seq = seq_len // chunk_size
-        self.chunks = ArrayWriter(chunks_path, tokenizer.dtype, (chunk_size + 1,))
-        self.spans = ArrayWriter(companion(chunks_path, "spans.npy"), np.int64, (2,))
-        self.bytes = ArrayWriter(companion(chunks_path, "bytes.npy"), np.int32)
-        self.doc_ids = ArrayWriter(doc_ids_path, np.int32)
-        self.seqs = ArrayWriter(seqs_path, np.int32)
+    def __init__(self, files: Files, settings: StoreSettings) -> None:
+        self.tokenizer, self.pad_id = settings.cutter, settings.cutter.ids.pad
+        self.chunks_per_seq = settings.seq_len // settings.chunk_size
+        self.chunks = ArrayWriter(files.chunks, self.tokenizer.dtype, (settings.chunk_size + 1,))
+        self.spans = ArrayWriter(companion(files.chunks, "spans.npy"), np.int64, (2,))
+        self.bytes = ArrayWriter(companion(files.chunks, "bytes.npy"), np.int32)
+        self.doc_ids = ArrayWriter(files.doc_ids, np.int32)
+        self.seqs = ArrayWriter(files.seqs, np.int32)
         self._writers = (self.chunks, self.spans, self.bytes, self.doc_ids, self.seqs)
-        self.documents_path = companion(chunks_path, "documents.jsonl")
-        self.tokenizer_path = companion(chunks_path, "tokenizer.json")
+        self.documents_path = companion(files.chunks, "documents.jsonl")
+        self.tokenizer_path = companion(files.chunks, "tokenizer.json")
         self.documents = 0
 
     def __enter__(self) -> "_ChunkFiles":
@@ -298,17 +278,12 @@ class _ChunkFiles:
         self.documents += 1
 
 
-def documents_to_chunks_(
+def write_chunks(
     documents: Iterable[Document],
+    files: Files,
+    settings: StoreSettings,
     *,
-    chunks_memmap_path: PathLike,
-    seqs_memmap_path: PathLike,
-    doc_ids_memmap_path: PathLike,
-    chunk_size: int = 64,
-    seq_len: int = 2048,
-    max_chunks: int | None = None,
-    max_seqs: int | None = None,
-    tokenizer: PathLike | TextTokenizer | None = None,
+    cut: Callable[[], Iterable[ChunkedDocument]] | None = None,
     force_reprocess: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -326,11 +301,9 @@ def documents_to_chunks_(
 
     Args:
         documents: a corpus of `retro_nb.text`, or any iterable of `Document`.
-        chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: the files to write.
-        chunk_size: m, tokens.
-        seq_len: n, tokens; a multiple of m.
-        max_chunks, max_seqs: stop before the first document that would exceed either, with a warning.
-        tokenizer: a Hugging Face tokenizer by folder or name, or one from `get_tokenizer`; None for BERT's.
+        files: where to write.
+        settings: the store's; it is cut by `settings.cutter`.
+        cut: yields the cut documents in order, if the caller cuts them; called only if the files must be built.
         force_reprocess: rebuild in any case.
         progress: show a progress bar.
 
@@ -341,99 +314,44 @@ def documents_to_chunks_(
         with undecodable bytes.
 
     Raises:
-        ValueError: n is not a multiple of m; no document has a token; the first one exceeds a maximum.
+        ValueError: no document has a token, or the first one exceeds a maximum.
         OSError: a file cannot be written; the message names it and the reason, and existing files stay as they were.
     """
-    tokenizer = get_tokenizer(tokenizer)
+    tokenizer, remarks = settings.cutter, []
 
-    def cut() -> Iterator[ChunkedDocument]:
+    def cut_here() -> Iterator[ChunkedDocument]:
         for document in tqdm(documents, desc="chunking", unit=" documents", disable=not progress):
-            yield chunk_document(document, chunk_size, tokenizer)
-
-    return write_chunks(
-        cut,
-        documents,
-        [chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path],
-        tokenizer,
-        chunk_size=chunk_size,
-        seq_len=seq_len,
-        max_chunks=max_chunks,
-        max_seqs=max_seqs,
-        force_reprocess=force_reprocess,
-    )
-
-
-def chunk_settings(
-    documents: Iterable[Document],
-    tokenizer: TextTokenizer,
-    chunk_size: int,
-    seq_len: int,
-    max_chunks: int | None,
-    max_seqs: int | None,
-) -> dict:
-    """Everything that the chunks of a corpus depend on, as recorded in the manifest."""
-    fingerprint = getattr(documents, "fingerprint", None)
-    return {
-        "corpus": fingerprint() if fingerprint else None,
-        "tokenizer": tokenizer.fingerprint,
-        "chunk_size": chunk_size,
-        "seq_len": seq_len,
-        "max_chunks": max_chunks,
-        "max_seqs": max_seqs,
-    }
-
-
-def write_chunks(
-    cut: Callable[[], Iterable[ChunkedDocument]],
-    documents: Iterable[Document],
-    paths: Sequence[PathLike],
-    tokenizer: TextTokenizer,
-    *,
-    chunk_size: int,
-    seq_len: int,
-    max_chunks: int | None = None,
-    max_seqs: int | None = None,
-    force_reprocess: bool = False,
-) -> dict:
-    """Write the files of `documents_to_chunks_` from documents that the caller cuts.
-
-    Args:
-        cut: called only if the files must be built; yields the cut documents in order.
-        documents: the corpus they come from.
-        paths: the files for chunks, sequences and document ids.
-        tokenizer: the tokenizer that cuts them.
-        chunk_size, seq_len, max_chunks, max_seqs, force_reprocess: see `documents_to_chunks_`.
-    """
-    check_sizes(chunk_size, seq_len, max_chunks, max_seqs)
-    paths = [Path(path) for path in paths]
-    settings = chunk_settings(documents, tokenizer, chunk_size, seq_len, max_chunks, max_seqs)
+            yield chunk_document(document, settings.chunk_size, tokenizer)
 
     def build() -> dict:
-        with _ChunkFiles(*paths, chunk_size, seq_len, tokenizer) as files:
-            stats, said = _write_all(files, cut(), documents, max_chunks, max_seqs)
-        remarks.extend(said)
+        with _ChunkFiles(files, settings) as opened:
+            stats, noticed = _write_all(opened, (cut or cut_here)(), documents, settings)
+        remarks.extend(noticed)
         return {**stats, "vocabulary": tokenizer.size, "special_ids": tokenizer.ids._asdict()}
 
-    remarks: list[str] = []
+    described = chunk_settings(documents, settings)
     stats = cached(
-        paths[0],
-        settings,
+        files.chunks,
+        described,
         build,
-        files=(*paths[1:], *(companion(paths[0], kind) for kind in COMPANIONS)),
+        files=(files.seqs, files.doc_ids, *(companion(files.chunks, kind) for kind in COMPANIONS)),
         # A bare iterable cannot say whether it is still the same corpus.
-        force_reprocess=force_reprocess or settings["corpus"] is None,
+        force_reprocess=force_reprocess or described["corpus"] is None,
     )
-    for remark in remarks:  # warned here, so that stacklevel names the line of documents_to_chunks_'s caller
+    for remark in remarks:  # warned here, so that stacklevel names the line that calls our caller
         warnings.warn(remark, stacklevel=3)
     return stats
 
 
+def chunk_settings(documents: Iterable[Document], settings: StoreSettings) -> dict:
+    """Everything that the chunks of a corpus depend on, as recorded in the manifest."""
+    fingerprint = getattr(documents, "fingerprint", None)
+    corpus = {"corpus": fingerprint() if fingerprint else None, "tokenizer": settings.cutter.fingerprint}
+    return corpus | settings.of_chunks()
+
+
 def _write_all(
-    files: _ChunkFiles,
-    chunked: Iterable[ChunkedDocument],
-    documents: Iterable[Document],
-    max_chunks: int | None,
-    max_seqs: int | None,
+    files: _ChunkFiles, chunked: Iterable[ChunkedDocument], documents: Iterable[Document], settings: StoreSettings
 ) -> tuple[dict, list[str]]:
     """Write all documents; return the statistics and the warnings for the caller."""
     tokens, replaced, complete, empty, undecodable, remarks = 0, 0, True, [], [], []
@@ -443,11 +361,11 @@ def _write_all(
         if not len(document.rows):
             empty.append(source)
         else:
-            seqs_left = math.inf if max_seqs is None else max_seqs - files.seqs.rows
-            limit = min(max_chunks or math.inf, files.chunks.rows + seqs_left * files.chunks_per_seq)
+            seqs_left = (settings.max_seqs or math.inf) - files.seqs.rows
+            limit = min(settings.max_chunks or math.inf, files.chunks.rows + seqs_left * files.chunks_per_seq)
             if files.chunks.rows + len(document.rows) > limit:
                 complete = False
-                remarks.append(_stopped(document.about["title"], files, max_chunks, max_seqs))
+                remarks.append(_stopped(document.about["title"], files, settings))
                 break
             files.append(document)
             tokens += document.tokens(files.pad_id)
@@ -477,40 +395,13 @@ def _write_all(
     return counts | {"empty_docs": len(empty), "replaced_characters": replaced, "complete": complete}, remarks
 
 
-def _stopped(title: str, files: _ChunkFiles, max_chunks: int | None, max_seqs: int | None) -> str:
-    limits = f"max_chunks {max_chunks}, max_seqs {max_seqs}"
+def _stopped(title: str, files: _ChunkFiles, settings: StoreSettings) -> str:
+    limits = f"max_chunks {settings.max_chunks}, max_seqs {settings.max_seqs}"
     if not files.documents:
         raise ValueError(f"{limits}: the first document, {title!r}, has more; raise the limit")
     return (
         f"{limits}: stopped before {title!r}, which does not fit; {files.documents} documents with "
         f"{files.chunks.rows} chunks are in. Raise the limit, or leave it out, for the whole corpus"
-    )
-
-
-def text_folder_to_chunks_(
-    *,
-    folder: PathLike,
-    chunks_memmap_path: PathLike,
-    seqs_memmap_path: PathLike,
-    doc_ids_memmap_path: PathLike,
-    chunk_size: int = 64,
-    seq_len: int = 2048,
-    glob: str | Sequence[str] = TEXTS,
-    max_chunks: int | None = None,
-    max_seqs: int | None = None,
-    **options: object,
-) -> dict:
-    """Chunk a folder of text files to disk: `documents_to_chunks_` of `text_folder(folder, glob)`."""
-    return documents_to_chunks_(
-        text_folder(folder, glob),
-        chunks_memmap_path=chunks_memmap_path,
-        seqs_memmap_path=seqs_memmap_path,
-        doc_ids_memmap_path=doc_ids_memmap_path,
-        chunk_size=chunk_size,
-        seq_len=seq_len,
-        max_chunks=max_chunks,
-        max_seqs=max_seqs,
-        **options,
     )
 
 

@@ -75,14 +75,15 @@ from retro_nb.store.knn import (
     AT_A_TIME,
     choose_spec,
     document_ranges,
+    fill_neighbours,
     index_settings,
     index_stats,
     knn_settings,
     neighbours,
-    write_neighbours,
 )
+from retro_nb.store.settings import StoreSettings
 from retro_nb.store.splits import document_numbers
-from retro_nb.store.store import StoreSettings, choose_tokenizer
+from retro_nb.store.store import choose_tokenizer
 from retro_nb.text.document import Corpus
 from retro_nb.text.tokens import SpecialIds, TextTokenizer
 
@@ -359,7 +360,7 @@ def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: in
         for handful in _results(_Chunk, arguments, items, workers, in_order=True):
             yield from handful
 
-    return write_chunks(cut, documents, [files.chunks, files.seqs, files.doc_ids], tokenizer, **settings.of_chunks())
+    return write_chunks(documents, files, settings, cut=cut)
 
 
 def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], arguments: dict, workers: int) -> None:
@@ -432,4 +433,4 @@ def _search(files: Files, k: int, exclude: Ranges, max_similarity: float | int |
 
     settings = knn_settings(files.index, files.doc_ids, k, max_similarity)
     index, vectors, doc_ids = read_index(files.index, mapped=True), open_array(files.vectors), open_array(files.doc_ids)
-    write_neighbours(knn_path(files.chunks, exclude), fill, settings, index, vectors, doc_ids, **options)
+    fill_neighbours(knn_path(files.chunks, exclude), fill, settings, index, vectors, doc_ids, **options)

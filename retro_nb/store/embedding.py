@@ -1,6 +1,6 @@
 """A frozen BERT turns chunks into vectors (notebook 02).
 
-The key of a chunk is BERT(N) averaged over time (paper, §2.3). Indexed chunks (`chunks_to_embeddings_`) and queries
+The key of a chunk is BERT(N) averaged over time (paper, §2.3). Indexed chunks (`write_vectors`) and queries
 (`embed_chunks`) get the same frame, `[CLS] the chunk's words [SEP]`, and the same average. The reference frames them
 differently, so that a chunk has a non-zero distance to itself and may find other neighbours.
 """
@@ -26,7 +26,8 @@ from retro_nb.common.arrays import PathLike, ResumableRows, open_array
 from retro_nb.common.devices import best_device, best_dtype, send
 from retro_nb.common.launch import launched
 from retro_nb.common.manifest import array_key, cached
-from retro_nb.store.chunking import read_documents, special_ids, store_tokenizer
+from retro_nb.store.chunking import read_documents, store_tokenizer
+from retro_nb.store.settings import StoreSettings
 from retro_nb.text.tokens import BERTS_IDS, PAD_ID, SpecialIds, TextTokenizer, bert_folder, get_tokenizer, padded
 
 if TYPE_CHECKING:
@@ -373,69 +374,56 @@ def embedding_stats(num_chunks: int, dim: int, device: torch.device) -> dict:
     return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
 
 
-def chunks_to_embeddings_(
+def write_vectors(
+    chunks_path: Path,
+    vectors_path: Path,
+    settings: StoreSettings,
     *,
-    num_chunks: int,
-    chunks_memmap_path: PathLike,
-    embeddings_memmap_path: PathLike,
-    chunk_size: int = 64,
-    embed_dim: int | None = None,
+    shape: tuple[int, int] | None = None,
     batch_size: int | None = None,
-    use_cls_repr: bool = False,
-    pad_id: int | float | None = None,
-    bert: PathLike | None = None,
     device: torch.device | str | None = None,
     force_reprocess: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Embed every chunk of a chunk array to disk (float32, num_chunks × embed_dim).
+    """Embed every chunk of a chunk array to disk, as float32 rows.
 
     Chunks of a tokenizer other than the BERT's are embedded as text. An interrupted build resumes where it stopped; a
     finished one with the same chunks, BERT and pooling is reused. Processes launched together on a host
     (`accelerate launch`, torchrun) share the work, and each must call this.
 
     Args:
-        num_chunks, chunk_size: shape of the chunk array, without the extra token.
-        chunks_memmap_path, embeddings_memmap_path: the file to read and the file to write.
-        embed_dim: the expected width; the BERT's if left out.
+        chunks_path, vectors_path: the file to read and the file to write.
+        settings: the store's; its `bert` and `use_cls_repr` are used.
+        shape: shape of the chunk array, (c, m + 1); only a raw memory map, as the reference writes, needs it.
         batch_size: chunks per forward pass; the device's if left out (`sizes_on`).
-        use_cls_repr: [CLS] instead of the mean.
-        pad_id: the expected padding id, checked against the chunk array's; None for no check.
-        bert, device: see `bert_embed`.
+        device: where to embed; see `bert_embed`.
 
     Returns:
         `rows`, `dim`, `dtype` of the computation.
 
     Raises:
-        ValueError: `embed_dim` is not this BERT's width, the chunk array has another shape, or its rows are
-            longer than the BERT's positions.
+        ValueError: the rows are longer than the BERT's positions.
         FloatingPointError: a vector is not finite; the message names the chunk and its document. It is not stored.
     """
-    dim = embedding_dim(bert)
-    if embed_dim not in (None, dim):
-        raise ValueError(f"embed_dim {embed_dim}, but this BERT gives vectors of {dim}: leave embed_dim out")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: pass 1 or more")
-    if pad_id not in (None, special_ids(chunks_memmap_path).pad):
-        raise ValueError(f"pad_id {pad_id}: this array is padded with {special_ids(chunks_memmap_path).pad}")
-    tokenizer = store_tokenizer(chunks_memmap_path, bert)
-    chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
-    device = torch.device(device or best_device())
-    settings = embedding_settings(chunks_memmap_path, num_chunks, bert, use_cls_repr)
-    sizes = sizes_on(device)
+    bert, device = settings.bert, torch.device(device or best_device())
+    chunks, tokenizer = open_array(chunks_path, shape=shape), store_tokenizer(chunks_path, bert)
+    count, dim, sizes = len(chunks), embedding_dim(bert), sizes_on(device)
+    options = {"use_cls_repr": settings.use_cls_repr, "bert": bert, "device": device}
+    described = embedding_settings(chunks_path, count, bert, settings.use_cls_repr)
 
     def store(rows: ResumableRows, block: slice, vectors: np.ndarray) -> None:
-        check_vectors(vectors, block.start, chunks_memmap_path)
+        check_vectors(vectors, block.start, chunks_path)
         rows.write(block, vectors)
 
     def build() -> dict:
-        rows = ResumableRows(embeddings_memmap_path, (num_chunks, dim), np.float32, settings, shared=True)
+        rows = ResumableRows(vectors_path, (count, dim), np.float32, described, shared=True)
         blocks, writes = list(rows.blocks(sizes.block)), deque()
         total, hidden = sum(block.stop - block.start for block in blocks), not progress or launched()[0] > 0
         bar = tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden)
         with bar, ThreadPoolExecutor(1) as writer:
             for block in blocks:
-                options = {"use_cls_repr": use_cls_repr, "bert": bert, "device": device}
                 vectors = begin_block(chunks[block, :-1], tokenizer, batch_size, bar.update, **options)
                 writes.append(writer.submit(lambda block, vectors: store(rows, block, vectors()), block, vectors))
                 if len(writes) > sizes.ahead:
@@ -443,6 +431,6 @@ def chunks_to_embeddings_(
             for write in writes:
                 write.result()
         rows.finish()
-        return embedding_stats(num_chunks, dim, device)
+        return embedding_stats(count, dim, device)
 
-    return cached(embeddings_memmap_path, settings, build, force_reprocess=force_reprocess, shared=True)
+    return cached(vectors_path, described, build, force_reprocess=force_reprocess, shared=True)

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from retro_nb.common.arrays import PathLike, ResumableRows, file_record, open_array
 from retro_nb.common.manifest import array_key, cached, read_manifest
-from retro_nb.store.embedding import chunks_to_embeddings_
-from retro_nb.store.files import INDEX, companion, knn_path
+from retro_nb.store.files import INDEX, Files, knn_path
 from retro_nb.store.index import (
     NO_NEIGHBOUR,
     Distances,
@@ -40,6 +39,7 @@ from retro_nb.store.index import (
     search,
     write_index,
 )
+from retro_nb.store.settings import StoreSettings
 
 AT_A_TIME = 1024  # chunks searched and saved together
 RECALL_QUERIES = 2000
@@ -167,62 +167,21 @@ def measure_recall(
 # to disk
 
 
-def chunks_to_index_and_embed(
-    *,
-    num_chunks: int,
-    chunk_size: int,
-    chunk_memmap_path: PathLike,
-    use_cls_repr: bool = False,
-    max_rows_per_file: int = AT_A_TIME,
-    chunks_to_embeddings_batch_size: int | None = None,
-    embed_dim: int | None = None,
-    index_file: str = INDEX,
-    index: str | None = None,
-    max_index_memory_usage: str | int | None = None,
-    current_memory_available: str | int | None = None,
-    bert: PathLike | None = None,
-    force_reprocess: bool = False,
-    progress: bool = True,
-) -> tuple[faiss.Index, Float[np.ndarray, "c d"]]:
-    """Embed a chunk array and index the vectors; both are saved next to it and reused while nothing changes.
-
-    Args:
-        num_chunks, chunk_size, chunk_memmap_path: the chunk array.
-        use_cls_repr, chunks_to_embeddings_batch_size, embed_dim, bert: see `chunks_to_embeddings_`.
-        max_rows_per_file: the reference's block size; it has no effect, since blocks here are fixed.
-        index_file: name of the index, in the chunk array's folder.
-        index: an index-factory string; None for the choice of `choose_index`.
-        max_index_memory_usage, current_memory_available: bytes, or "100m": the index takes no more than
-            the smaller of the two, at the cost of exactness (see `choose_index`).
-
-    Returns:
-        The index and the vectors (read-only): row i of the vectors has id i in the index.
-    """
-    folder = Path(chunk_memmap_path).parent
-    embeddings_path = companion(chunk_memmap_path, "embedded.npy")
-    stats = chunks_to_embeddings_(
-        num_chunks=num_chunks,
-        chunks_memmap_path=chunk_memmap_path,
-        embeddings_memmap_path=embeddings_path,
-        chunk_size=chunk_size,
-        embed_dim=embed_dim,
-        batch_size=chunks_to_embeddings_batch_size,
-        use_cls_repr=use_cls_repr,
-        bert=bert,
-        force_reprocess=force_reprocess,
-        progress=progress,
-    )
-    vectors = open_array(embeddings_path, shape=(num_chunks, stats["dim"]))
-    spec = choose_spec(num_chunks, stats["dim"], index, max_index_memory_usage, current_memory_available)
+def index_vectors(
+    files: Files, settings: StoreSettings, *, force_reprocess: bool = False, progress: bool = True
+) -> faiss.Index:
+    """Index a store's vectors on disk, unless it is done, and return the index: row i of the vectors has id i in it."""
+    vectors = open_array(files.vectors)
+    spec = choose_spec(*vectors.shape, **settings.of_index())
 
     def build() -> dict:
         started = time.perf_counter()
-        write_index(build_index(vectors, spec, progress=progress), folder / index_file)
-        lists_path(folder / index_file).unlink(missing_ok=True)  # of an index that a cluster built
-        return index_stats(folder / index_file, spec, num_chunks, started)
+        write_index(build_index(vectors, spec, progress=progress), files.index)
+        lists_path(files.index).unlink(missing_ok=True)  # of an index that a cluster built
+        return index_stats(files.index, spec, len(vectors), started)
 
-    cached(folder / index_file, index_settings(embeddings_path, spec), build, force_reprocess=force_reprocess)
-    return read_index(folder / index_file), vectors
+    cached(files.index, index_settings(files.vectors, spec), build, force_reprocess=force_reprocess)
+    return read_index(files.index)
 
 
 def choose_spec(
@@ -232,7 +191,7 @@ def choose_spec(
     max_index_memory_usage: str | int | None = None,
     current_memory_available: str | int | None = None,
 ) -> str:
-    """Index-factory string that these options of `chunks_to_index_and_embed` give for `count` vectors of this width."""
+    """Index-factory string that these settings of a store give for `count` vectors of this width."""
     limits = [parse_bytes(size) for size in (max_index_memory_usage, current_memory_available)]
     return index or choose_index(count, dim, min((size for size in limits if size is not None), default=None))
 
@@ -248,74 +207,42 @@ def index_stats(path: Path, spec: str, count: int, started: float) -> dict:
     return {"index": spec, "vectors": count, "bytes": size, "seconds": time.perf_counter() - started}
 
 
-def check_similarity(max_similarity: float | int | None) -> None:
-    """Reject a limit that no cosine can have."""
-    if max_similarity is not None and not -1 < max_similarity <= 1:
-        raise ValueError(f"max_similarity {max_similarity} is a cosine: give something above −1 and up to 1, e.g. 0.95")
-
-
-def chunks_to_precalculated_knn_(
-    *,
-    num_nearest_neighbors: int,
-    num_chunks: int,
-    chunk_size: int,
-    chunk_memmap_path: PathLike,
-    doc_ids_memmap_path: PathLike,
-    max_rows_per_file: int = AT_A_TIME,
-    num_extra_neighbors: int = 0,
+def write_neighbours(
+    files: Files,
+    settings: StoreSettings,
     keep_out: Sequence[int] = (),
-    max_similarity: float | int | None = None,
+    *,
+    rows_at_a_time: int = AT_A_TIME,
     force_reprocess: bool = False,
-    index_file: str = INDEX,
     progress: bool = True,
-    **index_kwargs: object,
-) -> tuple[Path, faiss.Index]:
-    """Embed, index and search; write the k nearest chunks of other documents for every chunk to disk.
+) -> Path:
+    """Write the k nearest chunks of other documents for every chunk of an indexed store; return the file's path.
 
-    The neighbours are int32, num_chunks × k, ascending by distance, −1 where there is none. Their recall is
-    measured if the index is not exact, and recorded in the folder's manifest (`knn_stats`).
+    The neighbours are int32, c × k, ascending by distance, −1 where there is none. Their recall is measured if the
+    index is not exact, and recorded in the folder's manifest (`knn_stats`).
 
     Args:
-        num_nearest_neighbors: k.
-        num_chunks, chunk_size, chunk_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
-        max_rows_per_file: chunks searched and saved at a time.
-        num_extra_neighbors: no effect: the reference fetches this many more and drops those of the chunk's own
-            document; here the exclusion is exact.
+        files, settings: the store's; its `knn` and `max_similarity` are used.
         keep_out: numbers of documents outside the database: they get neighbours, but are never retrieved.
-        max_similarity: leave out near-duplicates: chunks with a cosine above this.
-        force_reprocess: rebuild in any case.
-        index_file, **index_kwargs: see `chunks_to_index_and_embed`.
-
-    Returns:
-        The path of the neighbours, and the index.
+        rows_at_a_time: chunks searched and saved together.
+        force_reprocess: search in any case.
     """
-    if num_nearest_neighbors < 1:
-        raise ValueError(f"num_nearest_neighbors {num_nearest_neighbors}: ask for 1 or more")
-    check_similarity(max_similarity)
-    doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
-    exclude = document_ranges(doc_ids, keep_out)
-    index, vectors = chunks_to_index_and_embed(
-        num_chunks=num_chunks,
-        chunk_size=chunk_size,
-        chunk_memmap_path=chunk_memmap_path,
-        index_file=index_file,
-        force_reprocess=force_reprocess,
-        progress=progress,
-        **index_kwargs,
-    )
-    path, k = knn_path(chunk_memmap_path, exclude), num_nearest_neighbors
-    without = {"exclude": exclude, "max_similarity": max_similarity}
+    index, vectors = read_index(files.index), open_array(files.vectors)
+    doc_ids = open_array(files.doc_ids, shape=(len(vectors),))
+    exclude, k, limit = document_ranges(doc_ids, keep_out), settings.knn, settings.max_similarity
+    path, without = knn_path(files.chunks, exclude), {"exclude": exclude, "max_similarity": limit}
 
     def fill(rows: ResumableRows) -> None:
-        with tqdm(total=num_chunks, initial=rows.done, desc="searching", unit=" chunks", disable=not progress) as bar:
-            for block in rows.blocks(max_rows_per_file):
+        hidden = not progress
+        with tqdm(total=len(vectors), initial=rows.done, desc="searching", unit=" chunks", disable=hidden) as bar:
+            for block in rows.blocks(rows_at_a_time):
                 part = range(block.start, block.stop)
                 rows.write(block, neighbours(index, vectors, doc_ids, k, rows=part, **without))
                 bar.update(len(part))
 
-    settings = knn_settings(path.parent / index_file, doc_ids_memmap_path, k, max_similarity)
-    write_neighbours(path, fill, settings, index, vectors, doc_ids, force_reprocess=force_reprocess, **without)
-    return path, index
+    described = knn_settings(files.index, files.doc_ids, k, limit)
+    fill_neighbours(path, fill, described, index, vectors, doc_ids, force_reprocess=force_reprocess, **without)
+    return path
 
 
 def knn_settings(
@@ -330,7 +257,7 @@ def knn_settings(
     }
 
 
-def write_neighbours(
+def fill_neighbours(
     path: Path,
     fill: Callable[[ResumableRows], None],
     settings: dict,

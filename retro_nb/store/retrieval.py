@@ -7,7 +7,6 @@ that the model has just generated, with the same embedding and the same index.
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import faiss
 import numpy as np
@@ -18,10 +17,12 @@ from torch import Tensor
 
 from retro_nb.common.arrays import PathLike, open_array
 from retro_nb.store.chunking import read_documents, store_tokenizer
-from retro_nb.store.dataset import closing_id, knn_to_retrieved_chunks
+from retro_nb.store.dataset import knn_to_retrieved_chunks
 from retro_nb.store.embedding import embed_chunks
+from retro_nb.store.files import Files
 from retro_nb.store.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
 from retro_nb.store.knn import document_ranges
+from retro_nb.store.settings import StoreSettings
 from retro_nb.text.tokens import TextTokenizer
 
 DocumentName = int | np.integer | str  # a number or a title
@@ -42,45 +43,6 @@ def nearest_chunks(
     ids = seq_chunks.cpu()
     vectors = embed_chunks(ids, tokenizer=tokenizer, use_cls_repr=use_cls_repr, bert=bert, device=device)
     return search(faiss_index, vectors.numpy(), knn, exclude=exclude)
-
-
-def knn_chunks_from_seq_chunks(
-    seq_chunks: Int[Tensor, "b m"],
-    *,
-    knn: int,
-    faiss_index: faiss.Index,
-    num_chunks: int,
-    chunk_size: int,
-    chunks_memmap_path: PathLike,
-    doc_ids_memmap_path: PathLike | None = None,
-    **options: Any,
-) -> Int64[Tensor, "b k r"]:
-    """RET(C) for newly generated chunks: embed them, search the index, read N and F of each hit.
-
-    Args:
-        seq_chunks: the chunks' tokens.
-        knn: k.
-        faiss_index: the index of the chunks at `chunks_memmap_path`, of shape (num_chunks, chunk_size + 1).
-        doc_ids_memmap_path: the document of each chunk, so that F does not run into the next document.
-        **options: `exclude`, `use_cls_repr`, `bert` and `device` of `nearest_chunks`.
-
-    Returns:
-        The neighbours' tokens, on the device of `seq_chunks`; padding where fewer than k are found.
-    """
-    tokenizer = store_tokenizer(chunks_memmap_path, options.get("bert"))
-    if doc_ids_memmap_path is None:
-        ends = {"eos_id": closing_id(tokenizer.ids)}
-    else:
-        ends = {"doc_ids": open_array(doc_ids_memmap_path, shape=(num_chunks,))}
-    _, ids = nearest_chunks(seq_chunks, knn=knn, faiss_index=faiss_index, tokenizer=tokenizer, **options)
-    retrieved = knn_to_retrieved_chunks(
-        ids,
-        open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1)),
-        num_chunks=num_chunks,
-        pad_id=tokenizer.ids.pad,
-        **ends,
-    )
-    return torch.from_numpy(retrieved).to(seq_chunks.device)
 
 
 @dataclass(frozen=True)
@@ -123,32 +85,20 @@ class Retriever:
     """Search a built corpus: find the nearest chunks, and read their text and metadata.
 
     Args:
-        faiss_index: the index of the chunks.
+        files, settings: the store's.
+        index: the index of its chunks.
         knn: k.
-        num_chunks, chunk_size, chunks_memmap_path, doc_ids_memmap_path: the chunk array and its documents.
-        use_cls_repr, bert: how the indexed chunks were embedded.
         keep_out: numbers of documents that are never retrieved.
     """
 
     def __init__(
-        self,
-        *,
-        faiss_index: faiss.Index,
-        knn: int,
-        num_chunks: int,
-        chunk_size: int,
-        chunks_memmap_path: PathLike,
-        doc_ids_memmap_path: PathLike,
-        use_cls_repr: bool = False,
-        bert: PathLike | None = None,
-        keep_out: Sequence[int] = (),
+        self, files: Files, settings: StoreSettings, index: faiss.Index, knn: int, keep_out: Sequence[int] = ()
     ) -> None:
-        self.index, self.knn, self.chunk_size = faiss_index, knn, chunk_size
-        self.use_cls_repr, self.bert = use_cls_repr, bert
-        self.tokenizer = store_tokenizer(chunks_memmap_path, bert)
-        self.chunks = open_array(chunks_memmap_path, shape=(num_chunks, chunk_size + 1))
-        self.doc_ids = open_array(doc_ids_memmap_path, shape=(num_chunks,))
-        self.documents, self.keep_out = read_documents(chunks_memmap_path), list(keep_out)
+        self.index, self.knn, self.chunk_size = index, knn, settings.chunk_size
+        self.use_cls_repr, self.bert = settings.use_cls_repr, settings.bert
+        self.tokenizer = store_tokenizer(files.chunks, settings.bert)
+        self.chunks, self.doc_ids = open_array(files.chunks), open_array(files.doc_ids)
+        self.documents, self.keep_out = read_documents(files.chunks), list(keep_out)
 
     def nearest(
         self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[DocumentName] = ()
@@ -163,6 +113,10 @@ class Retriever:
             use_cls_repr=self.use_cls_repr,
             bert=self.bert,
         )
+
+    def fetch(self, seq_chunks: Int[Tensor, "b m"], exclude: Sequence[DocumentName] = ()) -> Int64[Tensor, "b k r"]:
+        """Tokens N and F of the nearest chunks, on the device of `seq_chunks`; padding where fewer than k are found."""
+        return self.tokens(self.nearest(seq_chunks, exclude)[1]).to(seq_chunks.device)
 
     def tokens(self, ids: Int[np.ndarray, "b k"]) -> Int64[Tensor, "b k r"]:
         """Tokens of N and F of retrieved chunks, as the model reads them; padding where an id is −1."""

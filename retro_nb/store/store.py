@@ -14,7 +14,7 @@ that records the inputs and settings of each. A changed setting rebuilds only wh
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -27,65 +27,19 @@ from jaxtyping import Float, Int, Integer
 from retro_nb.common.arrays import PathLike, open_array, to_jsonable
 from retro_nb.common.launch import broadcast
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
-from retro_nb.store.chunking import check_sizes, chunk_settings, documents_to_chunks_, read_documents, store_tokenizer
+from retro_nb.store.chunking import chunk_settings, read_documents, store_tokenizer, write_chunks
 from retro_nb.store.dataset import RETRODataset
-from retro_nb.store.embedding import bert_fingerprint
+from retro_nb.store.embedding import bert_fingerprint, write_vectors
 from retro_nb.store.files import Files, knn_path
 from retro_nb.store.index import read_index
-from retro_nb.store.knn import check_similarity, chunks_to_precalculated_knn_, document_ranges, knn_stats
+from retro_nb.store.knn import document_ranges, index_vectors, knn_stats, write_neighbours
 from retro_nb.store.retrieval import Retriever
+from retro_nb.store.settings import StoreSettings
 from retro_nb.store.splits import document_numbers
 from retro_nb.store.updating import Update, mismatch, reason_to_rebuild, update_store
 from retro_nb.text.document import Document
 from retro_nb.text.opening import open_corpus
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
-
-
-@dataclass(frozen=True)
-class StoreSettings:
-    """Settings of a store.
-
-    chunk_size, seq_len     m and n, tokens: a model's chunk_size and max_seq_len; n is a multiple of m
-    knn                     k, neighbours of a chunk
-    tokenizer               cuts the texts: a Hugging Face tokenizer, by folder or name; a number, for a byte-level BPE
-                            of that size, trained on the corpus; None for the BERT's. For a RETROfit, the model's
-    bert                    the BERT that embeds the chunks, see `tokens.bert_folder`
-    use_cls_repr            a chunk's vector is that of [CLS], not the mean over its tokens
-    index                   a FAISS index-factory string; None for the choice of `choose_index`
-    max_index_memory_usage, current_memory_available    bytes, or "100m": upper limits of the index's size
-    max_similarity          leaves out neighbours with a cosine above this (near-duplicates)
-    keep_out                documents that are never retrieved: their numbers, or a share that `hold_out` draws
-    max_chunks, max_seqs    stop before the first document that would exceed either
-    """
-
-    chunk_size: int = 64
-    seq_len: int = 2048
-    knn: int = 2
-    tokenizer: int | PathLike | TextTokenizer | None = None
-    bert: PathLike | None = None
-    use_cls_repr: bool = False
-    index: str | None = None
-    max_index_memory_usage: str | int | None = None
-    current_memory_available: str | int | None = None
-    max_similarity: float | int | None = None
-    keep_out: float | int | Sequence[int] = ()
-    max_chunks: int | None = None
-    max_seqs: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.knn < 1:
-            raise ValueError(f"knn is {self.knn}: it must be at least 1")
-        check_sizes(self.chunk_size, self.seq_len, self.max_chunks, self.max_seqs)
-        check_similarity(self.max_similarity)
-
-    def of_chunks(self) -> dict[str, Any]:
-        """The settings for cutting chunks, without the tokenizer."""
-        return {name: getattr(self, name) for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
-
-    def of_index(self) -> dict[str, Any]:
-        """The settings for choosing the index."""
-        names = ("index", "max_index_memory_usage", "current_memory_available")
-        return {name: getattr(self, name) for name in names}
 
 
 def choose_tokenizer(
@@ -142,8 +96,9 @@ class Store:
         settings: StoreSettings | None = None,
         *,
         files: Files | None = None,
+        batch_size: int | None = None,
+        force_reprocess: bool = False,
         progress: bool = True,
-        **options: Any,
     ) -> "Store":
         """Build the missing parts of a corpus's store: chunk, embed, index and search.
 
@@ -157,9 +112,9 @@ class Store:
             folder: the store's folder.
             settings: see `StoreSettings`.
             files: paths of the arrays, if they are not in `folder` under their usual names.
+            batch_size: chunks that the BERT embeds at a time; the device's if left out.
+            force_reprocess: embed, index and search again in any case.
             progress: show progress bars.
-            **options: `force_reprocess`, `max_rows_per_file` and `chunks_to_embeddings_batch_size` of
-                `knn.chunks_to_precalculated_knn_`.
 
         Raises:
             ValueError: a setting is out of range, or no document has a token.
@@ -169,17 +124,12 @@ class Store:
         settings = replace(settings, tokenizer=choose_tokenizer(settings, documents, folder, progress))
         if files == Files.of(folder):
             _follow(documents, folder, settings, progress)
-        made = documents_to_chunks_(
-            documents, chunks_memmap_path=files.chunks, seqs_memmap_path=files.seqs, doc_ids_memmap_path=files.doc_ids,
-            tokenizer=settings.tokenizer, progress=progress, **settings.of_chunks(),
-        )  # fmt: skip
+        made = write_chunks(documents, files, settings, progress=progress)
         kept_out = document_numbers(settings.keep_out, made["docs"])
-        chunks_to_precalculated_knn_(
-            num_nearest_neighbors=settings.knn, num_chunks=made["chunks"], chunk_size=settings.chunk_size,
-            chunk_memmap_path=files.chunks, doc_ids_memmap_path=files.doc_ids, index_file=files.index_name,
-            keep_out=kept_out, max_similarity=settings.max_similarity, use_cls_repr=settings.use_cls_repr,
-            bert=settings.bert, progress=progress, **settings.of_index(), **options,
-        )  # fmt: skip
+        again = {"force_reprocess": force_reprocess, "progress": progress}
+        write_vectors(files.chunks, files.vectors, settings, batch_size=batch_size, **again)
+        index_vectors(files, settings, **again)
+        write_neighbours(files, settings, kept_out, **again)
         return cls(files, settings, kept_out)
 
     @classmethod
@@ -295,19 +245,10 @@ class Store:
         )  # fmt: skip
         return data if k in (None, stored) else data.with_neighbours(np.array(data.knns[:, :k]))
 
-    def database(self, k: int | None = None) -> dict[str, Any]:
-        """Arguments that describe the store to `Retriever` and `knn_chunks_from_seq_chunks`."""
-        return {
-            "knn": k or self.stats["k"], "faiss_index": self.index, "num_chunks": self.stats["chunks"],
-            "chunk_size": self.settings.chunk_size, "chunks_memmap_path": self.files.chunks,
-            "doc_ids_memmap_path": self.files.doc_ids, "use_cls_repr": self.settings.use_cls_repr,
-            "bert": self.settings.bert,
-        }  # fmt: skip
-
     def retriever(self, k: int | None = None) -> Retriever:
         """Retriever that finds k chunks per query; if left out, the number of stored neighbours per chunk."""
         _check_k(k)
-        return Retriever(**self.database(k), keep_out=self.kept_out)
+        return Retriever(self.files, self.settings, self.index, k or self.stats["k"], self.kept_out)
 
     def update(self, documents: Iterable[Document], *, progress: bool = True) -> Update:
         """Update the store after documents of its corpus were removed or added (see `updating.update_store`).
@@ -338,7 +279,7 @@ def _check_k(k: Any) -> None:
 def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress: bool) -> None:
     """Update an existing store if only its corpus has changed; else leave it to be built."""
     folder, name = Path(folder), Files.of(folder).chunks.name
-    wanted = chunk_settings(documents, settings.tokenizer, **settings.of_chunks())
+    wanted = chunk_settings(documents, settings)
     how = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
 
     def changed() -> bool:

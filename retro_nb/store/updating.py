@@ -60,8 +60,8 @@ from retro_nb.store.chunking import (
     text_digest,
     write_chunks,
 )
-from retro_nb.store.embedding import bert_fingerprint, chunks_to_embeddings_, embedding_settings
-from retro_nb.store.files import CHUNKS, DOC_IDS, INDEX, NEIGHBOURS, SEQS, VECTORS, companion
+from retro_nb.store.embedding import bert_fingerprint, embedding_settings, write_vectors
+from retro_nb.store.files import CHUNKS, DOC_IDS, INDEX, NEIGHBOURS, VECTORS, Files, companion
 from retro_nb.store.index import (
     BLOCK,
     Vectors,
@@ -74,12 +74,13 @@ from retro_nb.store.index_edits import EDITABLE, comparing_pays, edit_lists, may
 from retro_nb.store.knn import (
     AT_A_TIME,
     choose_spec,
+    fill_neighbours,
     index_settings,
     index_stats,
     knn_settings,
     neighbours,
-    write_neighbours,
 )
+from retro_nb.store.settings import StoreSettings
 from retro_nb.text.document import Corpus, Document
 from retro_nb.text.tokens import get_tokenizer
 
@@ -298,7 +299,7 @@ def _chunk(old: _Old, documents: Corpus, staging: Path, progress: bool) -> _New:
                 yield chunk_document(document, settings["chunk_size"], tokenizer)
 
     sizes = {name: settings[name] for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
-    write_chunks(cut, documents, [staging / name for name in (CHUNKS, SEQS, DOC_IDS)], tokenizer, **sizes)
+    write_chunks(documents, Files.of(staging), StoreSettings(**sizes, tokenizer=tokenizer), cut=cut)
     found = read_documents(staging / CHUNKS)
     kept = _kept(old.by_digest, [about["digest"] for about in found])
     origin, was = (np.full(found[-1]["chunks"][1], -1, np.int64) for _ in range(2))
@@ -357,10 +358,8 @@ def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | s
     if len(fresh):
         settings = {"chunks": array_key(whole), "tokenizer": tokenizer.fingerprint}
         cached(part, settings, pick, files=(companion(part, "tokenizer.json"),))
-        where, size = companion(part, "embedded.npy"), chunks.shape[1] - 1
-        sizes = {"num_chunks": len(fresh), "chunk_size": size, "embed_dim": old.vectors.shape[1]}
-        files = {"chunks_memmap_path": part, "embeddings_memmap_path": where}
-        chunks_to_embeddings_(**sizes, **files, use_cls_repr=cls, bert=bert, device=device, progress=progress)
+        where, how = companion(part, "embedded.npy"), StoreSettings(bert=bert, use_cls_repr=cls)
+        write_vectors(part, where, how, device=device, progress=progress)
         embedded = open_array(where)
 
     def join() -> dict:
@@ -419,7 +418,7 @@ def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
         for block in rows.blocks(BLOCK):
             rows.write(block, found[block])
 
-    write_neighbours(new.folder / NEIGHBOURS, fill, settings, index, vectors, doc_ids, max_similarity=most)
+    fill_neighbours(new.folder / NEIGHBOURS, fill, settings, index, vectors, doc_ids, max_similarity=most)
     return len(open_array(searched))
 
 

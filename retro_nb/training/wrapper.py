@@ -5,8 +5,7 @@ retrieves from the corpus while it writes (notebooks 05 and 06).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from retro_nb.model.base import ChunkedLM
 from retro_nb.model.sampling import generate, left_pad, top_k
 from retro_nb.store.files import CHUNKS, DOC_IDS, INDEX, SEQS, Files
 from retro_nb.store.index import Distances, Neighbours
-from retro_nb.store.retrieval import DocumentName, Generation, knn_chunks_from_seq_chunks
+from retro_nb.store.retrieval import DocumentName, Generation
+from retro_nb.store.settings import StoreSettings
 from retro_nb.store.splits import hold_out, of_documents, without_documents
-from retro_nb.store.store import Store, StoreSettings, choose_tokenizer
+from retro_nb.store.store import Store, choose_tokenizer
 from retro_nb.text.opening import as_corpus
 from retro_nb.text.tokens import PAD_ID, decode, tokenize
 from retro_nb.training.log import History
@@ -59,9 +59,11 @@ class TrainingWrapper(nn.Module):
         tokenizer: a Hugging Face tokenizer by folder or name; a number, for a byte-level BPE of that size, trained on
             this corpus (see `tokens.train_tokenizer`); or None for the model's tokenizer, if it has one (as those
             from `retrofit` do), else the BERT's.
+        chunks_to_embeddings_batch_size: chunks that the BERT embeds at a time; the device's if left out.
+        max_rows_per_file: no effect: blocks have a fixed size here.
+        force_reprocess: embed, index and search again in any case.
         progress: show progress bars.
-        **index_kwargs: other fields of `StoreSettings` and arguments of `knn.chunks_to_precalculated_knn_`: `index`,
-            `max_similarity`, `use_cls_repr`, `max_index_memory_usage`, …
+        **index_kwargs: other fields of `StoreSettings`: `index`, `max_similarity`, `use_cls_repr`, …
 
     Raises:
         TypeError: `retro` is neither a RETRO nor made by `retrofit`.
@@ -89,6 +91,9 @@ class TrainingWrapper(nn.Module):
         work_dir: PathLike | None = None,
         bert: PathLike | None = None,
         tokenizer: int | PathLike | None = None,  # `settings.parse_as` tries the types in this order
+        chunks_to_embeddings_batch_size: int | None = None,
+        max_rows_per_file: int | None = None,
+        force_reprocess: bool = False,
         progress: bool = True,
         **index_kwargs: Any,
     ) -> None:
@@ -98,11 +103,9 @@ class TrainingWrapper(nn.Module):
         if work_dir is None and default is None:
             raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
         folder = Path(work_dir) if work_dir is not None else default
-        own = {each.name for each in fields(StoreSettings)} & index_kwargs.keys()
         settings = StoreSettings(
             chunk_size=chunk_size, seq_len=retro.seq_len, knn=knn, bert=bert, keep_out=keep_out, max_chunks=max_chunks,
-            max_seqs=max_seqs, tokenizer=retro.tokenizer if tokenizer is None else tokenizer,
-            **{name: index_kwargs.pop(name) for name in own},
+            max_seqs=max_seqs, tokenizer=retro.tokenizer if tokenizer is None else tokenizer, **index_kwargs,
         )  # fmt: skip
         if isinstance(tokenizer, int):
             self._check_tokenizer(retro, tokenizer, PAD_ID)  # before training it: it will have at most that many ids
@@ -113,7 +116,10 @@ class TrainingWrapper(nn.Module):
             Path(doc_ids_memmap_path or folder / DOC_IDS), faiss_index_filename,
         )  # fmt: skip
         settings = replace(settings, tokenizer=tokens)
-        store = Store.build(corpus, folder, settings, files=files, progress=progress, **index_kwargs)
+        store = Store.build(
+            corpus, folder, settings, files=files, batch_size=chunks_to_embeddings_batch_size,
+            force_reprocess=force_reprocess, progress=progress,
+        )  # fmt: skip
         self._tie(retro, store, folder)
         if processed_stats_json_path is not None:
             write_json(processed_stats_json_path, self.stats)
@@ -146,7 +152,7 @@ class TrainingWrapper(nn.Module):
         self.chunk_size, self.max_seq_len, self.bert = retro.chunk_size, retro.seq_len, store.settings.bert
         self.stats, self.kept_out, self.tokenizer = store.stats, store.kept_out, store.tokenizer
         self.work_dir = work_dir
-        self.fetch_knn_chunks_fn = partial(knn_chunks_from_seq_chunks, **store.database(), exclude=store.exclude)
+        self.fetch_knn_chunks_fn = self.retriever.fetch
 
     @staticmethod
     def _check(retro: nn.Module, chunk_size: int) -> None:

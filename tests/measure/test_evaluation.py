@@ -27,7 +27,7 @@ from retro_nb.measure.evaluation import (
     shuffled,
     token_losses,
 )
-from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.reference import documents_to_chunks_
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import TextTokenizer, decode, get_tokenizer, tokenize
 

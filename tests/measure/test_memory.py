@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retro_nb.measure.memory import pieces, rewritten
-from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.reference import documents_to_chunks_
 from retro_nb.store.dataset import knn_to_retrieved_chunks
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import decode, tokenize

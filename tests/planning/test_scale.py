@@ -21,9 +21,9 @@ from retro_nb.planning.scale import (
     search_rate,
     search_rates,
 )
-from retro_nb.store.chunking import MOST_CHUNKS, Tokens, documents_to_chunks_, tokens_to_chunks
+from retro_nb.reference import chunks_to_precalculated_knn_, documents_to_chunks_
+from retro_nb.store.chunking import MOST_CHUNKS, Tokens, tokens_to_chunks
 from retro_nb.store.index import FLAT_LIMIT, build_index, write_index
-from retro_nb.store.knn import chunks_to_precalculated_knn_
 from retro_nb.text.document import Document
 from retro_nb.text.speeches import speeches
 from retro_nb.text.tokens import get_tokenizer

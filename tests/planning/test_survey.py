@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from retro_nb.planning import counting
 from retro_nb.planning.costs import Rates, index_bytes, index_seconds, lists_of, search_seconds, steps
 from retro_nb.planning.survey import survey
+from retro_nb.reference import chunks_to_precalculated_knn_, documents_to_chunks_
 from retro_nb.store import chunking
-from retro_nb.store.chunking import documents_to_chunks_
 from retro_nb.store.index import build_index, choose_index
-from retro_nb.store.knn import chunks_to_precalculated_knn_
 from retro_nb.text.document import Document
 from retro_nb.text.duplicates import repeating
 from retro_nb.text.tokens import get_tokenizer

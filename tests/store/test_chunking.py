@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from retro_nb.common.arrays import open_array
+from retro_nb.reference import documents_to_chunks_, text_folder_to_chunks_
 from retro_nb.store import chunking
 from retro_nb.store.chunking import (
     Tokens,
     document_tokens,
-    documents_to_chunks_,
     read_documents,
     special_ids,
     store_tokenizer,
-    text_folder_to_chunks_,
     tokens_to_chunks,
 )
 from retro_nb.text.document import Document

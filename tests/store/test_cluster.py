@@ -20,13 +20,13 @@ import pytest
 from retro_nb import RETRO, TrainingWrapper
 from retro_nb.__main__ import main
 from retro_nb.common.arrays import ROOT, open_array
+from retro_nb.reference import documents_to_chunks_
 from retro_nb.store import cluster as cluster_module
 from retro_nb.store import embedding as embedding_module
-from retro_nb.store.chunking import documents_to_chunks_
 from retro_nb.store.cluster import _Chunk, _Embed, _Fill, _gpu_share, _results, _Search, _Worker, build_store, cluster
 from retro_nb.store.files import Files
 from retro_nb.store.index import build_index, lists_path, read_index, write_index
-from retro_nb.store.store import StoreSettings
+from retro_nb.store.settings import StoreSettings
 from retro_nb.store.updating import update_store
 from retro_nb.text.files import jsonl, text_folder
 from retro_nb.text.speeches import speeches

@@ -24,13 +24,13 @@ from retro_nb.common.arrays import ResumableRows, open_array
 from retro_nb.common.devices import best_dtype
 from retro_nb.common.manifest import cached
 from retro_nb.lab.commands import processes
+from retro_nb.reference import chunks_to_embeddings_, documents_to_chunks_
 from retro_nb.store import embedding
-from retro_nb.store.chunking import documents_to_chunks_, store_tokenizer
+from retro_nb.store.chunking import store_tokenizer
 from retro_nb.store.embedding import (
     Sizes,
     bert_embed,
     bert_fingerprint,
-    chunks_to_embeddings_,
     embed_chunks,
     embedding_dim,
     flops_per_chunk,

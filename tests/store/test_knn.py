@@ -12,19 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_nb.common.arrays import ResumableRows, open_array
+from retro_nb.reference import chunks_to_index_and_embed, chunks_to_precalculated_knn_, documents_to_chunks_
 from retro_nb.store import knn as knn_module
-from retro_nb.store.chunking import documents_to_chunks_
 from retro_nb.store.files import knn_path
 from retro_nb.store.index import build_index
-from retro_nb.store.knn import (
-    chunks_to_index_and_embed,
-    chunks_to_precalculated_knn_,
-    document_ranges,
-    knn_stats,
-    measure_recall,
-    neighbours,
-    own_ranges,
-)
+from retro_nb.store.knn import document_ranges, knn_stats, measure_recall, neighbours, own_ranges
 from retro_nb.text.document import Document
 
 faiss.omp_set_num_threads(1)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from retro_nb.common.arrays import open_array
+from retro_nb.reference import chunks_to_precalculated_knn_, documents_to_chunks_, knn_chunks_from_seq_chunks
 from retro_nb.store import embedding
-from retro_nb.store.chunking import document_tokens, documents_to_chunks_
-from retro_nb.store.knn import chunks_to_precalculated_knn_
-from retro_nb.store.retrieval import Retriever, knn_chunks_from_seq_chunks
+from retro_nb.store.chunking import document_tokens
+from retro_nb.store.files import Files
+from retro_nb.store.retrieval import Retriever
+from retro_nb.store.settings import StoreSettings
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import decode, get_tokenizer
 
@@ -43,7 +45,7 @@ def single_precision():
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory, tiny_bert) -> dict:
-    """The arguments of `knn_chunks_from_seq_chunks` and of `Retriever`."""
+    """The arguments of `knn_chunks_from_seq_chunks`."""
     return build(tmp_path_factory.mktemp("corpus"), tiny_bert, tiny_bert)
 
 
@@ -78,9 +80,15 @@ def build(folder, tiny_bert, tokenizer) -> dict:
     )
 
 
+def retriever_of(database: dict) -> Retriever:
+    settings = StoreSettings(chunk_size=M, bert=database["bert"])
+    files = Files.of(database["chunks_memmap_path"].parent)
+    return Retriever(files, settings, database["faiss_index"], database["knn"])
+
+
 @pytest.fixture(scope="module")
 def retriever(database) -> Retriever:
-    return Retriever(**database)
+    return retriever_of(database)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +225,7 @@ def test_a_store_of_another_tokenizer_is_asked_and_read_with_it(tmp_path, tiny_b
     database = build(tmp_path / "here", tiny_bert, tokenizers[kind])
     (tmp_path / "here").rename(tmp_path / "there")
     database |= {f"{name}_memmap_path": tmp_path / "there" / f"{name}.npy" for name in ("chunks", "doc_ids")}
-    retriever, made = Retriever(**database), get_tokenizer(tokenizers[kind])
+    retriever, made = retriever_of(database), get_tokenizer(tokenizers[kind])
     rows, doc_ids = (np.load(database[f"{name}_memmap_path"]) for name in ("chunks", "doc_ids"))
     chunks = torch.from_numpy(rows[:, :-1].astype(np.int64))
     distances, ids = retriever.nearest(chunks)

@@ -8,7 +8,7 @@ import torch
 
 from retro_nb import RETRO, Store, StoreSettings, TrainingWrapper
 from retro_nb.common.manifest import read_manifest
-from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.reference import documents_to_chunks_
 from retro_nb.store.files import Files
 from retro_nb.store.index import exact_search
 from retro_nb.store.knn import own_ranges

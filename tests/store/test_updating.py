@@ -24,13 +24,14 @@ from retro_nb.common.arrays import ResumableRows, file_record, open_array, write
 from retro_nb.common.launch import launched
 from retro_nb.common.manifest import array_key, intact, read_manifest, replace_store
 from retro_nb.model.retro import RETRO
+from retro_nb.reference import chunks_to_precalculated_knn_, documents_to_chunks_
 from retro_nb.store import embedding, updating
 from retro_nb.store import index as index_module
-from retro_nb.store.chunking import documents_to_chunks_, read_documents
+from retro_nb.store.chunking import read_documents
 from retro_nb.store.embedding import Sizes
 from retro_nb.store.index import innermost, merge_on_disk, read_index
 from retro_nb.store.index_edits import list_entries
-from retro_nb.store.knn import choose_spec, chunks_to_precalculated_knn_, neighbours
+from retro_nb.store.knn import choose_spec, neighbours
 from retro_nb.store.updating import Update, _kept, update_store
 from retro_nb.text.document import Document
 from retro_nb.text.files import text_folder
@@ -668,7 +669,7 @@ def test_a_folder_of_files_is_followed(tmp_path, wrap, monkeypatch):
 
 STOPS = {
     "chunks": (updating, "write_chunks"),
-    "embedding": (updating, "chunks_to_embeddings_"),
+    "embedding": (updating, "write_vectors"),
     "vectors": (updating, "_index"),
     "index": (updating, "_search"),
     "searching": (ResumableRows, "finish"),

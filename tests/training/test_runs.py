@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Subset, TensorDataset
 
-from retro_nb.store.chunking import documents_to_chunks_
+from retro_nb.reference import documents_to_chunks_
 from retro_nb.store.dataset import RETRODataset
 from retro_nb.text.document import Document
 from retro_nb.training.runs import check_settings, data_identity, only_run, resolve_settings
