@@ -13,11 +13,19 @@ from torch import Tensor, nn
 
 from retro_nb.common.devices import vary
 from retro_nb.model.base import ChunkedLM, Retrieved
-from retro_nb.model.layers import Past, PostNorm, PreNorm, rotary
+from retro_nb.model.layers import Past, rotary
 from retro_nb.model.linear import Linear
 from retro_nb.model.presets import AS_IN_THE_PAPER, PRESETS
 from retro_nb.model.pretrained import load, plain_config, renamed
-from retro_nb.model.transformer import Decoder, DecodingState, Encoder, deepnet_init, norm_of
+from retro_nb.model.transformer import (
+    Decoder,
+    DecodingState,
+    Encoder,
+    deepnet_init,
+    deepnet_scales,
+    norm_of,
+    residual,
+)
 
 
 class RETRO(ChunkedLM):
@@ -97,55 +105,37 @@ class RETRO(ChunkedLM):
             raise ValueError("dec_cross_attn_layers is empty: name at least one layer, such as (1,), or None")
         if odd := [size for size in (dim_head, enc_dim_head or dim_head) if size % 2]:
             raise ValueError(f"dim_head {odd[0]} is odd: rotary positions turn pairs of features, pass an even one")
-        self.num_tokens, self.pad_id = num_tokens, pad_id
-        self.seq_len, self.chunk_size = max_seq_len, chunk_size
-
-        # embeddings
-
         embed_dim = dec_dim if separate_embeddings else enc_dim
+        if tied_output and embed_dim != dec_dim:
+            raise ValueError(
+                f"tied_output needs embeddings as wide as the decoder, not enc_dim {enc_dim} and dec_dim {dec_dim}: "
+                f"pass separate_embeddings=True, or enc_dim={dec_dim}"
+            )
+        self.num_tokens, self.pad_id, self.seq_len, self.chunk_size = num_tokens, pad_id, max_seq_len, chunk_size
+
         self.token_emb = nn.Embedding(num_tokens, embed_dim)
         self.enc_token_emb = nn.Embedding(num_tokens, enc_dim) if separate_embeddings else None
         self.pos_emb = nn.Embedding(max_seq_len, embed_dim) if absolute_positions else None
         self.to_dec_dim = Linear(embed_dim, dec_dim) if embed_dim != dec_dim else nn.Identity()
 
-        # encoder and decoder
-
-        norm = norm_of(norm_klass, gated_rmsnorm, use_deepnet)
-
-        def residual(dim: int, scale: float) -> dict:
-            if use_deepnet:
-                return dict(wrap=lambda fn: PostNorm(fn, norm(dim), scale), norm_out=nn.Identity())
-            return dict(wrap=lambda fn: PreNorm(fn, norm(dim)), norm_out=norm(dim))
-
-        enc_scale, dec_scale = enc_scale_residual, dec_scale_residual
-        if enc_scale is None:
-            enc_scale = 0.81 * (enc_depth**4 * dec_depth) ** (1 / 16)
-        if dec_scale is None:
-            dec_scale = (3 * dec_depth) ** (1 / 4)
+        norm, scales = norm_of(norm_klass, gated_rmsnorm, use_deepnet), deepnet_scales(enc_depth, dec_depth)
+        encoded_dim = dec_dim if project_encoded else enc_dim
         self.encoder = Encoder(
             enc_dim, enc_depth, enc_layers, chunk_dim=dec_dim, out_dim=dec_dim if project_encoded else None,
-            heads=enc_heads or heads, dim_head=enc_dim_head or dim_head, dropout=enc_attn_dropout,
-            ff_mult=ff_mult, ff_dropout=enc_ff_dropout, **residual(enc_dim, enc_scale),
+            heads=enc_heads or heads, dim_head=enc_dim_head or dim_head, dropout=enc_attn_dropout, ff_mult=ff_mult,
+            ff_dropout=enc_ff_dropout, **residual(norm, enc_dim, use_deepnet, enc_scale_residual, scales.encoder),
         )  # fmt: skip
         self.decoder = Decoder(
-            dec_dim, dec_depth, dec_layers, chunk_size=chunk_size,
-            encoded_dim=dec_dim if project_encoded else enc_dim, heads=heads, dim_head=dim_head,
-            dropout=dec_attn_dropout, ff_mult=ff_mult, ff_dropout=dec_ff_dropout,
-            **residual(dec_dim, dec_scale),
+            dec_dim, dec_depth, dec_layers, chunk_size=chunk_size, encoded_dim=encoded_dim, heads=heads,
+            dim_head=dim_head, dropout=dec_attn_dropout, ff_mult=ff_mult, ff_dropout=dec_ff_dropout,
+            **residual(norm, dec_dim, use_deepnet, dec_scale_residual, scales.decoder),
         )  # fmt: skip
         if use_deepnet:
-            deepnet_init(self.encoder, gain=0.87 * (enc_depth**4 * dec_depth) ** (-1 / 16))
-            deepnet_init(self.decoder, gain=(12 * dec_depth) ** (-1 / 4))
-
-        # output
+            deepnet_init(self.encoder, scales.encoder_gain)
+            deepnet_init(self.decoder, scales.decoder_gain)
 
         self.to_logits = Linear(dec_dim, num_tokens)
         if tied_output:
-            if embed_dim != dec_dim:
-                raise ValueError(
-                    f"tied_output needs embeddings as wide as the decoder, not enc_dim {embed_dim} and "
-                    f"dec_dim {dec_dim}: pass separate_embeddings=True, or enc_dim={dec_dim}"
-                )
             nn.init.normal_(self.token_emb.weight, std=dec_dim**-0.5)  # logits of variance 1
             self.to_logits.weight = self.token_emb.weight
 

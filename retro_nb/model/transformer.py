@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -18,6 +19,8 @@ from retro_nb.model.layers import (
     OpenMemory,
     Past,
     Place,
+    PostNorm,
+    PreNorm,
     RMSNorm,
     hiding,
     rotary,
@@ -264,6 +267,34 @@ def norm_of(norm_klass: type[nn.Module] | str | None, gated: bool, deepnet: bool
     if name not in NORMS:
         raise ValueError(f"norm_klass {name} is unknown: choose one of {', '.join(NORMS)}")
     return NORMS[name]
+
+
+def residual(
+    norm: Callable[[int], nn.Module], dim: int, deepnet: bool, scale: float | None, default_scale: float
+) -> dict[str, Any]:
+    """How a stack of width `dim` wraps its parts (`wrap`), and the norm behind its last layer (`norm_out`).
+
+    With `deepnet`, the norms come after the parts, and `scale` multiplies the residual stream.
+    """
+    if not deepnet:
+        return {"wrap": lambda fn: PreNorm(fn, norm(dim)), "norm_out": norm(dim)}
+    factor = default_scale if scale is None else scale
+    return {"wrap": lambda fn: PostNorm(fn, norm(dim), factor), "norm_out": nn.Identity()}
+
+
+class DeepNetScales(NamedTuple):
+    """DeepNet's residual scales and initial gains for an encoder and a decoder (Wang et al. 2022, table 1)."""
+
+    encoder: float
+    decoder: float
+    encoder_gain: float
+    decoder_gain: float
+
+
+def deepnet_scales(enc_depth: int, dec_depth: int) -> DeepNetScales:
+    """The scales and gains for these numbers of layers."""
+    size = (enc_depth**4 * dec_depth) ** (1 / 16)
+    return DeepNetScales(0.81 * size, (3 * dec_depth) ** (1 / 4), 0.87 / size, (12 * dec_depth) ** (-1 / 4))
 
 
 @torch.no_grad()
