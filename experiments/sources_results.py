@@ -101,7 +101,7 @@ def ratio(nats: Nats, baseline: Nats) -> dict[str, Any]:
     Bootstrap over seeds and documents: as many as there are of either are drawn with replacement, the same for both.
     `per_cent` is by how much it is more, and the interval of that.
     """
-    own, other = (np.array(each).reshape(len(each), -1) for each in (nats, baseline))  # or one sum a seed
+    own, other = (np.array(each).reshape(len(each), -1) for each in (nats, baseline))  # or a sum per seed
     rng, (seeds, count) = np.random.default_rng(0), own.shape
     weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
@@ -179,6 +179,8 @@ def grouped(retro: Runs, baseline: Runs) -> dict[str, Any]:
     for name, about in retro[0]["groups"].items():
         nats = by_mode([run["groups"][name] for run in retro], "nats")
         nats["baseline"] = [run["groups"][name]["nats"]["off"] for run in baseline]
+        if any(np.ndim(seed) == 0 for seeds in nats.values() for seed in seeds):  # early runs noted the sum only
+            nats = {mode: [float(np.sum(seed)) for seed in seeds] for mode, seeds in nats.items()}
         found[name] = {part: about[part] for part in ("chunks", "tokens", "bytes")}
         if about["tokens"]:
             found[name] |= {mode: bits(seeds, [about]) for mode, seeds in nats.items()} | {"ratios": ratios(nats)}
