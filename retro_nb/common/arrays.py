@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -369,8 +370,8 @@ def open_array(path: PathLike, *, dtype: Any = np.int32, shape: tuple[int, ...] 
 
 def _open_raw(path: Path, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.ndarray:
     size = path.stat().st_size
-    needed = None if shape is None else dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    if needed is None or size < needed:
+    needed = math.inf if shape is None else dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if shape is None or size < needed:
         raise ValueError(
             f"{path} has no .npy header and {size} bytes; as raw {dtype} of shape {shape} it would need "
             f"{needed}: it is truncated, corrupt, or something else; delete it and build it again"

@@ -192,11 +192,12 @@ def _replacement(folder: Path) -> tuple[dict, list[str]] | None:
     """The manifest of the store in a folder's STAGING, and the arrays to delete; None without an intact one."""
     if not os.path.lexists(folder / STAGING / READY):
         return None
+    staged: dict = {}
     try:
         gone = read_json(inside(inside(folder, STAGING), READY))["gone"]
         gone = [inside(folder, name).name for name in gone]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        staged, damage = {}, f"{READY}: {error}"
+        damage: str | None = f"{READY}: {error}"
     else:
         staged, damage = _read(folder / STAGING)
     try:

@@ -108,8 +108,9 @@ def source_files(package: str) -> list[tuple[str, Path]]:
     if spec is None:
         return []
     if not spec.submodule_search_locations:  # a single-file module, or a compiled one
-        return [(f"{package}.py", Path(spec.origin))] if (spec.origin or "").endswith(".py") else []
-    found = {}
+        origin = spec.origin or ""
+        return [(f"{package}.py", Path(origin))] if origin.endswith(".py") else []
+    found: dict[str, Path] = {}
     for folder in map(Path, spec.submodule_search_locations):
         found |= {path.relative_to(folder.parent).as_posix(): path for path in folder.rglob("*.py")}
     own = (source for source in found if not any(map(LEFT_OUT.fullmatch, source[:-3].split("/")[1:])))

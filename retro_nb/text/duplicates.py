@@ -104,7 +104,8 @@ def repeating(documents: Sequence[Integer[np.ndarray, " _"]], seconds: float | i
     Faster than `near_duplicates` if many documents are alike, because one pair per document is enough. The first
     document is always checked.
     """
-    end, found = time.monotonic() + seconds, []
+    end = time.monotonic() + seconds
+    found: list[int] = []
     grams = [grams_of(tokens) for tokens in documents]
     sizes = np.array([len(each) for each in grams], np.int64)
     for number, others in _candidates(grams, sizes, JACCARD):

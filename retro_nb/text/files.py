@@ -256,7 +256,7 @@ class jsonl:
     def fingerprint(self) -> dict:
         """The fields read, and the file's name, size and modification time; its folder may move."""
         stat = self.path.stat()
-        said = {} if self._stop is None else {"bytes": [self._start, self._stop]}
+        said: dict = {} if self._stop is None else {"bytes": [self._start, self._stop]}
         return {
             "corpus": "jsonl",
             "file": [self.path.name, stat.st_size, stat.st_mtime_ns],
@@ -278,13 +278,12 @@ def record_document(
     Raises ValueError for a record without text.
     """
     text_field, title_field = fields
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if isinstance(record, dict) and text is None and text_field in record:
-        text = ""
+    row = record if isinstance(record, dict) else {}
+    text = "" if text_field in row and row[text_field] is None else row.get(text_field)
     if not isinstance(text, str):
         found = f"the fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where}: no text under {text_field!r}, but {found}: pass text_field=…")
-    title = record.get(title_field)
+    title = row.get(title_field)
     title, _ = _mend(untitled if title is None else str(title))
     text, halves = _mend(text)
     return Document(text, title, source, replaced=replaced + halves)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from retro_nb.text.document import Document
 
@@ -27,7 +28,8 @@ class parts:
     def __init__(self, corpus: Iterable[Document], max_chars: int) -> None:
         if max_chars < 1:
             raise ValueError(f"max_chars {max_chars} is less than 1: pass e.g. 100_000")
-        self.corpus, self.max_chars = corpus, max_chars
+        self.corpus: Any = corpus  # with or without split and fingerprint
+        self.max_chars = max_chars
 
     def __iter__(self) -> Iterator[Document]:
         for document in self.corpus:

@@ -103,12 +103,12 @@ class code:
 def licence(dist: Distribution) -> str:
     """A distribution's licence from its metadata: SPDX expression, classifiers, or first line of the licence text."""
     about = dist.metadata
-    if expression := about.get("License-Expression"):
+    expression, text = (about[name].strip() if name in about else "" for name in ("License-Expression", "License"))
+    if expression:
         return expression
     classifiers = [each for each in about.get_all("Classifier", []) if each.startswith("License ::")]
     if classifiers:
         return ", ".join(each.rpartition(" :: ")[2] for each in classifiers)
-    text = (about.get("License") or "").strip()
     return text.splitlines()[0] if text else "not stated"
 
 

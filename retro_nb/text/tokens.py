@@ -149,10 +149,11 @@ def _load_tokenizer(source: str, files: tuple[tuple[str, int], ...]) -> TextToke
         raise FileNotFoundError(f"there is no tokenizer {source!r} on this machine: {mend}") from error
     if not loaded.is_fast:
         raise ValueError(f"{source} has a tokenizer written in Python, {type(loaded).__name__}: pass one that is_fast")
-    eos = _first(loaded.sep_token_id, loaded.eos_token_id)
+    eos = next((id for id in (loaded.sep_token_id, loaded.eos_token_id) if id is not None), None)
     if eos is None:
         raise ValueError(f"the tokenizer {source} names neither sep_token nor eos_token: set one, and save it anew")
-    sos, pad = _first(loaded.cls_token_id, loaded.bos_token_id, eos), loaded.pad_token_id
+    sos = next(id for id in (loaded.cls_token_id, loaded.bos_token_id, eos) if id is not None)
+    pad = loaded.pad_token_id
     if pad in (None, sos, eos, loaded.unk_token_id):  # a text must not be able to hold padding
         pad = _first_free(loaded.backend_tokenizer)
     return TextTokenizer(loaded.backend_tokenizer, SpecialIds(pad, sos, eos))
@@ -161,10 +162,6 @@ def _load_tokenizer(source: str, files: tuple[tuple[str, int], ...]) -> TextToke
 def _first_free(backend: Tokenizer) -> int:
     """The first id after the vocabulary, which may have gaps."""
     return max(backend.get_vocab().values()) + 1
-
-
-def _first(*ids: int | None) -> int | None:
-    return next((each for each in ids if each is not None), None)
 
 
 def train_tokenizer(texts: Iterable[str], folder: PathLike, *, size: int = 8000, progress: bool = True) -> dict:
