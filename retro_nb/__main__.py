@@ -219,9 +219,9 @@ def _run(said: argparse.Namespace) -> int:
         else:
             return _use_notebooks(said)
         return 0
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        process, _ = launched()
-        print(f"error in process {process}: {error}" if process else f"error: {error}", file=sys.stderr)
+    except (ValueError, KeyError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        process, message = launched()[0], error.args[0] if isinstance(error, KeyError) else error
+        print(f"error in process {process}: {message}" if process else f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)

@@ -8,6 +8,7 @@ and some of the corpora's. A YAML file holds them flat, `name: value`.
 embedding and training, and the first alone does the rest.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 import yaml
 from accelerate import PartialState
 
-from retro_nb.common.arrays import ROOT, replacing, to_jsonable
+from retro_nb.common.arrays import ROOT, replacing, to_jsonable, write_json
 from retro_nb.common.devices import best_device
 from retro_nb.lab.lesson import Run
 from retro_nb.lab.settings import (
@@ -38,6 +39,7 @@ from retro_nb.model.retro import RETRO
 from retro_nb.planning.survey import Survey, survey
 from retro_nb.store.cluster import build_store
 from retro_nb.store.settings import StoreSettings
+from retro_nb.store.splits import document_numbers, identity
 from retro_nb.store.store import Store
 from retro_nb.text.opening import NAMED, OPTIONS, as_corpus, recognise
 from retro_nb.text.tokens import PAD_ID, get_tokenizer
@@ -78,6 +80,7 @@ FIT = parameters(TrainingWrapper.fit, "valid_share")
 FIT |= parameters(fit, without=("retro", "train", "valid", "measure", "progress"))
 BUILD = CORPUS | DATABASE | parameters(RETRO, "max_seq_len")
 TRAIN = CORPUS | DATABASE | MODEL | FIT
+HELD_OUT = "held_out.json"  # beside settings.yaml
 MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir"}  # when a run goes on
 
 
@@ -243,8 +246,8 @@ def build_on_cluster(settings: Settings, workers: int = 2, address: str | None =
 def train(settings: Settings) -> tuple[TrainingWrapper, History]:
     """Train a model on a corpus, building first what is missing; the same call goes on after a stop.
 
-    It leaves in `out_dir`: settings.yaml, log.jsonl, checkpoints/, then metrics.json and the trained model, as
-    `RETRO.from_pretrained(out_dir)` reads it.
+    It leaves in `out_dir`: settings.yaml, held_out.json, log.jsonl, checkpoints/, then metrics.json and the trained
+    model, as `RETRO.from_pretrained(out_dir)` reads it.
 
     Args:
         settings: from `choose_settings("train", …)`.
@@ -269,6 +272,7 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
         history = wrapper.fit(progress=main, **_of(settings, FIT))
         if main:
             wrapper.retro.save_pretrained(out_dir)
+            _write_held_out(wrapper, settings)  # now that `fit` has not refused another corpus than at the start
             metrics = run.save_metrics(_metrics(wrapper, history, here.num_processes))
             losses = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "valid_loss") if name in metrics)
             print(f"{metrics['steps']} steps, {losses}, in {out_dir}")
@@ -289,19 +293,34 @@ def evaluate_run(
         modes: the first is what the others are compared with.
         given: settings that differ from the run's, such as knn.
 
+    The documents are those that held_out.json names, wherever they now stand in the corpus; the database leaves out
+    those that it left out in training, unless `given` says otherwise.
+
     Raises:
         ValueError: the run held out no document, or a setting is unknown.
+        KeyError: a document that was held out is gone, or its text has changed; the message names it.
+        FileNotFoundError: the run did not note its documents.
     """
     settings = choose_settings("train", folder / "settings.yaml", given)
+    if "valid_share" in (given or {}):
+        raise ValueError(
+            f"valid_share {given['valid_share']}: a run is measured on the documents that it held out in training; "
+            f"leave it out"
+        )
     if settings["valid_share"] == 0:
         raise ValueError(f"{folder} was trained on all documents (valid_share 0): there is nothing to measure it on")
+    held_out = _read_held_out(folder)
+    if "keep_out" not in (given or {}):
+        settings["keep_out"] = held_out["kept_out"]
     device = best_device()
     retro = RETRO.from_pretrained(folder, device)
     models = {mode: (retro, mode) for mode in modes}
     if baseline is not None:
+        if _read_held_out(baseline)["documents"] != held_out["documents"]:
+            raise ValueError(f"{baseline} held out other documents than {folder}: train it on the same")
         models["baseline"] = (RETRO.from_pretrained(baseline, device), "off")
     wrapper = _wrap(retro, settings, progress=True)
-    documents = wrapper.held_out(settings["valid_share"], settings["seed"])
+    documents = document_numbers(held_out["documents"], wrapper.store.documents)
     sizes = bytes_of_chunks(wrapper.store.files.chunks)
     found = evaluate(models, wrapper.ds, documents, sizes, batch_size=settings["batch_size"])
     return {"run": str(folder), "corpus": settings["corpus"], "knn": settings["knn"], **found}
@@ -326,6 +345,24 @@ def _write_settings(settings: Settings) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     with replacing(out_dir / "settings.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _write_held_out(wrapper: TrainingWrapper, settings: Settings) -> None:
+    """Note the documents that are held out of training and of the database: numbers move when a corpus changes."""
+    documents, held_out = wrapper.store.documents, wrapper.held_out(settings["valid_share"], settings["seed"])
+    about = {"documents": held_out, "kept_out": wrapper.kept_out}
+    noted = {name: [identity(documents[number]) for number in numbers] for name, numbers in about.items()}
+    write_json(Path(settings["out_dir"]) / HELD_OUT, noted)
+
+
+def _read_held_out(folder: Path) -> dict[str, list[dict[str, str]]]:
+    file = folder / HELD_OUT
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing: it names the documents that the run held out. If the corpus is still the same, "
+            f"run the same `train` again, which writes it and trains nothing twice"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _metrics(wrapper: TrainingWrapper, history: History, processes: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from itertools import groupby
@@ -59,7 +59,7 @@ def _cast(value: Any, kind: Any) -> Any:
         return str(value)
     if origin in (list, Sequence) and isinstance(value, list):
         return [_cast(item, inner[0]) if inner else item for item in value]
-    if origin is dict and isinstance(value, dict):
+    if origin in (dict, Mapping) and isinstance(value, dict):
         return {_cast(key, inner[0]): _cast(item, inner[1]) for key, item in value.items()} if inner else value
     raise ValueError(value)
 

@@ -50,7 +50,7 @@ from tokenizers import Tokenizer
 from retro_nb.common.arrays import PathLike, ResumableRows, open_array, read_note, to_jsonable, write_json
 from retro_nb.common.extras import extra
 from retro_nb.common.manifest import cached
-from retro_nb.store.chunking import ChunkedDocument, chunk_document, store_tokenizer, write_chunks
+from retro_nb.store.chunking import ChunkedDocument, chunk_document, read_documents, store_tokenizer, write_chunks
 from retro_nb.store.embedding import (
     begin_block,
     check_vectors,
@@ -344,7 +344,7 @@ def build_store(
         stats = _chunk(documents, files, replace(settings, tokenizer=tokenizer), workers)
         _embed(files, stats["chunks"], settings, workers)
         _index(files, choose_spec(stats["chunks"], embedding_dim(settings.bert), **settings.of_index()), workers)
-        kept_out = document_numbers(settings.keep_out, stats["docs"])
+        kept_out = document_numbers(settings.keep_out, read_documents(files.chunks))
         exclude = document_ranges(open_array(files.doc_ids), kept_out)
         _search(files, settings.knn, exclude, settings.max_similarity, workers)
 

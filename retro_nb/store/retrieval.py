@@ -4,7 +4,6 @@ The build found neighbours for every chunk of the corpus (`retro_nb.store.knn`).
 that the model has just generated, with the same embedding and the same index.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +22,8 @@ from retro_nb.store.files import Files
 from retro_nb.store.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
 from retro_nb.store.knn import document_ranges
 from retro_nb.store.settings import StoreSettings
+from retro_nb.store.splits import DocumentName, find_document
 from retro_nb.text.tokens import TextTokenizer
-
-DocumentName = int | np.integer | str  # a number or a title
 
 
 def nearest_chunks(
@@ -131,21 +129,12 @@ class Retriever:
         return document_ranges(self.doc_ids, self.keep_out) + named
 
     def document_ranges(self, document: DocumentName) -> list[tuple[int, int]]:
-        """Ranges [first, stop) of the chunk ids of the document with this number, or of all documents with this title.
+        """Ranges [first, stop) of the chunk ids of the documents that `splits.find_document` finds.
 
         Raises:
             KeyError: there is no such document; the message names the closest titles.
         """
-        titles = [about["title"] for about in self.documents]
-        if isinstance(document, str):
-            wanted = [number for number, title in enumerate(titles) if title == document]
-        else:
-            is_number = not isinstance(document, bool) and 0 <= document < len(titles)
-            wanted = [int(document)] if is_number else []
-        if not wanted:
-            near = difflib.get_close_matches(str(document), titles, n=3) or titles[:3]
-            raise KeyError(f"no document {document!r} among {len(titles)}; there are e.g. {near}")
-        return [tuple(self.documents[number]["chunks"]) for number in wanted]
+        return [tuple(self.documents[number]["chunks"]) for number in find_document(document, self.documents)]
 
     def neighbour(self, chunk: int, distance: float = float("nan")) -> Neighbour:
         """Describe a chunk of the corpus: its document, its text, its continuation."""

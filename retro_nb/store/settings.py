@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retro_nb.common.arrays import PathLike
+from retro_nb.store.splits import DocumentName
 from retro_nb.text.tokens import TextTokenizer, get_tokenizer
 
 
@@ -41,7 +42,8 @@ class StoreSettings:
         max_index_memory_usage, current_memory_available: bytes, or "100m": upper limits of the index's size, at the
             cost of exactness.
         max_similarity: leaves out neighbours with a cosine above this (near-duplicates).
-        keep_out: documents that are never retrieved: their numbers, or a share that `hold_out` draws.
+        keep_out: documents that are never retrieved: their titles, numbers or identities (`splits.identity`), or a
+            share that `splits.hold_out` draws. Numbers and draws mean other documents when the corpus changes.
         max_chunks, max_seqs: stop before the first document that would exceed either.
 
     Raises:
@@ -58,7 +60,7 @@ class StoreSettings:
     max_index_memory_usage: str | int | None = None
     current_memory_available: str | int | None = None
     max_similarity: float | int | None = None
-    keep_out: float | int | Sequence[int] = ()
+    keep_out: float | int | Sequence[DocumentName] = ()
     max_chunks: int | None = None
     max_seqs: int | None = None
 

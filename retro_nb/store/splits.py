@@ -1,11 +1,15 @@
 """Held-out documents, and the sequences on both sides of the split."""
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from torch.utils.data import Dataset, Subset
+
+DocumentName = int | np.integer | str | Mapping[str, str]  # a number, a title, or an `identity`
 
 
 def hold_out(
@@ -27,16 +31,57 @@ def hold_out(
     return np.sort(np.random.default_rng(seed).permutation(documents)[:count])
 
 
-def document_numbers(keep_out: float | int | Sequence[int], documents: int) -> list[int]:
+def identity(about: Mapping[str, Any]) -> dict[str, str]:
+    """What a document is known by when its corpus changes, as JSON can hold it: its title and its text's digest.
+
+    Args:
+        about: its metadata, an element of `Store.documents`.
+    """
+    return {"title": about["title"], "digest": about.get("digest", "")}
+
+
+def find_document(name: DocumentName, documents: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of the documents that a name stands for: one, or several with the same title.
+
+    Args:
+        name: a number, a title, or an `identity`.
+        documents: the metadata of all, `Store.documents`.
+
+    Raises:
+        KeyError: there is none; the message names the closest titles.
+    """
+    titles = [about["title"] for about in documents]
+    if isinstance(name, Mapping):
+        found = [number for number, about in enumerate(documents) if identity(about) == dict(name)]
+    elif isinstance(name, str):
+        found = [number for number, title in enumerate(titles) if title == name]
+    else:
+        found = [int(name)] if not isinstance(name, bool) and 0 <= name < len(titles) else []
+    if found:
+        return found
+    if isinstance(name, Mapping) and name["title"] in titles:
+        raise KeyError(f"the text of document {name['title']!r} has changed since it was noted: put it back")
+    wanted = name["title"] if isinstance(name, Mapping) else name
+    near = difflib.get_close_matches(str(wanted), titles, n=3) or titles[:3]
+    raise KeyError(f"no document {wanted!r} among {len(titles)}; there are e.g. {near}")
+
+
+def document_numbers(
+    keep_out: float | int | Sequence[DocumentName], documents: Sequence[Mapping[str, Any]]
+) -> list[int]:
     """Turn `keep_out` into numbers of documents, ascending.
 
     Args:
-        keep_out: numbers of documents, or the share of all that `hold_out` is to draw with seed 0; 0 for none.
-        documents: number of documents in the corpus.
+        keep_out: documents by number, title or identity; or the share of all that `hold_out` is to draw with seed 0;
+            0 for none.
+        documents: the metadata of all, `Store.documents`.
+
+    Raises:
+        KeyError: there is no such document.
     """
     if isinstance(keep_out, Sequence):
-        return sorted(set(keep_out))
-    return hold_out(np.arange(documents), keep_out).tolist() if keep_out else []
+        return sorted({number for name in keep_out for number in find_document(name, documents)})
+    return hold_out(np.arange(len(documents)), keep_out).tolist() if keep_out else []
 
 
 def split_by_document(dataset: Dataset, valid_share: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:

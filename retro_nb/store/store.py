@@ -35,7 +35,7 @@ from retro_nb.store.index import read_index
 from retro_nb.store.knn import document_ranges, index_vectors, knn_stats, write_neighbours
 from retro_nb.store.retrieval import Retriever
 from retro_nb.store.settings import StoreSettings
-from retro_nb.store.splits import document_numbers
+from retro_nb.store.splits import DocumentName, document_numbers
 from retro_nb.store.updating import Update, mismatch, reason_to_rebuild, update_store
 from retro_nb.text.document import Document
 from retro_nb.text.opening import open_corpus
@@ -124,8 +124,8 @@ class Store:
         settings = replace(settings, tokenizer=choose_tokenizer(settings, documents, folder, progress))
         if files == Files.of(folder):
             _follow(documents, folder, settings, progress)
-        made = write_chunks(documents, files, settings, progress=progress)
-        kept_out = document_numbers(settings.keep_out, made["docs"])
+        write_chunks(documents, files, settings, progress=progress)
+        kept_out = document_numbers(settings.keep_out, read_documents(files.chunks))
         again = {"force_reprocess": force_reprocess, "progress": progress}
         write_vectors(files.chunks, files.vectors, settings, batch_size=batch_size, **again)
         index_vectors(files, settings, **again)
@@ -134,7 +134,7 @@ class Store:
 
     @classmethod
     def open(
-        cls, folder: PathLike, *, bert: PathLike | None = None, keep_out: float | int | Sequence[int] = ()
+        cls, folder: PathLike, *, bert: PathLike | None = None, keep_out: float | int | Sequence[DocumentName] = ()
     ) -> "Store":
         """Open a built store without its corpus; nothing is built.
 
@@ -154,7 +154,7 @@ class Store:
         arrays = read_manifest(folder)
         if missing := [each.name for each in (files.chunks, files.vectors, files.index) if each.name not in arrays]:
             raise FileNotFoundError(f"{folder} holds no whole store: its manifest has no record of {missing[0]}")
-        kept_out = document_numbers(keep_out, arrays[files.chunks.name]["stats"]["docs"])
+        kept_out = document_numbers(keep_out, read_documents(files.chunks))
         exclude = document_ranges(open_array(files.doc_ids), kept_out)
         found = knn_path(files.chunks, exclude).name
         if found not in arrays:

@@ -20,9 +20,9 @@ from retro_nb.model.base import ChunkedLM
 from retro_nb.model.sampling import generate, left_pad, top_k
 from retro_nb.store.files import CHUNKS, DOC_IDS, INDEX, SEQS, Files
 from retro_nb.store.index import Distances, Neighbours
-from retro_nb.store.retrieval import DocumentName, Generation
+from retro_nb.store.retrieval import Generation
 from retro_nb.store.settings import StoreSettings
-from retro_nb.store.splits import hold_out, of_documents, without_documents
+from retro_nb.store.splits import DocumentName, hold_out, of_documents, without_documents
 from retro_nb.store.store import Store, choose_tokenizer
 from retro_nb.text.opening import as_corpus
 from retro_nb.text.tokens import PAD_ID, decode, tokenize
@@ -49,8 +49,9 @@ class TrainingWrapper(nn.Module):
         chunks_memmap_path, seqs_memmap_path, doc_ids_memmap_path: files to write, by default in `work_dir`. Vectors,
             index and neighbours are stored beside the first.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
-        keep_out: documents that the database leaves out, so that nothing retrieves them: their numbers, or a share
-            of all, drawn by `splits.hold_out`. `fit` validates on them unless it is given a `valid_share`.
+        keep_out: documents that the database leaves out, so that nothing retrieves them: their titles or numbers, or
+            a share of all, drawn by `splits.hold_out`. Numbers and draws mean other documents when the corpus changes.
+            `fit` validates on them unless it is given a `valid_share`.
         knn_extra_neighbors: the reference's margin for same-document exclusion; unused, since exclusion is exact here.
         processed_stats_json_path: file for `.stats`; None writes none.
         faiss_index_filename: name of the index, beside the chunks.
@@ -84,7 +85,7 @@ class TrainingWrapper(nn.Module):
         doc_ids_memmap_path: PathLike | None = None,
         max_chunks: int | None = None,
         max_seqs: int | None = None,
-        keep_out: float | int | Sequence[int] = (),
+        keep_out: float | int | Sequence[DocumentName] = (),
         knn_extra_neighbors: int = 0,
         processed_stats_json_path: PathLike | None = None,
         faiss_index_filename: str = INDEX,

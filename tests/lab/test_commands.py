@@ -283,6 +283,49 @@ def test_evaluate_measures_the_held_out_documents(finished, capsys):
     assert made["documents"] == len(documents) and made["knn"] == 1
 
 
+@pytest.mark.parametrize("keep_out", ["0", "0.25"])
+def test_held_out_documents_are_found_again_in_a_corpus_that_has_changed(tmp_path, recipe, keep_out, capsys):
+    """A file that sorts first moves the numbers of all others."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        words = np.random.default_rng(number).choice(["king", "queen", "snow", "ship", "war", "corn"], 150)
+        (texts / f"text {number:02}.txt").write_text(" ".join(words))
+    changes = {"corpus": texts, "valid_share": 0.25 if keep_out == "0" else "null", "keep_out": keep_out}
+    assert main(arguments("train", recipe, steps=2, **changes)) == 0
+    noted = json.loads((tmp_path / "out" / "held_out.json").read_text())
+    held_out = [about["title"] for about in noted["documents"]]
+    assert len(held_out) == 3 and noted["kept_out"] == (noted["documents"] if keep_out == "0.25" else [])
+    assert main(["evaluate", str(tmp_path / "out")]) == 0
+    before = capsys.readouterr().out
+    before = json.loads(before[before.index("{\n") :])
+
+    (texts / "a new one.txt").write_text("snow snow war war " * 40)
+    assert main(["evaluate", str(tmp_path / "out"), "--modes", "off"]) == 0
+    after = capsys.readouterr().out
+    after = json.loads(after[after.index("{\n") :])
+    assert after["documents"] == 3
+    assert after["off"]["bits_per_byte"] == pytest.approx(before["off"]["bits_per_byte"], rel=1e-5)
+
+    (texts / f"{held_out[0]}.txt").write_text("another text")
+    assert main(["evaluate", str(tmp_path / "out")]) == 2
+    assert f"the text of document {held_out[0]!r} has changed" in capsys.readouterr().err
+    (texts / f"{held_out[0]}.txt").unlink()
+    assert main(["evaluate", str(tmp_path / "out")]) == 2
+    assert f"no document {held_out[0]!r}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "held_out.json").read_text()) == noted
+
+
+def test_a_baseline_with_other_documents_is_refused(finished, tmp_path, capsys):
+    _, out = finished
+    other = tmp_path / "other"
+    other.mkdir()
+    noted = json.loads((out / "held_out.json").read_text())
+    (other / "held_out.json").write_text(json.dumps(noted | {"documents": noted["documents"][1:]}))
+    assert main(["evaluate", str(out), "--baseline", str(other)]) == 2
+    assert "held out other documents" in capsys.readouterr().err
+
+
 def test_nothing_was_held_out(finished, capsys):
     _, out = finished
     assert main(["evaluate", str(out), "-p", "valid_share", "0"]) == 2
