@@ -36,20 +36,32 @@ class Block(NamedTuple):
     second_norm: nn.Module  # between attention and feed-forward
 
 
-def blocks(backbone: nn.Module) -> list[Block]:
+def language_model(model: nn.Module) -> "PreTrainedModel":
+    """The same model, if it is one of Hugging Face's that end in an output layer.
+
+    Raises:
+        ValueError: it is another.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} is no Hugging Face causal language model: load one by AutoModelForCausalLM"
+        )
+    return model
+
+
+def blocks(model: nn.Module) -> list[Block]:
     """The layers of a Hugging Face language model, checked on two tokens.
 
     Raises:
         ValueError: RETROfit does not support their architecture.
     """
-    from transformers import PreTrainedModel
-
-    name = type(backbone).__name__
-    if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is None:
-        raise ValueError(f"{name} is no Hugging Face causal language model: load one by AutoModelForCausalLM")
+    backbone, name = language_model(model), type(model).__name__
     lists = (part for part in backbone.base_model.children() if isinstance(part, nn.ModuleList))
-    found = [_block(layer) for layer in next(lists, ())]
-    if not found or None in found:
+    layers = next(lists, nn.ModuleList())
+    found = [block for layer in layers if (block := _block(layer))]
+    if not found or len(found) < len(layers):
         raise ValueError(
             f"{name} is not a row of layers with {' or '.join(ATTENTIONS)} and {' or '.join(SECOND_NORMS)}: "
             f"pass a decoder like GPT-2, Llama, Mistral or Qwen"
@@ -59,11 +71,11 @@ def blocks(backbone: nn.Module) -> list[Block]:
 
 
 def _block(layer: nn.Module) -> Block | None:
-    parts = [
+    attention, norm = (
         next((getattr(layer, each) for each in names if hasattr(layer, each)), None)
         for names in (ATTENTIONS, SECOND_NORMS)
-    ]
-    return None if None in parts else Block(layer, *parts)
+    )
+    return None if attention is None or norm is None else Block(layer, attention, norm)
 
 
 @torch.no_grad()
@@ -125,6 +137,11 @@ def reading(blocks: dict[int, Block], read: Read) -> Iterator[None]:
         yield
 
 
+def vocabulary_size(backbone: "PreTrainedModel") -> int:
+    """Number of tokens that a language model knows: the rows of its embeddings."""
+    return len(next(backbone.get_input_embeddings().parameters()))
+
+
 # loading and identity
 
 
@@ -150,8 +167,8 @@ def load_backbone(name: PathLike) -> "PreTrainedModel":
 def identity(backbone: "PreTrainedModel", frozen: bool) -> dict[str, Any]:
     """Data that identify a language model: name, architecture and, if it is frozen, a sample of its weights."""
     architecture = json.loads(backbone.config.to_json_string())  # keys are strings, as after reading config.json
-    for name in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"):
-        architecture.pop(name, None)  # redundant, or may change
+    for key in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"):
+        architecture.pop(key, None)  # redundant, or may change
     name = backbone.config.name_or_path
     return {"name": name, "architecture": architecture, "sample": _sample(backbone) if frozen else None}
 

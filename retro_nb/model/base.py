@@ -8,7 +8,6 @@ per neighbour, d width, v vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from retro_nb.common.devices import send
 from retro_nb.model.loss import linear_cross_entropy, token_cross_entropy
-from retro_nb.model.pretrained import save
+from retro_nb.model.pretrained import Saveable
 from retro_nb.text.tokens import TextTokenizer
 
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
@@ -35,7 +34,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class ChunkedLM(nn.Module):
+class ChunkedLM(Saveable):
     """Base class: losses, checks, pieces for decoding.
 
     A subclass defines `_hidden` (input of the output layer, for whole sequences), `start_decoding`, `decode` and:
@@ -51,7 +50,6 @@ class ChunkedLM(nn.Module):
     frozen            whether only the part that reads neighbours is trained
     """
 
-    config: dict[str, Any]
     num_tokens: int
     pad_id: int
     seq_len: int
@@ -96,7 +94,7 @@ class ChunkedLM(nn.Module):
         Arguments and errors are those of `forward` with return_loss: seq is (b, n+1).
         """
         labels = self._here(seq[:, 1:].long())
-        padding = labels == self.pad_id
+        padding = labels.eq(self.pad_id)
         x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")
         asked = rearrange(labels.masked_fill(padding, 0), "b n -> (b n)")  # the output layer may lack pad_id
         losses = token_cross_entropy(x, *self._output(), asked)
@@ -111,6 +109,16 @@ class ChunkedLM(nn.Module):
         return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
     # piece by piece
+
+    def start_decoding(self, batch: int, capacity: int | None = None, retrieval: bool = True) -> Any:
+        """An empty state for `decode`; see `RETRO.start_decoding`."""
+        raise NotImplementedError
+
+    def decode(
+        self, seq: Int[Tensor, "b n"], state: Any, retrieved: Int[Tensor, "b k r"] | None = None
+    ) -> Float[Tensor, "b n v"]:
+        """Feed the next tokens and return their logits; see `RETRO.decode`."""
+        raise NotImplementedError
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut the positions start … stop−1 before each chunk's last token, into pieces for `decode`."""
@@ -160,9 +168,9 @@ class ChunkedLM(nn.Module):
     ) -> tuple[Int[Tensor, "_ _ k r"] | None, Int[Tensor, " c"] | None]:
         """Leave out chunks without neighbours, such as padding, because there is nothing to encode.
 
-        Returns the neighbours of the c kept chunks, (c, 1, k, r), and the numbers of these among the b·l chunks; or
-        all neighbours and None if every chunk has some. At least two chunks are kept, with or without neighbours:
-        torch.compile generates separate code for sizes 0 and 1.
+        Returns the neighbours of the c kept chunks, (c, 1, k, r), and the numbers of these among the b·l chunks, the
+        latter on the model's device; or all neighbours and None if every chunk has some. At least two chunks are kept,
+        with or without neighbours: torch.compile generates separate code for sizes 0 and 1.
         """
         if retrieved is None:
             return None, None
@@ -172,10 +180,10 @@ class ChunkedLM(nn.Module):
         if count == len(chunks):
             return retrieved, None
         kept = missing.byte().argsort(stable=True)[: max(2, count)]
-        return chunks[kept], kept
+        return chunks[kept], self._here(kept)
 
-    def _here(self, ids: Shaped[Tensor, "..."] | None) -> Shaped[Tensor, "..."] | None:
-        return None if ids is None else send(ids, self.to_logits.weight.device)
+    def _here(self, ids: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        return send(ids, self.to_logits.weight.device)
 
     def _check_tokens(self, ids: Int[Tensor, "..."], name: str) -> None:
         if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
@@ -205,18 +213,9 @@ class ChunkedLM(nn.Module):
             )
         return retrieved
 
-    # saving
+    # training
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:
         """The modules to compile for training; what they call is compiled with them."""
         return ()
-
-    @property
-    def own_weights(self) -> nn.Module:
-        """The part whose weights `save_pretrained` writes."""
-        return self
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json into `folder`, each atomically."""
-        save(self.own_weights, self.config, type(self).__name__, folder)

@@ -25,11 +25,12 @@ class Recording:
     must update its state in place. If recording fails, every call runs the function.
     """
 
+    result: Tensor  # of the recording, once there is one
+
     def __init__(self):
         self.warm = self.refused = False
         self.inputs: tuple[Tensor, ...] = ()
         self.replay: Callable[[], None] | None = None
-        self.result: Tensor | None = None
 
     def play(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Compute function(*inputs). The next call may overwrite the result."""

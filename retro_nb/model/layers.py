@@ -5,7 +5,7 @@ per neighbour, d width, h heads. `_` is a size that no other argument shares.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from retro_nb.common.devices import attention_kernels
 from retro_nb.model.linear import Linear
 
 ROTARY_DIM = 32  # most features of a head that are rotated; the others carry content only
+Inner = TypeVar("Inner", bound=nn.Module)
 
 
 class RMSNorm(nn.Module):
@@ -36,10 +37,10 @@ class RMSNorm(nn.Module):
         return out if self.gate is None else out * (x * self.gate).sigmoid()
 
 
-class PreNorm(nn.Module):
-    """Residual around `fn` with the norm before it: x + fn(norm(x))."""
+class Residual(nn.Module, Generic[Inner]):
+    """A residual connection around `fn`, with a norm; the subclasses define `around`."""
 
-    def __init__(self, fn: nn.Module, norm: nn.Module):
+    def __init__(self, fn: Inner, norm: nn.Module):
         super().__init__()
         self.fn, self.norm = fn, norm
 
@@ -48,21 +49,24 @@ class PreNorm(nn.Module):
 
     def around(self, fn: Callable[..., Tensor], x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
         """The same residual around another function, such as a method of `self.fn` for decoding."""
+        raise NotImplementedError
+
+
+class PreNorm(Residual[Inner]):
+    """Residual around `fn` with the norm before it: x + fn(norm(x))."""
+
+    def around(self, fn: Callable[..., Tensor], x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
         return x + fn(self.norm(x), *args, **kwargs)
 
 
-class PostNorm(nn.Module):
+class PostNorm(Residual[Inner]):
     """Residual around `fn` with the norm after it: norm(scale · x + fn(x)) (DeepNet, Wang et al. 2022)."""
 
-    def __init__(self, fn: nn.Module, norm: nn.Module, scale: float = 1.0):
-        super().__init__()
-        self.fn, self.norm, self.scale = fn, norm, scale
-
-    def forward(self, x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
-        return self.around(self.fn, x, *args, **kwargs)
+    def __init__(self, fn: Inner, norm: nn.Module, scale: float = 1.0):
+        super().__init__(fn, norm)
+        self.scale = scale
 
     def around(self, fn: Callable[..., Tensor], x: Float[Tensor, "*b d"], *args, **kwargs) -> Float[Tensor, "*b d"]:
-        """The same residual around another function, such as a method of `self.fn` for decoding."""
         return self.norm(self.scale * x + fn(x, *args, **kwargs))
 
 
@@ -124,7 +128,7 @@ class Past:
 
     def room(self, b: int, h: int, d: int, like: Tensor) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
         """The tensors for the keys and values of all `capacity` tokens."""
-        if self.keys is None:  # zeros: hidden values are still multiplied, by 0
+        if self.keys is None or self.values is None:  # zeros: hidden values are still multiplied, by 0
             self.keys, self.values = (like.new_zeros(b, h, self.capacity, d) for _ in range(2))
         return self.keys, self.values
 
@@ -229,6 +233,7 @@ class Attention(nn.Module):
         self, k: Float[Tensor, "b h r d"], v: Float[Tensor, "b h r d"]
     ) -> tuple[Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]:
         """Prepend the learned null key and value."""
+        assert self.null_k is not None and self.null_v is not None
         null = (repeat(t, "(h d) -> b h 1 d", b=len(k), h=self.heads) for t in (self.null_k, self.null_v))
         k, v = (torch.cat((first.type_as(t), t), dim=2) for first, t in zip(null, (k, v), strict=True))
         return k, v
@@ -305,12 +310,8 @@ class ChunkedCrossAttention(nn.Module):
         self.chunk_size = chunk_size
         self.attn = Attention(null_kv=True, **attention)
 
-    def remember(
-        self, encoded: Float[Tensor, "b l k r _"] | None, mask: Bool[Tensor, "b l k r"] | None
-    ) -> Memory | None:
-        """Project the encoded neighbours, if any, to keys and values; mask is False on padding."""
-        if encoded is None:
-            return None
+    def remember(self, encoded: Float[Tensor, "b l k r _"], mask: Bool[Tensor, "b l k r"]) -> Memory:
+        """Project the encoded neighbours to keys and values; mask is False on padding."""
         _, l, k, r, _ = encoded.shape
         positions = repeat(torch.arange(r, device=encoded.device), "r -> (k r)", k=k)
         keys, values = self.attn.keys_values(
@@ -359,8 +360,10 @@ class ChunkedCrossAttention(nn.Module):
         The rows are copied into a separate tensor, because Inductor computes `index_copy` into an expanded view in
         place, so that all rows of the view change (pytorch/pytorch#183986; torch 2.11 to 2.13 at least).
         """
-        to_out = self.attn.to_out  # not called: Linear computes a single row differently, and this is one of many
-        null = F.linear(self.attn.null_v, to_out.weight, to_out.bias).type_as(out)
+        null_v, to_out = self.attn.null_v, self.attn.to_out
+        assert null_v is not None
+        # `to_out` is not called: Linear computes a single row differently, and this is one of many
+        null = F.linear(null_v, to_out.weight, to_out.bias).type_as(out)
         read = out.new_zeros(chunks, *out.shape[1:]).index_copy(0, kept, out)
         has_read = torch.zeros(chunks, dtype=torch.bool, device=out.device).index_fill(0, kept, True)
         return torch.where(rearrange(has_read, "c -> c 1 1"), read, null)
@@ -369,8 +372,8 @@ class ChunkedCrossAttention(nn.Module):
 
     def open(self, encoded: Float[Tensor, "b 1 k r _"], mask: Bool[Tensor, "b 1 k r"]) -> OpenMemory:
         """`remember` one chunk per sequence, with the null key prepended and the mask as a bias."""
-        keys, values, mask, _ = self.remember(encoded, mask)
-        bias = hiding(~F.pad(mask, (1, 0), value=True), keys.dtype)
+        keys, values, seen, _ = self.remember(encoded, mask)
+        bias = hiding(~F.pad(seen, (1, 0), value=True), keys.dtype)
         return OpenMemory(*self.attn.with_null(keys, values), rearrange(bias, "b r -> b 1 1 r"))
 
     def read(

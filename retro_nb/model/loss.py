@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from retro_nb.common.devices import can_compile
 
@@ -56,13 +56,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, with_gradients: bool
+        ctx: BackwardCFunction, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, with_gradients: bool
     ) -> Tensor:
         w, b = _even(weight, x), _even(bias, x, value=float("-inf"))  # padding has probability 0
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         learns = with_gradients and any(ctx.needs_input_grad[1:3])  # the output layer may be frozen
         dx = torch.zeros_like(x)
-        dw, db = (torch.zeros_like(t, dtype=total.dtype) if learns else None for t in (w, b))
+        sums = [torch.zeros_like(t, dtype=total.dtype) for t in (w, b) if learns]
         block = _tokens_at_once(x, w)
         softmax_loss = _fused_softmax_loss() if x.is_cuda and can_compile("cuda") else _softmax_loss
         with torch.autocast(x.device.type, enabled=False):
@@ -72,18 +72,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if with_gradients:
                     torch.mm(slope, w, out=dx_block)
                 if learns:
+                    dw, db = sums
                     dw += slope.T @ x_block
                     db += slope.sum(dim=0, dtype=db.dtype)
-        if learns:
-            dw, db = dw[: len(weight)].to(weight.dtype), db[: len(bias)].to(bias.dtype)
-        ctx.save_for_backward(dx, dw, db)
+        learned = (each[: len(t)].to(t.dtype) for each, t in zip(sums, (weight, bias), strict=False))
+        ctx.save_for_backward(dx, *learned)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db = ctx.saved_tensors
-        return *(None if t is None else t * upstream.to(t.dtype) for t in (dx, dw, db)), None, None
+    def backward(ctx: BackwardCFunction, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = [t * upstream.to(t.dtype) for t in ctx.saved_tensors]
+        return *slopes, *[None] * (5 - len(slopes))
 
 
 def _tokens_at_once(x: Tensor, weight: Tensor) -> int:

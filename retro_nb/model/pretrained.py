@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from retro_nb.common.arrays import ROOT, PathLike, replacing, write_json
 
+Model = TypeVar("Model", bound="Saveable")
 INCLUDED = ROOT / "data" / "checkpoints"  # models included in the project
 
 # Regular expressions from the names of retro-pytorch's parameters to ours.
@@ -23,6 +25,21 @@ RETRO_PYTORCH_NAMES = [
     (r"\.fn\.cross_attn\.", ".fn.attn."),
     (r"\.fn\.ff\.", ".fn.net."),
 ]
+
+
+class Saveable(nn.Module):
+    """A model that writes its weights and arguments, for `load`."""
+
+    config: dict[str, Any]
+
+    @property
+    def own_weights(self) -> nn.Module:
+        """The part whose weights `save_pretrained` writes."""
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json into `folder`, each atomically."""
+        save(self.own_weights, self.config, type(self).__name__, folder)
 
 
 def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,9 +102,7 @@ def load_weights(weights: nn.Module, folder: str | Path, device: str | torch.dev
     load_model(weights, Path(folder) / "model.safetensors", device=str(device))
 
 
-def load(
-    build: Callable[[dict], nn.Module], name: str, folder: str | Path, device: str | torch.device = "cpu"
-) -> nn.Module:
+def load(build: Callable[[dict], Model], name: str, folder: str | Path, device: str | torch.device = "cpu") -> Model:
     """Load a model that `save` wrote into build(config), in evaluation mode. Errors as in `from_pretrained`."""
     folder = Path(find_included(folder))
     if not folder.is_dir():

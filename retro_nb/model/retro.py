@@ -146,7 +146,7 @@ class RETRO(ChunkedLM):
         self._check_length(seq.shape[1])
         retrieved = self._check_retrieved(retrieved, chunks=seq.shape[1] // self.chunk_size)
         retrieved, kept = self._with_neighbours(retrieved)
-        neighbours = (*self._embed_retrieved(retrieved), self._here(kept))
+        neighbours = (*self._embed_retrieved(retrieved), kept)
         if kept is not None:
             vary(self.decoder, neighbours)
         return self.decoder(self._embed(seq), self.encoder, *neighbours)
@@ -214,7 +214,7 @@ class RETRO(ChunkedLM):
             return None, None
         self._check_tokens(retrieved, "retrieved")
         embed, retrieved = self.enc_token_emb or self.token_emb, self._here(retrieved)
-        return _residual_stream(embed(retrieved)), retrieved != self.pad_id
+        return _residual_stream(embed(retrieved)), retrieved.ne(self.pad_id)
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:

@@ -14,6 +14,7 @@ Shapes: b batch, n sequence length, m chunk length, l chunks in a sequence, k ne
 neighbour, d width, v vocabulary; c the chunks of a batch that have neighbours.
 """
 
+from collections.abc import ItemsView
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,16 @@ from torch import Tensor, nn
 
 from retro_nb.common.arrays import PathLike
 from retro_nb.common.devices import attention_kernels, vary
-from retro_nb.model.backbone import blocks, check_same, identity, load_backbone, reading, restore
+from retro_nb.model.backbone import (
+    blocks,
+    check_same,
+    identity,
+    language_model,
+    load_backbone,
+    reading,
+    restore,
+    vocabulary_size,
+)
 from retro_nb.model.base import ChunkedLM, Retrieved
 from retro_nb.model.layers import ChunkedCrossAttention, OpenMemory, PreNorm, RMSNorm, rotary
 from retro_nb.model.pretrained import find_included, load, plain_config
@@ -53,6 +63,15 @@ def of_text(
         return read
     begun = real[:, (positions + 1) // m * m - 1]  # that chunk's last token; the first m−1 tokens have none, and no E
     return read.masked_fill(~rearrange(begun, "b n -> b n 1"), 0)
+
+
+class CrossAttentions(nn.ModuleDict):
+    """Chunked cross-attention of each layer in P, by its number; a ModuleDict that says what it holds."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> PreNorm[ChunkedCrossAttention]: ...
+        def items(self) -> ItemsView[str, PreNorm[ChunkedCrossAttention]]: ...
 
 
 class Reader(nn.Module):
@@ -83,12 +102,17 @@ class Reader(nn.Module):
             enc_dim, enc_depth, range(1, enc_depth + 1), chunk_dim=dim, out_dim=None, ff_mult=ff_mult,
             ff_dropout=dropout, wrap=lambda fn: PreNorm(fn, RMSNorm(enc_dim)), norm_out=RMSNorm(enc_dim), **attention,
         )  # fmt: skip
-        self.cross_attn = nn.ModuleDict()
+        self.cross_attn = CrossAttentions()
         for number in layers:
             cca = ChunkedCrossAttention(chunk_size, dim=dim, context_dim=enc_dim, **attention)
             nn.init.zeros_(cca.attn.to_out.weight)
             nn.init.zeros_(cca.attn.to_out.bias)
             self.cross_attn[str(number)] = PreNorm(cca, RMSNorm(dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the reader computes, whatever the language model's is."""
+        return self.norm_chunk.gamma.dtype
 
     def encode(
         self,
@@ -98,8 +122,7 @@ class Reader(nn.Module):
         chunk_mask: Bool[Tensor, "b l m"] | None = None,
     ) -> Float[Tensor, "b l k r _"]:
         """Encode neighbours with token embeddings `x`, conditioned on H; masks are False on padding."""
-        dtype = self.norm_chunk.gamma.dtype
-        inputs = self.embed(x.to(dtype)), mask, self.norm_chunk(chunks.to(dtype)), chunk_mask
+        inputs = self.embed(x.to(self.dtype)), mask, self.norm_chunk(chunks.to(self.dtype)), chunk_mask
         vary(self.encoder, inputs)
         return self.encoder(*inputs)
 
@@ -121,8 +144,8 @@ class WholeSequences:
         if self.encoded is None and h.shape[1] >= m:  # layer min(P)
             real = None if self.real is None else of_chunks(self.real, m, self.kept)
             self.encoded = self.reader.encode(self.x, self.mask, of_chunks(h, m, self.kept), real)
-        memory = block.fn.remember(self.encoded, self.mask)
-        read = block.fn(block.norm(h.to(block.norm.gamma.dtype)), memory, kept=self.kept)
+        memory = None if self.encoded is None else block.fn.remember(self.encoded, self.mask)
+        read = block.fn(block.norm(h.to(self.reader.dtype)), memory, kept=self.kept)
         return of_text(read, self.real, torch.arange(h.shape[1], device=h.device), m).type_as(h)
 
 
@@ -147,7 +170,7 @@ class FittedState:
         if name == next(iter(self.reader.cross_attn)):  # layer min(P)
             self._follow(h, m)
         block, turn = self.reader.cross_attn[name], m - 1 + (positions + 1) % m
-        normed = block.norm(h.to(block.norm.gamma.dtype))
+        normed = block.norm(h.to(self.reader.dtype))
         read = block.fn.read(normed, self.memories.get(name), rotary(turn, block.fn.attn.dim_head))
         return of_text(read, self.real if self.padded else None, positions, m).type_as(h)
 
@@ -197,8 +220,8 @@ class RETROfit(ChunkedLM):
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("backbone", "tokenizer")}
         super().__init__()
-        every_block = blocks(backbone)
-        depth, positions = len(every_block), backbone.config.max_position_embeddings
+        model, every_block = language_model(backbone), blocks(backbone)
+        depth, positions = len(every_block), model.config.max_position_embeddings
         if not 1 <= start <= depth or every < 1:
             raise ValueError(
                 f"start {start}, every {every}: the layers are 1 … {depth}, and none or too few would read. Pass "
@@ -211,24 +234,24 @@ class RETROfit(ChunkedLM):
         if dim_head % 2:
             raise ValueError(f"dim_head {dim_head} is odd: rotary positions turn pairs of features, pass an even one")
         self.blocks = {number: every_block[number - 1] for number in range(start, depth + 1, every)}
-        self.tokenizer = _own_tokenizer(backbone, tokenizer)
-        self.words = backbone.get_input_embeddings().num_embeddings
+        self.tokenizer = _own_tokenizer(model, tokenizer)
+        self.words = vocabulary_size(model)
         self.pad_id = self.tokenizer.ids.pad
         self.num_tokens = max(self.words, self.pad_id + 1)
         self.chunk_size, self.seq_len = chunk_size, max_seq_len or min(positions, LONGEST)
-        self.backbone, self.frozen = backbone.requires_grad_(not freeze), freeze
-        dim = backbone.config.hidden_size
-        with torch.device(backbone.device):
+        self.backbone, self.frozen = model.requires_grad_(not freeze), freeze
+        dim = model.config.hidden_size
+        with torch.device(model.device):
             self.reader = Reader(
                 dim, list(self.blocks), chunk_size=chunk_size, enc_dim=enc_dim or dim, enc_depth=enc_depth,
                 ff_mult=ff_mult, dropout=dropout, heads=heads, dim_head=dim_head,
             )  # fmt: skip
-        self.config = {"backbone": identity(backbone, freeze), **plain_config(arguments)}
+        self.config = {"backbone": identity(model, freeze), **plain_config(arguments)}
         self.config["tokenizer"] = self.tokenizer.fingerprint
-        self.train(backbone.training)
+        self.train(model.training)
 
     @property
-    def to_logits(self) -> nn.Linear:
+    def to_logits(self) -> nn.Linear:  # type: ignore[override]  # never set: it is the language model's
         return self.backbone.get_output_embeddings()
 
     def train(self, mode: bool = True) -> "RETROfit":
@@ -248,7 +271,7 @@ class RETROfit(ChunkedLM):
         with ExitStack() as stack:
             if retrieved is not None:
                 x, mask = self._embed_retrieved(retrieved)
-                read = WholeSequences(self.reader, x, mask, self._here(kept), real, self.chunk_size)
+                read = WholeSequences(self.reader, x, mask, kept, real, self.chunk_size)
                 stack.enter_context(reading(self.blocks, read))
             return self._run(self._ids(seq, "seq"), real, use_cache=False).last_hidden_state
 
@@ -313,7 +336,7 @@ class RETROfit(ChunkedLM):
         self, retrieved: Int[Tensor, "b l k r"]
     ) -> tuple[Float[Tensor, "b l k r _"], Bool[Tensor, "b l k r"]]:
         ids = self._ids(retrieved, "retrieved")
-        return self.backbone.get_input_embeddings()(ids), self._here(retrieved) != self.pad_id
+        return self.backbone.get_input_embeddings()(ids), self._here(retrieved).ne(self.pad_id)
 
     # saving
 
@@ -395,10 +418,11 @@ def retrofit(model: nn.Module | PathLike, **options: Any) -> RETROfit:
 
 def _own_tokenizer(backbone: "PreTrainedModel", tokenizer: PathLike | TextTokenizer | None) -> TextTokenizer:
     name = backbone.config.name_or_path
-    if tokenizer is None and not name:
-        raise ValueError(f"this {type(backbone).__name__} does not say where it is from: pass tokenizer=…, its own")
-    own = get_tokenizer(find_included(name) if tokenizer is None else tokenizer)
-    words = backbone.get_input_embeddings().num_embeddings
+    if tokenizer is None:
+        if not name:
+            raise ValueError(f"this {type(backbone).__name__} does not say where it is from: pass tokenizer=…, its own")
+        tokenizer = find_included(name)
+    own, words = get_tokenizer(tokenizer), vocabulary_size(backbone)
     if own.own_size > words:
         raise ValueError(f"the tokenizer has {own.own_size} ids, the language model knows {words}: pass its own")
     return own

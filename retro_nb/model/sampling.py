@@ -294,7 +294,7 @@ def _neighbours(
         )
 
     def neighbours(u: int) -> Tensor:
-        if u < l:
+        if given is not None and u < l:
             found = given[:, u]
         elif fetch is None:
             found = torch.full_like(seq[:, :1, None], retro.pad_id).expand(-1, 1, m)

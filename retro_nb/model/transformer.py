@@ -1,9 +1,9 @@
 """The two stacks of RETRO: an encoder of neighbours, and a decoder that reads them (notebook 04)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -21,21 +21,30 @@ from retro_nb.model.layers import (
     Place,
     PostNorm,
     PreNorm,
+    Residual,
     RMSNorm,
     hiding,
     rotary,
 )
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": nn.LayerNorm}
-Wrap = Callable[[nn.Module], nn.Module]  # puts a module inside a residual
+Wrap = Callable[[nn.Module], Residual]  # puts a module inside a residual
 
 
 class Layer(nn.Module):
     """Self-attention, cross-attention (in some layers only) and feed-forward, each inside its residual."""
 
-    def __init__(self, attn: nn.Module, cross_attn: nn.Module | None, ff: nn.Module):
+    def __init__(self, attn: Residual[Attention], cross_attn: Residual | None, ff: Residual[FeedForward]):
         super().__init__()
         self.attn, self.cross_attn, self.ff = attn, cross_attn, ff
+
+
+class Layers(nn.ModuleList):
+    """The layers of a stack; a ModuleList that says what it holds."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[Layer]: ...
 
 
 def of_chunks(
@@ -70,7 +79,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.dim_head = attention["dim_head"]
-        self.layers = nn.ModuleList()
+        self.layers = Layers()
         for i in range(1, depth + 1):
             attn, cross = Attention(dim, **attention), None
             if i in cross_attn_layers:
@@ -124,15 +133,15 @@ class WithModules:
     """Decode by calling the modules, block by block; `triton_kernels` does the same in fewer kernels."""
 
     @staticmethod
-    def extend(block: nn.Module, x: Tensor, past: Past, place: Place) -> Tensor:
+    def extend(block: Residual[Attention], x: Tensor, past: Past, place: Place) -> Tensor:
         return block.around(block.fn.extend, x, past, place)
 
     @staticmethod
-    def read(block: nn.Module, x: Tensor, memory: OpenMemory | None, place: Place) -> Tensor:
+    def read(block: Residual[ChunkedCrossAttention], x: Tensor, memory: OpenMemory | None, place: Place) -> Tensor:
         return block.around(block.fn.read, x, memory, place.reader)
 
     @staticmethod
-    def feed(block: nn.Module, x: Tensor) -> Tensor:
+    def feed(block: Residual[FeedForward], x: Tensor) -> Tensor:
         return block(x)
 
 
@@ -158,7 +167,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.chunk_size, self.dim_head, self.first = chunk_size, attention["dim_head"], min(cross_attn_layers)
-        self.layers = nn.ModuleList()
+        self.layers = Layers()
         for i in range(1, depth + 1):
             attn, cross = Attention(dim, causal=True, **attention), None
             if i in cross_attn_layers:
@@ -186,7 +195,8 @@ class Decoder(nn.Module):
                 l, m = x.shape[1] // self.chunk_size, self.chunk_size
                 if encoded is None and l > 0:  # layer min(P)
                     encoded = encoder(retrieved, mask, of_chunks(x, m, kept))
-                x = layer.cross_attn(x, layer.cross_attn.fn.remember(encoded, mask), kept=kept)
+                memory = None if encoded is None else layer.cross_attn.fn.remember(encoded, mask)
+                x = layer.cross_attn(x, memory, kept=kept)
             x = layer.ff(x)
         return self.norm_out(x)
 
@@ -300,7 +310,7 @@ def deepnet_scales(enc_depth: int, dec_depth: int) -> DeepNetScales:
 @torch.no_grad()
 def deepnet_init(module: nn.Module, gain: float) -> None:
     """Xavier normal initialisation, scaled by `gain` in values, attention outputs and feed-forward."""
-    scaled = set()
+    scaled: set[nn.Module] = set()
     for part in module.modules():
         if isinstance(part, Attention):
             scaled |= {part.to_v, part.to_out}

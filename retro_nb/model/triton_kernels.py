@@ -15,7 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retro_nb.model.layers import ROTARY_DIM, Attention, OpenMemory, Past, Place, PreNorm, RMSNorm
+from retro_nb.model.layers import (
+    ROTARY_DIM,
+    Attention,
+    ChunkedCrossAttention,
+    FeedForward,
+    OpenMemory,
+    Past,
+    Place,
+    PreNorm,
+    Residual,
+    RMSNorm,
+)
 
 try:
     import triton
@@ -62,7 +73,7 @@ def works(device: torch.device) -> bool:
         return False
 
 
-def extend(block: PreNorm, x: Float[Tensor, "b 1 d"], past: Past, place: Place) -> Float[Tensor, "b 1 d"]:
+def extend(block: Residual[Attention], x: Float[Tensor, "b 1 d"], past: Past, place: Place) -> Float[Tensor, "b 1 d"]:
     """Self-attention of the next token, with its norm and residual."""
     attn = block.fn
     new = linear(x, attn.to_q, attn.to_k, attn.to_v, norm=block.norm)
@@ -75,7 +86,9 @@ def extend(block: PreNorm, x: Float[Tensor, "b 1 d"], past: Past, place: Place) 
     return linear(out, attn.to_out, residual=x)
 
 
-def read(block: PreNorm, x: Float[Tensor, "b 1 d"], memory: OpenMemory | None, place: Place) -> Float[Tensor, "b 1 d"]:
+def read(
+    block: Residual[ChunkedCrossAttention], x: Float[Tensor, "b 1 d"], memory: OpenMemory | None, place: Place
+) -> Float[Tensor, "b 1 d"]:
     """Chunked cross-attention of the next token, with its norm and residual."""
     if memory is None:
         return x
@@ -89,16 +102,16 @@ def read(block: PreNorm, x: Float[Tensor, "b 1 d"], memory: OpenMemory | None, p
     return linear(out, attn.to_out, residual=x)
 
 
-def feed(block: PreNorm, x: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b 1 d"]:
+def feed(block: Residual[FeedForward], x: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b 1 d"]:
     """The feed-forward layers of the next token, with their norm and residual."""
-    net = block.fn.net
-    return linear(linear(x, net[0], norm=block.norm, gelu=True), net[-1], residual=x)
+    widen, narrow = (each for each in block.fn.net if isinstance(each, nn.Linear))
+    return linear(linear(x, widen, norm=block.norm, gelu=True), narrow, residual=x)
 
 
 def linear(
     x: Float[Tensor, "b 1 d"],
     *maps: nn.Linear,
-    norm: RMSNorm | None = None,
+    norm: nn.Module | None = None,  # an RMSNorm: `fits` lets no other pass
     gelu: bool = False,
     residual: Float[Tensor, "b 1 o"] | None = None,
 ) -> Float[Tensor, "b maps o"]:
