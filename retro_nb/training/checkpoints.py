@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from retro_nb.common.arrays import PathLike, file_record, inside, move_settled, settle, to_jsonable, write_json
+from retro_nb.model.base import ChunkedLM
 from retro_nb.model.pretrained import load_weights
 from retro_nb.training.log import whole_records
 from retro_nb.training.runs import by_main, data_identity
@@ -50,8 +51,9 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """Random states of Python, NumPy and torch, as tensors and plain numbers."""
-    kind, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    of_numpy = np.random.get_state(legacy=False)
+    of_numpy["state"]["key"] = of_numpy["state"]["key"].tolist()
+    states = {"python": random.getstate(), "numpy": of_numpy, "torch": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
@@ -92,7 +94,7 @@ class Checkpoints:
     def __init__(
         self,
         accelerator: Accelerator,
-        retro: nn.Module,
+        retro: ChunkedLM,
         train: Dataset,
         valid: Dataset | None,
         out_dir: PathLike | None,
@@ -109,7 +111,7 @@ class Checkpoints:
             settings = {name: "inf" if value == math.inf else value for name, value in run.items()}  # JSON lacks it
             self.identity = to_jsonable({"model": retro.config, "run": settings, "data": data_identity(train)})
             self.valid = None if valid is None else data_identity(valid)
-        self.newest = by_main(accelerator, partial(self._begin, resume))
+        self.newest = by_main(accelerator, partial(self._begin, self.folder, resume))
 
     @property
     def step(self) -> int:
@@ -118,30 +120,25 @@ class Checkpoints:
 
     # finding
 
-    def _begin(self, resume: bool) -> Path | None:
+    def _begin(self, home: Path, resume: bool) -> Path | None:
         if not resume:
-            self._delete([*self._all(), self.folder / "saving"])
-        newest = self._find() if resume else None
+            self._delete([*_all(home), home / "saving"])
+        newest = self._find(home) if resume else None
         self._warn_of_other_validation(newest)
         done = _step(newest) if newest else 0
-        self._delete([folder for folder in self._all() if _step(folder) < done][1:])  # left behind by a kill
-        for folder in (self.folder / "saving", *self._all()):
-            if folder.exists() and not _made_by_fit(folder) and not _step(folder) <= done:
+        self._delete([folder for folder in _all(home) if _step(folder) < done][1:])  # left behind by a kill
+        for folder in (home / "saving", *(later for later in _all(home) if _step(later) > done)):
+            if folder.exists() and not _made_by_fit(folder):
                 raise FileExistsError(
                     f"{folder} has no {MARK}, so `fit` has not made it and does not delete it, but a checkpoint may "
                     f"have to be saved there: move it away"
                 )
         return newest
 
-    def _all(self) -> list[Path]:
-        """All folders named like a checkpoint, newest first."""
-        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-        return sorted(found, key=_step, reverse=True)
-
-    def _find(self) -> Path | None:
+    def _find(self, home: Path) -> Path | None:
         """The newest intact checkpoint; warns if newer ones are damaged."""
         damaged: list[str] = []
-        for folder in self._all():
+        for folder in _all(home):
             damage = self._damage(folder)
             if damage is None:
                 if damaged:
@@ -150,7 +147,7 @@ class Checkpoints:
             damaged.append(f"{folder.name}: {damage}")
         if damaged:
             raise ValueError(
-                f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}. Put the files back from a copy to go "
+                f"no checkpoint in {home} is whole: {'; '.join(damaged)}. Put the files back from a copy to go "
                 f"on, or pass {START_OVER}"
             )
         return None
@@ -271,7 +268,7 @@ class Checkpoints:
         write_json(saving / MARK, {"step": step, "files": files, "valid": self.valid, **self.identity})
         _remove(target)  # a damaged checkpoint of the same step
         move_settled(saving, target)
-        self._delete(set(self._all()) - {target, self.newest})
+        self._delete(set(_all(target.parent)) - {target, self.newest})
 
     def _delete(self, folders: Iterable[Path]) -> None:
         """Delete the folders that `fit` created."""
@@ -279,9 +276,14 @@ class Checkpoints:
             _remove(folder)
 
 
-def _step(folder: Path) -> float | int:
-    number = folder.name.removeprefix("step-")
-    return int(number) if number.isdigit() else float("inf")
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _all(home: Path) -> list[Path]:
+    """All folders in `home` that are named like a checkpoint, newest first."""
+    found = [path for path in home.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=_step, reverse=True)
 
 
 def _states_name(process: int) -> str:

@@ -95,7 +95,8 @@ class Log:
         self, accelerator: Accelerator, out_dir: PathLike | None, done: int, steps: int, progress: bool
     ) -> None:
         path = None if out_dir is None else Path(out_dir) / "log.jsonl"
-        self.history, self.pending, self.waited = History(), [], 0.0
+        self.history, self.waited = History(), 0.0
+        self.pending: list[tuple[int, float, Tensor, Tensor]] = []  # what `end_step` was given
         self.newly_skipped: list[Skipped] = []  # among the steps of the last `collect`
         self._in_a_row = 0
         if path:  # steps after the checkpoint will be repeated, so their records are dropped
@@ -125,8 +126,8 @@ class Log:
 
     def collect(self) -> dict[str, Any]:
         """Turn the steps since the last call into records and return the newest."""
-        steps, rates, numbers, tokens = zip(*self.pending, strict=True)
-        numbers, tokens = torch.stack(numbers).tolist(), torch.stack(tokens).tolist()
+        steps, rates, results, counts = zip(*self.pending, strict=True)
+        numbers, tokens = torch.stack(results).tolist(), torch.stack(counts).tolist()
         spent = time.perf_counter() - self.clock
         last = self.history[-1] if self.history else {}
         seen, skipped, seconds, waited = (last.get(x, 0) for x in ("tokens", "skipped", "seconds", "waiting_seconds"))

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -59,8 +59,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     _check_warmup(given.get("warmup_steps", 0), given.get("steps", math.inf))
 
 
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _check_whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _is_a(Integral, value):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: pass a whole number, e.g. {LEAST[name] or 1}")
     if value < LEAST[name]:
         raise ValueError(f"{name} is {value}: it must be at least {LEAST[name]}")
@@ -69,7 +73,7 @@ def _check_whole(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_a(Real, value):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: pass a number")
     if name == "lr" and not 0 < value < math.inf:
         raise ValueError(f"lr is {value}: it must be above 0 and finite, e.g. 3e-4")
@@ -81,7 +85,7 @@ def _check_number(name: str, value: Any) -> None:
         )
 
 
-def _check_warmup(warmup_steps: Real, steps: Real) -> None:
+def _check_warmup(warmup_steps: float | int | np.number, steps: float | int | np.number) -> None:
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps {warmup_steps} must be from 0 to below steps, {steps}")
 
@@ -139,20 +143,32 @@ def check_store(retro: ChunkedLM, data: Dataset | None) -> None:
         raise ValueError(f"the store was cut by {names}: build one with the model's own")
 
 
+def length(data: Dataset) -> int:
+    """Number of sequences of a dataset.
+
+    Raises:
+        TypeError: it does not know it, as an `IterableDataset`.
+    """
+    if not isinstance(data, Sized):
+        raise TypeError(f"{type(data).__name__} has no length: pass a dataset with `__len__` and `__getitem__`")
+    return len(data)
+
+
 def check_data(retro: ChunkedLM, train: Dataset, valid: Dataset | None) -> None:
     """Reject data on which the model cannot be trained or measured.
 
     Raises:
+        TypeError: a dataset without a length.
         ValueError: another chunk size or tokenizer, or no token to predict.
     """
     for name, data in (("train", train), ("valid", valid)):
         check_store(retro, data)
         if data is None:
             continue
-        if not len(data):
+        if not length(data):
             raise ValueError(f"{name} holds 0 sequences: it needs at least 1, so pass a larger corpus or another share")
-        if not any((data[i][0][1:] != retro.pad_id).any() for i in range(len(data))):
-            raise ValueError(f"none of the {len(data)} sequences of {name} holds a token to predict: pass others")
+        if not any((data[i][0][1:] != retro.pad_id).any() for i in range(length(data))):
+            raise ValueError(f"none of the {length(data)} sequences of {name} holds a token to predict: pass others")
 
 
 def data_identity(data: Dataset) -> dict[str, Any]:
@@ -161,7 +177,7 @@ def data_identity(data: Dataset) -> dict[str, Any]:
     A `RETRODataset` or a subset of it is identified by its arrays and the chosen sequences, another dataset by its
     number of sequences.
     """
-    identity: dict[str, Any] = {"sequences": len(data)}
+    identity: dict[str, Any] = {"sequences": length(data)}
     chosen = None
     while isinstance(data, Subset):
         indices = np.asarray(data.indices, np.int64)
@@ -201,8 +217,8 @@ def by_main(state: Accelerator | PartialState, work: Callable[[], Result]) -> Re
     if state.is_main_process:
         try:
             outcome = [(work(), None)]
-        except Exception as error:
-            outcome = [(None, error)]
+        except Exception as raised:
+            outcome = [(None, raised)]
     result, error = broadcast_object_list(outcome)[0]
     if error is not None:
         raise error

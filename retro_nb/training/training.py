@@ -32,7 +32,7 @@ from retro_nb.common.devices import can_compile, compile_in_place, few_cpu_threa
 from retro_nb.model.base import ChunkedLM, evaluating
 from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, not_finite
 from retro_nb.training.log import History, Log, Skipped
-from retro_nb.training.runs import FREE_SETTINGS, check_data, only_run, resolve_settings
+from retro_nb.training.runs import FREE_SETTINGS, check_data, length, only_run, resolve_settings
 
 MOST_SKIPPED = 10  # consecutive steps with non-finite numbers that end a run
 
@@ -47,7 +47,7 @@ def get_optimizer(
     `filter_by_requires_grad` leaves out frozen parameters.
     """
     kept = [param for param in dict.fromkeys(params) if param.requires_grad or not filter_by_requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [param for param in kept if param.ndim >= 2]},
         {"params": [param for param in kept if param.ndim < 2], "weight_decay": 0.0},
     ]
@@ -60,7 +60,7 @@ def skip_step(optimizer: AdamW, skip: Bool[Tensor, ""]) -> None:
 
     The device decides, so the CPU does not wait for it: the fused AdamW reads the flag that torch's GradScaler sets.
     """
-    optimizer.found_inf = skip.float()
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # torch itself sets it from outside
 
 
 def learning_rate(step: int, *, steps: int, lr: float = 3e-4, warmup_steps: int = 0) -> float:
@@ -105,8 +105,8 @@ class ShuffledBatches(Sampler[list[int]]):
             epoch, skip = epoch + 1, 0
 
 
-def _count_targets(retro: nn.Module, seq: Tensor) -> Tensor:
-    return (seq[:, 1:] != retro.pad_id).sum()
+def _count_targets(retro: ChunkedLM, seq: Tensor) -> Tensor:
+    return seq[:, 1:].ne(retro.pad_id).sum()
 
 
 def _forward_loss(
@@ -125,11 +125,12 @@ class _LossSum(NamedTuple):
 
 @torch.no_grad()
 def _loss_sum(
-    retro: nn.Module, data: Dataset, batch_size: int, retrieval: bool, precision: str, share: tuple[int, int] = (0, 1)
+    retro: ChunkedLM, data: Dataset, batch_size: int, retrieval: bool, precision: str, share: tuple[int, int] = (0, 1)
 ) -> _LossSum:
     """Summed cross-entropy over `data`; with `share` (p, q), over every q-th sequence starting at the p-th."""
-    device, numbers = next(retro.parameters()).device, range(share[0], len(data), share[1])
-    total, tokens, bad = 0.0, 0, []
+    device, numbers = next(retro.parameters()).device, range(share[0], length(data), share[1])
+    total, tokens = 0.0, 0
+    bad: list[int] = []
     batches = DataLoader(Subset(data, numbers), batch_size, generator=torch.Generator())
     with evaluating(retro), torch.compiler.set_stance("force_eager"):  # faster than compiling again
         for first, batch in zip(count(step=batch_size), batches, strict=False):
@@ -152,7 +153,7 @@ def _mean_loss(sums: list[_LossSum]) -> float:
 
 
 def evaluate_loss(
-    retro: nn.Module, dataset: Dataset, *, batch_size: int = 8, retrieval: str = "on", precision: str = "no"
+    retro: ChunkedLM, dataset: Dataset, *, batch_size: int = 8, retrieval: str = "on", precision: str = "no"
 ) -> float:
     """Mean cross-entropy over all tokens of `dataset`, in nats per token, without dropout.
 
@@ -172,7 +173,7 @@ def evaluate_loss(
 class _Trainer:
     """This process's model, optimizer and stream of batches in one run."""
 
-    def __init__(self, accelerator: Accelerator, retro: nn.Module, run: dict[str, Any], train: Dataset) -> None:
+    def __init__(self, accelerator: Accelerator, retro: ChunkedLM, run: dict[str, Any], train: Dataset) -> None:
         set_seed(run["seed"], device_specific=True)
         self.accelerator, self.retro, self.run, self.train = accelerator, retro, run, train
         self.was_training = retro.training
@@ -187,7 +188,7 @@ class _Trainer:
 
     def _sampler(self, done: int, share: tuple[int, int]) -> ShuffledBatches:
         run, start = self.run, done * self.run["accumulate"]
-        return ShuffledBatches(len(self.train), run["batch_size"], run["seed"], start=start, share=share)
+        return ShuffledBatches(length(self.train), run["batch_size"], run["seed"], start=start, share=share)
 
     def sequences(self, step: int) -> list[int]:
         """Numbers in `train` of the sequences that all processes read in a step."""
@@ -342,7 +343,8 @@ def fit(
     several keep the newest regular checkpoint).
 
     Raises:
-        TypeError: a setting has the wrong type, or `measure` returns something other than numbers.
+        TypeError: a setting has the wrong type, a dataset has no length, or `measure` returns something other than
+            numbers.
         ValueError: a setting is out of range; retrieval is off for a frozen language model; the data has no token to
             predict, or another chunk size or tokenizer; or the checkpoint is of another model, other settings or data.
         BlockingIOError: another run is training in `out_dir`.
@@ -361,7 +363,7 @@ def fit(
     check_data(retro, train, valid)
     if not retrieval and retro.frozen:
         raise ValueError("retrieval is off and the model frozen: nothing would be trained. Pass retrieval=True")
-    run = resolve_settings(asked, len(train), accelerator.device, accelerator.num_processes)
+    run = resolve_settings(asked, length(train), accelerator.device, accelerator.num_processes)
     with only_run(accelerator, out_dir), few_cpu_threads(accelerator.device):
         lasting = {name: value for name, value in run.items() if name not in FREE_SETTINGS}
         checkpoints = Checkpoints(accelerator, retro, train, valid, out_dir, lasting, resume)
@@ -396,7 +398,7 @@ def _train(
                 continue
             record = log.collect()
             trainer.check_skipped(log.newly_skipped, checkpoints.last_good())
-            if evaluate:
+            if evaluate and valid is not None:
                 record |= trainer.evaluate(valid, step, measure)
             log.write(on_disk=save)
             if save:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from retro_nb.reference import documents_to_chunks_
 from retro_nb.store.dataset import RETRODataset
 from retro_nb.text.document import Document
-from retro_nb.training.runs import check_settings, data_identity, only_run, resolve_settings
+from retro_nb.training.runs import check_settings, data_identity, length, only_run, resolve_settings
 
 SETTINGS = dict(
     steps=10, epochs=None, batch_size=4, accumulate=1, lr=1e-3, wd=0.1, warmup_steps=None, grad_clip=1.0,
@@ -103,6 +103,12 @@ def test_fit_meets_wrong_types_before_any_step():
 
 
 # data
+
+
+def test_a_dataset_without_a_length_is_refused():
+    assert length(TensorDataset(torch.zeros(3))) == 3
+    with pytest.raises(TypeError, match="Dataset has no length: pass"):
+        length(Dataset())
 
 
 @pytest.fixture
