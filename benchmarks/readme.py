@@ -164,6 +164,7 @@ CORPORA = {
     "almanac": "almanac, nats per fact whose town was found",
     "speeches": "speeches, bits per byte",
     "docstrings": "docstrings, bits per byte",
+    "code": "source code, bits per byte",
 }
 
 
@@ -172,11 +173,47 @@ def evidence_table() -> str:
     modes = ("on", "shuffled", "off", "baseline")
     lines = [f"| corpus and unit | {' | '.join(modes)} |", "|---" * 5 + "|"]
     for name, unit in CORPORA.items():
-        found = json.loads((EVIDENCE / f"{name}.json").read_text(encoding="utf-8"))
+        found = read_results(name)
         cells = [mean_of(found[mode]) for mode in modes]
         lines.append(f"| {unit} | {' | '.join(cells)} |")
-    note = "Means of three seeds (lowest to highest), by `python experiments/evidence.py almanac speeches docstrings`."
+    note = (
+        f"Means over seeds (lowest to highest): {len(read_results('code')['on'])} of source code by `python "
+        f"experiments/sources.py`, three of the others by `python experiments/evidence.py`."
+    )
     return "\n".join([*lines, "", note])
+
+
+def code_table() -> str:
+    """Source code: RETRO's loss against the baseline's, in parts of the test files and with larger memories."""
+    found = read_results("code")
+    ratios, unseen = found["ratios"], found["unseen"]["all"]
+    rows = [
+        ("all", found["documents"], ratios["on"]),
+        ("all, with eight neighbours", None, found["sweeps"]["k"]["ratios"]["8"]),
+        ("all, with the oracle: the very chunk that comes next", None, ratios["oracle"]),
+        ("all, with the neighbours of other files", None, ratios["shuffled"]),
+    ]
+    for share, part in found["copied"].items():
+        rows.append((f"{share} of their 13-grams stand in the database", part, part["ratios"]["on"]))
+    rows.append(("of two libraries that were not trained on", unseen, unseen["ratios"]["on"]))
+    for share, words in (("1/4", "a quarter"), ("1/2", "half"), ("1", "all")):
+        memory = unseen["ratios"][f"memory {share}"]
+        rows.append((f"the same, with {words} of their other files in the memory", None, memory))
+    lines = ["| files | how many | loss against the baseline | 95 % interval |", "|---|---|---|---|"]
+    for words, part, ratio in rows:
+        mean, low, high = (f"{value:+.1f} %".replace("-", "−") for value in ratio["per_cent"])
+        lines.append(f"| {words} | {_count(part)} | {mean} | {low} … {high} |".replace(">=", "≥"))
+    return "\n".join(lines)
+
+
+def _count(part: dict | None) -> str:
+    if part is None:
+        return ""
+    return str(part["documents"] if "documents" in part else len(part["titles"]))
+
+
+def read_results(name: str) -> dict:
+    return json.loads((EVIDENCE / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def retrofit_table() -> str:
@@ -190,7 +227,7 @@ def retrofit_table() -> str:
     }
     lines = ["| corpus, unit, training tokens | on | shuffled | off |", "|---" * 4 + "|"]
     for name, unit in units.items():
-        found = json.loads((EVIDENCE / f"{name}-retrofit.json").read_text(encoding="utf-8"))
+        found = read_results(f"{name}-retrofit")
         lines.append(f"| {name}, {unit}: the language model alone | | | {mean_of(found['baseline']['off'])} |")
         for model, words in models.items():
             if model in found:
@@ -265,6 +302,7 @@ def main() -> None:
     text = replace_section(readme.read_text(encoding="utf-8"), "notebooks", notebook_table(index))
     text = replace_section(text, "fast", speed_section(devices))
     text = replace_section(text, "evidence", evidence_table())
+    text = replace_section(text, "code", code_table())
     text = replace_section(text, "retrofit", retrofit_table())
     growth = json.loads((RESULTS / "growth-cpu.json").read_text(encoding="utf-8"))
     text = replace_section(text, "growth", growth_table(growth))

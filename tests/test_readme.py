@@ -34,7 +34,9 @@ def test_what_to_expect_is_what_was_measured():
     on, baseline = (statistics.fmean(almanac[mode]) for mode in ("on", "baseline"))
     assert f"it loses {on:.2f} nats" in README and f"guess among 40 words and loses {baseline:.2f}" in README
     assert f"with {speeches['retro_runs'][0]['parameters'] / 1e6:.0f} million weights, writes" in README
-    assert "its mean is lower, on the speeches in every seed, on the docstrings in two of three" in flat(README)
+    assert "the baseline's mean is lower, on the speeches in every seed, on the docstrings in two of three" in flat(
+        README
+    )
     for corpus, ahead in ((speeches, 3), (results("docstrings"), 2)):
         assert sum(base < on for base, on in zip(corpus["baseline"], corpus["on"], strict=True)) == ahead
         assert all(on < wrong for on, wrong in zip(corpus["on"], corpus["shuffled"], strict=True))
@@ -52,6 +54,16 @@ def test_what_a_copier_saves_is_what_was_measured():
 def test_the_table_of_evidence_is_the_measured_one():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
     assert script["replace_section"](README, "evidence", script["evidence_table"]()) == README
+
+
+def test_the_table_of_source_code_is_the_measured_one():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert script["replace_section"](README, "code", script["code_table"]()) == README
+    ratios, unseen = results("code")["ratios"], results("code")["unseen"]["all"]["ratios"]
+    assert "loses about 4 % less than" in flat(README) and round(ratios["on"]["per_cent"][0]) == -4
+    assert "gains more than 5 % when" in flat(README) and unseen["memory 1"]["per_cent"][0] < -5
+    operations = [results("code")["costs"][name]["flops_a_token"]["training"] for name in ("retro", "baseline")]
+    assert f"{operations[0] / operations[1]:.1f} times the operations" in flat(README)
 
 
 def test_the_table_of_retrofit_is_the_measured_one():
