@@ -4,6 +4,7 @@ Shapes: b batch, n sequence length, d width.
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -114,13 +115,21 @@ def hidden_states(args: tuple, named: dict) -> Tensor:
 
 
 def hooks(block: Block, read: Callable[[Tensor], Tensor]) -> tuple[RemovableHandle, RemovableHandle]:
-    """Register hooks that add read(h), with h = x + attention(x), to the attention's output; return their handles."""
+    """Register hooks that add read(h), with h = x + attention(x), to the attention's output; return their handles.
+
+    They act in this thread only: another one may use the same language model meanwhile, alone or with neighbours of
+    its own.
+    """
     entered: list[Tensor] = []
+    owner = threading.get_ident()
 
     def enter(layer: nn.Module, args: tuple, named: dict) -> None:
-        entered[:] = [hidden_states(args, named)]
+        if threading.get_ident() == owner:
+            entered[:] = [hidden_states(args, named)]
 
     def leave(attention: nn.Module, args: tuple, output: tuple) -> tuple:
+        if threading.get_ident() != owner:
+            return output
         attended, *others = output
         return attended + read(entered[0] + attended), *others
 

@@ -270,10 +270,22 @@ class RETROfit(ChunkedLM):
         real = self._real(seq)
         with ExitStack() as stack:
             if retrieved is not None:
+                self._refuse_recomputing()
                 x, mask = self._embed_retrieved(retrieved)
                 read = WholeSequences(self.reader, x, mask, kept, real, self.chunk_size)
                 stack.enter_context(reading(self.blocks, read))
             return self._run(self._ids(seq, "seq"), real, use_cache=False).last_hidden_state
+
+    def _refuse_recomputing(self) -> None:
+        """Gradient checkpointing runs the layers again in the backward pass, when they no longer read."""
+        if not (self.backbone.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(part, "gradient_checkpointing", False) for part in self.backbone.modules()):
+            raise ValueError(
+                "the language model uses gradient checkpointing, with which its layers would learn nothing from the "
+                "neighbours: call backbone.gradient_checkpointing_disable(), and save memory by a smaller batch_size "
+                "with accumulate"
+            )
 
     # piece by piece
 

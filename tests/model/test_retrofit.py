@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 from copy import copy, deepcopy
 from itertools import pairwise
 
@@ -351,6 +352,43 @@ def test_a_model_that_is_not_frozen_learns_too(family):
     model(seq, retrieved, return_loss=True).backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in model.parameters())
     assert model.trained_share == 1
+
+
+def test_gradient_checkpointing_is_refused_where_the_readers_would_not_learn():
+    model = make("gpt2", freeze=False)
+    model.backbone.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(*batch(9), return_loss=True)
+    model(batch(9)[0], return_loss=True).backward()  # nothing is read
+    expected = model.eval()(*batch(8))  # nothing is run again
+    frozen = make("gpt2")
+    frozen.backbone.gradient_checkpointing_enable()
+    frozen.train()(*batch(9), return_loss=True).backward()  # a frozen language model keeps its activations
+    assert_close(frozen.eval()(*batch(8)), expected)
+    assert all(weight.grad is not None for weight in frozen.reader.parameters())
+
+
+def test_another_thread_uses_the_language_model_meanwhile():
+    """In the midst of one forward pass: the same model with other neighbours, and the language model alone."""
+    model, (seq, retrieved), (_, others) = make("gpt2").eval(), batch(12), batch(12, seed=1)
+    calls = {"other": lambda: model(seq, others), "alone": lambda: model.backbone(seq).logits}
+    expected, found = {name: call() for name, call in calls.items()}, {}
+    first = model(seq, retrieved)
+
+    def meanwhile(*_):
+        if threading.current_thread() is threading.main_thread():
+            for name, call in calls.items():
+                thread = threading.Thread(target=lambda name=name, call=call: found.update({name: call()}))
+                thread.start()
+                thread.join()
+
+    hook = model.backbone.transformer.h[-1].attn.register_forward_pre_hook(meanwhile)
+    again = model(seq, retrieved)
+    hook.remove()
+    assert torch.equal(again, first)
+    for name in calls:
+        assert torch.equal(found[name], expected[name])
 
 
 def test_dropout():
