@@ -9,7 +9,7 @@ datasets.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,8 @@ def _columns(where: object, there: Sequence[str], text_field: str, title_field: 
     return [field for field in dict.fromkeys((text_field, title_field)) if field in there]
 
 
-def _document(text: object, title: object, fields: tuple[str, str], name: str, row: int, replaced: int = 0) -> Document:
+def _document(record: dict, fields: tuple[str, str], name: str, row: int, replaced: int = 0) -> Document:
     """The document of one row of the table `name`."""
-    text_field, title_field = fields
-    record = {title_field: title, text_field: "" if text is None else text}
     place = f"row {row}"
     return record_document(
         record, fields, source=f"{name}:{row}", untitled=place, where=f"{name}, {place}", replaced=replaced
@@ -60,6 +58,10 @@ def _check_one_split(folder: Path, names: Sequence[str]) -> None:
 
 
 # --- parquet files ------------------------------------------------------------------------------------------
+#
+# pyarrow reads them, not `datasets` (measured with 5.2): that copies a local file into its cache before it can divide
+# it. Streaming, it holds a row group, often the whole file, in memory; it stops at bytes that are not UTF-8; and it
+# knows neither the number of rows nor the file and row of a text.
 
 
 class parquet:
@@ -111,31 +113,30 @@ class parquet:
     def __iter__(self) -> Iterator[Document]:
         begin = 0
         for name, groups in zip(self._names, self._groups, strict=True):
-            end = begin + sum(rows for rows, _ in groups)
-            first, stop = max(self._first, begin) - begin, min(self._stop, end) - begin
-            if first < stop:
-                yield from self._rows(name, groups, first, stop)
-            begin = end
+            yield from self._rows(name, groups, self._first - begin, self._stop - begin)
+            begin += sum(rows for rows, _ in groups)
 
     def _rows(self, name: str, groups: list[tuple[int, int]], first: int, stop: int) -> Iterator[Document]:
-        """Documents of rows first … stop - 1 of one file."""
+        """Documents of those rows of one file that lie in first … stop - 1."""
         with extra("data"):
             import pyarrow.parquet as pq
 
-        row = 0
+        edges = pairwise([0, *accumulate(rows for rows, _ in groups)])
+        wanted = {number: begin for number, (begin, end) in enumerate(edges) if max(first, begin) < min(stop, end)}
+        if not wanted:
+            return
+        row = min(wanted.values())
+        longest = max(groups[number][1] / groups[number][0] for number in wanted)  # bytes per row of a group
+        size = max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(longest, 1))))
         # With a buffer, a column is read page by page; without one, a whole row group at once.
         with pq.ParquetFile(self._folder / name, buffer_size=MEGABYTE, pre_buffer=False) as file:
             columns = _columns(name, file.schema_arrow.names, self.text_field, self.title_field)
-            for number, (rows, size) in enumerate(groups):
-                if first < row + rows and row < stop:
-                    few = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
-                    at = row
-                    for batch in file.iter_batches(few, row_groups=[number], columns=columns, use_threads=False):
-                        wanted = range(max(first, at) - at, min(stop, at + len(batch)) - at)
-                        if wanted:
-                            yield from self._documents(name, at + wanted.start, batch[wanted.start : wanted.stop])
-                        at += len(batch)
-                row += rows
+            for batch in file.iter_batches(size, row_groups=list(wanted), columns=columns, use_threads=False):
+                skipped = max(0, first - row)
+                yield from self._documents(name, row + skipped, batch[skipped : stop - row])
+                row += len(batch)
+                if row >= stop:
+                    break
 
     def _documents(self, name: str, row: int, batch: Any) -> Iterator[Document]:
         """Documents of a record batch; its first row has number `row` in the file."""
@@ -143,7 +144,8 @@ class parquet:
         titled = self.title_field in batch.schema.names
         titles = _values(batch.column(self.title_field)) if titled else [(None, 0)] * len(texts)
         for number, ((text, replaced), (title, _)) in enumerate(zip(texts, titles, strict=True), start=row):
-            yield _document(text, title, (self.text_field, self.title_field), name, number, replaced)
+            record = {self.title_field: title, self.text_field: text}
+            yield _document(record, (self.text_field, self.title_field), name, number, replaced)
 
     def split(self, count: int) -> "list[parquet]":
         """Divide the rows, in order, into at most `count` corpora of similar size.
@@ -162,12 +164,12 @@ class parquet:
         """The fields read, a digest of each file's path, size and modification time, and the rows if not all."""
         stats = [(name, (self._folder / name).stat()) for name in self._names]
         every = sum(rows for groups in self._groups for rows, _ in groups)
-        said = {} if len(self) == every else {"rows": [self._first, self._stop]}
+        part = {} if len(self) == every else {"rows": [self._first, self._stop]}
         return {
             "corpus": "parquet",
             "files": digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]),
             "fields": [self.text_field, self.title_field],
-        } | said
+        } | part
 
 
 def _holds_text(kind: Any) -> bool:
@@ -225,7 +227,7 @@ class hf_dataset:
         **load_options: Any,
     ) -> None:
         self.name, self.text_field, self.title_field, self._first = "dataset", text_field, title_field, 0
-        depends_on = None
+        depends_on: dict[str, Any] | None = None
         if isinstance(dataset, str | Path):
             self.name = Path(dataset).name if Path(dataset).exists() else str(dataset)
             options = {name: load_options[name] for name in CHOICE if name in load_options}
@@ -249,15 +251,8 @@ class hf_dataset:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Document]:
-        row, fields = self._first, (self.text_field, self.title_field)
-        for batch in self._rows.iter(BATCH_ROWS):
-            if self.text_field not in batch:
-                _columns(self.name, list(batch), *fields)
-            texts = batch[self.text_field]
-            titles = batch.get(self.title_field) or [None] * len(texts)
-            for text, title in zip(texts, titles, strict=True):
-                yield _document(text, title, fields, self.name, row)
-                row += 1
+        for row, record in enumerate(self._rows, start=self._first):
+            yield _document(record, (self.text_field, self.title_field), self.name, row)
 
     # Properties, so that `hasattr` is false for what a stream lacks.
 
@@ -275,16 +270,17 @@ class hf_dataset:
 
     def _part(self, first: int, stop: int) -> "hf_dataset":
         begin, end = self._first + first, self._first + stop
-        depends_on = self._depends_on | {"rows": [begin, end]}
+        depends_on = (self._depends_on or {}) | {"rows": [begin, end]}
         return part_of(self, _rows=self._rows.select(range(first, stop)), _first=begin, _depends_on=depends_on)
 
     @property
     def fingerprint(self) -> Callable[[], dict]:
         """`fingerprint()`: the dataset's fingerprint, or its name, split and options; and the fields read."""
-        if self._depends_on is None:
+        depends_on = self._depends_on
+        if depends_on is None:
             raise AttributeError(f"{self.name} cannot say what it depends on: it has no fingerprint")
         fields = [self.text_field, self.title_field]
-        return lambda: {"corpus": "hf_dataset", **self._depends_on, "fields": fields}
+        return lambda: {"corpus": "hf_dataset", **depends_on, "fields": fields}
 
 
 def saved_to_disk(folder: Path) -> bool:
