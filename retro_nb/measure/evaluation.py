@@ -273,7 +273,11 @@ def summary(scores: Mapping[str, Score]) -> dict[str, Any]:
     """Summarize scores, as `evaluate` returns them."""
     reference, *others = scores
     first = scores[reference]
-    made = {"documents": len(first.nats), "tokens": int(first.tokens.sum()), "bytes": int(first.bytes.sum())}
+    made: dict[str, Any] = {
+        "documents": len(first.nats),
+        "tokens": int(first.tokens.sum()),
+        "bytes": int(first.bytes.sum()),
+    }
     for name, each in scores.items():
         made[name] = {
             "bits_per_byte": each.bits_per_byte,
