@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -61,17 +62,18 @@ def cut_text(text: str, chunks: Sequence[Span], shared: Sequence[Span] = (), fir
     def place(line: int, at: int) -> tuple[float, float]:
         return left + (at - lines[line][0]) * wide, (len(lines) - 1 - line) * high + 0.05
 
-    def mark(span: Span, **look: object) -> list[tuple[float, float]]:
+    def mark(span: Span, **look: Any) -> list[tuple[float, float]]:
         """Draw a rectangle over each line of a span; return their corners."""
-        parts = [(i, max(a, span[0]), min(b, span[1])) for i, (a, b) in enumerate(lines)]
-        parts = [(place(i, a), b - a) for i, a, b in parts if a < b]
+        cut = [(i, max(a, span[0]), min(b, span[1])) for i, (a, b) in enumerate(lines)]
+        parts = [(place(i, a), b - a) for i, a, b in cut if a < b]
         for corner, letters in parts:
             axes.add_patch(Rectangle(corner, letters * wide, high * 0.92, **look))
         return [corner for corner, _ in parts]
 
     for number, span in enumerate(chunks):
         corners = mark(span, facecolor=COLOURS["chunk"], alpha=(0.34, 0.13)[number % 2], linewidth=0)
-        axes.text(left - 0.1, corners[0][1] + high / 2, first + number, ha="right", va="center", color=COLOURS["chunk"])
+        y = corners[0][1] + high / 2
+        axes.text(left - 0.1, y, str(first + number), ha="right", va="center", color=COLOURS["chunk"])
     for span in shared:
         mark(span, facecolor="none", edgecolor=COLOURS["continuation"], linewidth=2)
     for i, (start, stop) in enumerate(lines):

@@ -54,7 +54,8 @@ def vector_map(
     figure, axes = plt.subplots(figsize=(8, 5.6))
     periods = BoundaryNorm(range(1790, 2031, 40), 256)
     # Without antialiasing the picture takes a quarter of the bytes.
-    dots = axes.scatter(*points.T, c=years, s=8, cmap=SEQUENTIAL, norm=periods, linewidths=0, antialiased=False)
+    xs, ys = points.T
+    dots = axes.scatter(xs, ys, c=years, s=8, cmap=SEQUENTIAL, norm=periods, linewidths=0, antialiased=False)
     for name, (x, y) in marked.items():
         axes.plot(x, y, "o", markersize=7, markerfacecolor="white", markeredgecolor=COLOURS["neighbour"], mew=2)
         frame = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
@@ -70,7 +71,7 @@ def similarity(cosines: Float[np.ndarray, "a b"], rows: str, columns: str, title
     figure, axes = plt.subplots(figsize=(6.4, 5))
     image = axes.imshow(cosines, vmin=0, vmax=1)
     best = np.unravel_index(np.argmax(cosines), cosines.shape)
-    frame = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2.5}
+    frame: dict = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2.5}
     axes.add_patch(plt.Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, **frame))
     axes.set(title=title, ylabel=f"chunk of {rows}", xlabel=f"chunk of {columns}")
     axes.grid(False)
@@ -83,7 +84,7 @@ def distances(groups: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Fi
     """Squared distances of pairs of chunks, one histogram of area 1 per group."""
     figure, axes = plt.subplots()
     top = max(float(np.quantile(values, 0.97)) for values in groups.values())
-    bins = np.linspace(0, top, 80)
+    bins = np.linspace(0, top, 80).tolist()
     for (name, values), colour in zip(groups.items(), ("neighbour", "continuation", "chunk"), strict=False):
         axes.hist(values, bins, density=True, histtype="step", linewidth=2, color=COLOURS[colour], label=name)
         axes.axvline(float(np.median(values)), color=COLOURS[colour], linewidth=1, linestyle=":")

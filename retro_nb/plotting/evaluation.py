@@ -97,7 +97,7 @@ def attention_map(
     image = axes.imshow(weights, vmin=0, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    frame = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2}
+    frame: dict = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2}
     axes.add_patch(plt.Rectangle((marked - 0.5, -0.5), 1, len(rows), **frame))
     axes.set(title=title, xlabel="retrieved token", ylabel="token that reads")
     axes.grid(False)

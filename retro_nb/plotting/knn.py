@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -72,7 +73,7 @@ def margins(needed: Mapping[str, Int[np.ndarray, " any"]], usual: int) -> Figure
     return figure
 
 
-def recall_against_time(trials: Sequence[Mapping[str, object]], k: int) -> Figure:
+def recall_against_time(trials: Sequence[Mapping[str, Any]], k: int) -> Figure:
     """Recall against search time, one line per index; each trial has index, effort, ms and recall."""
     figure, axes = plt.subplots(figsize=(8, 4.4))
     names = list(dict.fromkeys(trial["index"] for trial in trials))

@@ -22,7 +22,7 @@ from retro_nb.store.chunking import document_tokens
 from retro_nb.text.document import Document
 
 # Line styles of the models, for readers who cannot tell the colours apart.
-LINES = {
+LINES: dict[str, dict[str, Any]] = {
     "on": {"marker": "o", "linewidth": 2},
     "off": {"marker": "v", "linestyle": ":"},
     "shuffled": {"marker": "x", "linestyle": "-."},
@@ -45,12 +45,12 @@ def _percent(share: float, _: object = None) -> str:
 def overlap_histogram(overlaps: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Figure:
     """Histogram of the overlap in bins of four tokens of 64, as shares of chunks on a logarithmic axis."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
-    bins = np.append(0, np.arange(4, 65, 4) + 0.5) / 64  # up to 4 tokens, 5 to 8, 9 to 12, …
+    bins = [0, *((np.arange(4, 65, 4) + 0.5) / 64)]  # up to 4 tokens, 5 to 8, 9 to 12, …
     for (name, values), (colour, line) in zip(overlaps.items(), GROUPS, strict=False):
         weights = np.full(len(values), 1 / max(len(values), 1))
         label = f"{name}: {(values > STRICTEST).mean():.1%} above 12.5%"
-        style = {"histtype": "step", "linewidth": 2, "color": COLOURS[colour], "linestyle": line}
-        axes.hist(values, bins, weights=weights, label=label, **style)
+        look: dict = {"histtype": "step", "linewidth": 2, "color": COLOURS[colour], "linestyle": line}
+        axes.hist(values, bins, weights=weights, label=label, **look)
     axes.axvline(STRICTEST + 0.5 / 64, color=COLOURS["muted"], linestyle="--", linewidth=1.2)
     axes.set(title=title, yscale="log", xlim=(0, bins[-1]))
     axes.set(xlabel="r: longest run shared with a neighbour, as a share of the chunk", ylabel="share of chunks")

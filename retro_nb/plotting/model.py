@@ -11,7 +11,7 @@ from IPython.display import HTML
 from jaxtyping import Float, Int
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from retro_nb.model.layers import rotary
 from retro_nb.model.retro import RETRO
@@ -71,7 +71,9 @@ def architecture(depth: int, layers: Sequence[int]) -> Figure:
     blocks = [[("ATTN", "chunk"), *cca * (i in layers), ("FFW", "model")] for i in range(1, depth + 1)]
     w, gap, y, low = 0.62, 0.14, 1.75, 0.25
     figure, axes = blank(0.95 + sum(len(b) * w + gap + 0.12 for b in blocks) + 0.75, 2.75)
-    x, attn_at, cca_at = 0.1, {}, {}
+    x = 0.1
+    attn_at: dict[int, float] = {}
+    cca_at: dict[int, float] = {}
     box(axes, x, y, 0.7, 0.5, "tokens", colour=PALE["muted"])
     x += 0.7 + 0.2
     for i, parts in enumerate(blocks, start=1):
@@ -103,7 +105,7 @@ def rotary_distances(dim: int, farthest: int = 128) -> Figure:
     """Effect of a rotary distance: the cosine of every feature pair, and their mean."""
     cos = rotary(torch.arange(farthest + 1), dim)[0, :, : dim // 2]
     figure, (phase, decay) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1.25, 1))
-    figure.get_layout_engine().set(wspace=0.1)
+    figure.set_layout_engine("constrained", wspace=0.1)
     image = phase.imshow(cos.T.numpy(), aspect="auto", cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     phase.grid(False)
     distance = "distance p − p′, tokens"
@@ -220,7 +222,7 @@ def causality(token: Float[Tensor, "n n"], neighbour: Float[Tensor, "l n"], chun
 def _parts(retro: RETRO) -> dict[str, int]:
     """Number of parameters of each kind, without embeddings."""
     layers = retro.decoder.layers
-    kinds = {
+    kinds: dict[str, list[nn.Module]] = {
         "self-attention": [layer.attn for layer in layers],
         "feed-forward": [layer.ff for layer in layers],
         "cross-attention": [layer.cross_attn for layer in layers if layer.cross_attn is not None],

@@ -99,7 +99,7 @@ def _page(axes: plt.Axes, x: float, top: float, title: str, parts: Sequence[tupl
             axes.text(x, y - 0.07, colour, va="center", fontsize=9, color=COLOURS["ink"])
             y -= 0.17
         box(axes, x, y - height, 3.7, height, colour=COLOURS[colour], alpha=0.16)
-        look = {"fontsize": 10, "family": "serif", "linespacing": 1.3, "va": "top", "color": COLOURS["ink"]}
+        look: dict = {"fontsize": 10, "family": "serif", "linespacing": 1.3, "va": "top", "color": COLOURS["ink"]}
         axes.text(x + 0.1, y - 0.08, "\n".join(lines), **look)
         y -= height + 0.08
 

@@ -74,8 +74,8 @@ def learning(
             label = name if number == 0 else None
             axes.plot(millions, run["curves"]["on"][1], dashes, color=COLOURS[colour], linewidth=1.6, label=label)
         tenth = max(each[0]["tokens"]) / 1e7
-        reached, look = tenths[name], {"color": COLOURS[colour], "markeredgecolor": "white", "zorder": 4}
-        axes.plot([tenth] * len(reached), reached, "D", **look)
+        reached = tenths[name]
+        axes.plot([tenth] * len(reached), reached, "D", color=COLOURS[colour], markeredgecolor="white", zorder=4)
     axes.plot([], [], "D", color=COLOURS["muted"], label="a training of a tenth")
     axes.axhline(level[1], color=COLOURS["baseline"], label=f"{level[0]}: {level[1]:.2f}")
     axes.set(xlabel="training tokens seen with retrieval, millions", ylabel="nats per fact")

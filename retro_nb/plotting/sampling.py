@@ -39,8 +39,8 @@ def page(passages: Sequence[Passage], words: int = 34) -> HTML:
 def bars(words: Sequence[str], panels: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Probabilities of a few tokens, one panel per sampling method; filtered tokens are marked."""
     figure, row = plt.subplots(1, len(panels), figsize=(8, 2.6), sharey=True)
-    for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
-        values = np.asarray(values, dtype=float)
+    for axes, (name, probabilities) in zip(np.atleast_1d(row), panels.items(), strict=True):
+        values = np.asarray(probabilities, dtype=float)
         axes.bar(range(len(values)), values, color=COLOURS["model"])
         for i in np.flatnonzero(values == 0):
             axes.text(i, 0.02, "✕", ha="center", color=COLOURS["neighbour"])
@@ -91,8 +91,8 @@ def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
     """KL divergence of the next-token distribution at every position when neighbours are replaced, in nats."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     n, peak = 0, 0.0
-    for (name, values), colour in zip(kl.items(), ("control", "muted", "neighbour"), strict=False):
-        values, n = np.asarray(values, dtype=float), len(values)
+    for (name, nats), colour in zip(kl.items(), ("control", "muted", "neighbour"), strict=False):
+        values, n = np.asarray(nats, dtype=float), len(nats)
         peak = max(peak, values.max())
         mean = values[chunk_size - 1 :].mean()
         axes.plot(values, color=COLOURS[colour], linewidth=1, label=f"{name}: mean {mean:.3f}")

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 
 from retro_nb.plotting.style import COLOURS, arrow, blank, box
 
@@ -73,10 +74,10 @@ def label(figure: Figure, axes: plt.Axes, points: Sequence[tuple[Number, Number,
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # computes the positions
     marks = [axes.transData.transform(point[:2]) for point in points]
-    taken = []
+    taken: list[Bbox] = []
     for x, y, text, colour in points:
         for dx, dy, side in BESIDE:
-            style = {"textcoords": "offset points", "ha": side, "fontsize": 9, "color": colour}
+            style: dict = {"textcoords": "offset points", "ha": side, "fontsize": 9, "color": colour}
             note = axes.annotate(text, (x, y), (dx, dy), **style)
             box = note.get_window_extent(canvas.get_renderer()).padded(1)
             inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
@@ -103,10 +104,10 @@ def bytes_by_tokens(
         papers: the paper's numbers: name, tokens, bytes.
     """
     figure, axes = _growing(tokens, lines, levels)
-    name, *place = papers
-    axes.plot(*place, "*", color=COLOURS["ink"], markersize=15, markeredgecolor="white")
-    axes.annotate(name, place, (-11, 6), textcoords="offset points", ha="right", color=COLOURS["ink"], fontsize=9)
-    axes.set_ylim(top=max(axes.get_ylim()[1], 20 * place[1]))
+    name, x, y = papers
+    axes.plot(x, y, "*", color=COLOURS["ink"], markersize=15, markeredgecolor="white")
+    axes.annotate(name, (x, y), (-11, 6), textcoords="offset points", ha="right", color=COLOURS["ink"], fontsize=9)
+    axes.set_ylim(top=max(axes.get_ylim()[1], 20 * y))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, "B")))
     axes.set(title="What has to be kept grows as the tokens do", ylabel="bytes")
     return figure
@@ -146,7 +147,7 @@ def _growing(
         axis.set_minor_formatter(NullFormatter())
     ends = apart([values[-1] for values in lines.values()], 10 ** (_decades(axes) / 19))
     for name, values, end, colour in zip(lines, lines.values(), ends, hues, strict=False):
-        where = {"xycoords": ("axes fraction", "data"), "textcoords": ("axes fraction", "data"), "va": "center"}
+        where: dict = {"xycoords": ("axes fraction", "data"), "textcoords": ("axes fraction", "data"), "va": "center"}
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
         axes.annotate(name, (1, values[-1]), (1.04, end), color=colour, fontsize=9, arrowprops=line, **where)
     plt.close(figure)
@@ -174,7 +175,7 @@ def workers(count: int) -> Figure:
     figure, axes = blank(len(STAGES) * (width + gap) + 0.1, height)
     bottom = height - 1.15 - step * count  # lower edge of the last worker
     box(axes, 0.05, bottom - 0.75, len(STAGES) * (width + gap) - gap, 0.5, colour=COLOURS["ink"])
-    small = {"ha": "center", "va": "center", "fontsize": 9}
+    small: dict = {"ha": "center", "va": "center", "fontsize": 9}
     for column, (stage, (read, work, written, file)) in enumerate(STAGES.items()):
         x = 0.05 + column * (width + gap)
         middle = x + width / 2

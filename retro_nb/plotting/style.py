@@ -1,5 +1,7 @@
 """Style shared by all figures, and the map of the series."""
 
+from typing import Any
+
 from retro_nb.common.extras import extra
 
 with extra("notebooks"):
@@ -44,7 +46,7 @@ def use_style() -> None:
             "axes.grid": True,
             "axes.axisbelow": True,
             "grid.color": "#E6E6E6",
-            "axes.prop_cycle": matplotlib.cycler(
+            "axes.prop_cycle": plt.cycler(
                 color=[COLOURS[name] for name in ("chunk", "neighbour", "model", "continuation", "control", "baseline")]
             ),
             "image.cmap": SEQUENTIAL,
@@ -62,9 +64,7 @@ def blank(width: float, height: float) -> tuple[Figure, plt.Axes]:
     return figure, axes
 
 
-def box(
-    axes: plt.Axes, x: float, y: float, w: float, h: float, text: str = "", *, colour: str, **style: object
-) -> None:
+def box(axes: plt.Axes, x: float, y: float, w: float, h: float, text: str = "", *, colour: str, **style: Any) -> None:
     """A rounded box with its lower left corner at (x, y); `colour` fills it, and text is dark or white for contrast."""
     patch = FancyBboxPatch(
         (x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06", facecolor=colour, edgecolor="none", **style
@@ -75,9 +75,9 @@ def box(
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", color=COLOURS["ink"] if light else "white")
 
 
-def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], **style: object) -> None:
+def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
     """A thin arrow from start to end."""
-    look = {"arrowstyle": "-|>", "mutation_scale": 10, "color": COLOURS["muted"], "linewidth": 1.2, **style}
+    look: dict = {"arrowstyle": "-|>", "mutation_scale": 10, "color": COLOURS["muted"], "linewidth": 1.2, **style}
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
 
 

@@ -64,7 +64,7 @@ def step_time(seconds: Mapping[str, float]) -> Figure:
     for (name, spent), colour in zip(seconds.items(), ("chunk", "model", "neighbour", "continuation"), strict=False):
         axes.barh(0, spent, left=left, color=COLOURS[colour], label=f"{name}  {100 * spent / total:.0f} %")
         left += spent
-    longest = max(seconds, key=seconds.get)
+    longest = max(seconds, key=seconds.__getitem__)
     axes.set(yticks=[], xlabel="seconds in one step", xlim=(0, total))
     axes.set_title(f"{longest.capitalize()} takes most of a step")
     axes.grid(False)
