@@ -187,7 +187,10 @@ def choose_corpus(settings: Settings) -> tuple[Any, Path]:
     name, folder = settings["corpus"], settings["work_dir"]
     named = NAMED[name](**_of(settings, LIMITS[name])) if name in NAMED else None
     corpus, default = as_corpus(name if named is None else named, settings["glob"], **_of(settings, READING))
-    return corpus, default if folder is None else Path(folder)
+    place = default if folder is None else Path(folder)
+    if place is None:
+        raise ValueError(f"corpus {name} has no fingerprint to name its folder by: pass work_dir")
+    return corpus, place
 
 
 def _store_settings(settings: Settings) -> StoreSettings:
@@ -203,16 +206,14 @@ def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
 
 
 def survey_corpus(settings: Settings, seconds: float | int = 20) -> Survey:
-    """Report on a corpus and the cost of `build`, ignoring `max_chunks` and `max_seqs`.
+    """Report on a corpus and the cost of `build` (see `survey`).
 
     Args:
         settings: from `choose_settings("build", …)`.
         seconds: time limit for reading.
     """
     corpus, folder = choose_corpus(settings)
-    same = ("chunk_size", "knn", "tokenizer", "bert", "index", "max_index_memory_usage")
-    sizes = {name: settings[name] for name in same} | {"seq_len": settings["max_seq_len"]}
-    return survey(corpus, work_dir=folder, seconds=seconds, **sizes)
+    return survey(corpus, _store_settings(settings), work_dir=folder, seconds=seconds)
 
 
 def build(settings: Settings) -> Store:
@@ -301,8 +302,8 @@ def evaluate_run(
         KeyError: a document that was held out is gone, or its text has changed; the message names it.
         FileNotFoundError: the run did not note its documents.
     """
-    settings = choose_settings("train", folder / "settings.yaml", given)
-    if "valid_share" in (given or {}):
+    settings, given = choose_settings("train", folder / "settings.yaml", given), given or {}
+    if "valid_share" in given:
         raise ValueError(
             f"valid_share {given['valid_share']}: a run is measured on the documents that it held out in training; "
             f"leave it out"
@@ -310,7 +311,7 @@ def evaluate_run(
     if settings["valid_share"] == 0:
         raise ValueError(f"{folder} was trained on all documents (valid_share 0): there is nothing to measure it on")
     held_out = _read_held_out(folder)
-    if "keep_out" not in (given or {}):
+    if "keep_out" not in given:
         settings["keep_out"] = held_out["kept_out"]
     device = best_device()
     retro = RETRO.from_pretrained(folder, device)
@@ -368,5 +369,6 @@ def _read_held_out(folder: Path) -> dict[str, list[dict[str, str]]]:
 def _metrics(wrapper: TrainingWrapper, history: History, processes: int) -> dict[str, Any]:
     last = history[-1]
     names = ("loss", "valid_loss", "tokens", "tokens_per_second")
-    counts = {"steps": last["step"], "parameters": wrapper.retro.num_parameters(), "processes": processes}
+    parameters = sum(weight.numel() for weight in wrapper.retro.parameters())
+    counts = {"steps": last["step"], "parameters": parameters, "processes": processes}
     return counts | {name: last[name] for name in names if name in last} | {"training_seconds": last["seconds"]}

@@ -10,6 +10,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
@@ -27,6 +28,22 @@ from retro_nb.text.tokens import TextTokenizer, get_tokenizer
 SAMPLE = 512  # chunks kept for the measurement, up to twice this number
 SLICE = 2**20  # characters encoded at a time
 COMPARED = 10_000_000  # tokens of documents kept to find near-duplicates
+
+
+class Beginning:
+    """The first characters of a corpus. Iterating sets `is_all` to whether that is everything."""
+
+    def __init__(self, corpus: Iterable[Document], characters: int) -> None:
+        self.corpus, self.characters, self.is_all = corpus, characters, True
+
+    def __iter__(self) -> Iterator[Document]:
+        left = self.characters
+        for document in self.corpus:
+            yield replace(document, text=document.text[:left])
+            left -= len(document.text)
+            self.is_all = left >= 0
+            if not self.is_all:
+                break
 
 
 class Reading:

@@ -19,13 +19,14 @@ import psutil
 
 from retro_nb.common.arrays import WORK, PathLike
 from retro_nb.planning.costs import Rates, Size, Step, lists_of, measure, steps
-from retro_nb.planning.counting import COMPARED, Reading, is_unsuited, repeated
+from retro_nb.planning.counting import COMPARED, Beginning, Reading, is_unsuited, repeated
 from retro_nb.store.embedding import embedding_dim
-from retro_nb.store.index import choose_index, parse_bytes
-from retro_nb.store.settings import check_sizes
+from retro_nb.store.knn import choose_spec
+from retro_nb.store.settings import StoreSettings
+from retro_nb.store.store import choose_tokenizer
 from retro_nb.text.document import Document
 from retro_nb.text.duplicates import GRAM, JACCARD, repeating
-from retro_nb.text.tokens import TextTokenizer, get_tokenizer, train_tokenizer
+from retro_nb.text.tokens import TextTokenizer
 
 TRAINED_ON = 5_000_000  # characters to train a tokenizer on; the build trains it on all
 WIDTH = 96  # columns of the report
@@ -115,60 +116,42 @@ class Survey:
 
 def survey(
     corpus: Iterable[Document],
+    settings: StoreSettings | None = None,
     *,
-    chunk_size: int = 64,
-    seq_len: int = 2048,
-    knn: int = 2,
-    tokenizer: int | PathLike | TextTokenizer | None = None,
-    bert: PathLike | None = None,
-    index: str | None = None,
-    max_index_memory_usage: str | int | None = None,
     work_dir: PathLike | None = None,
     seconds: float | int = 20,
     progress: bool = True,
 ) -> Survey:
-    """Read and count a corpus, and measure for some seconds how fast this machine builds a database of it.
+    """Read and count a corpus, and measure for some seconds how fast this machine builds a store of it.
 
     Args:
         corpus: any iterable of `Document`.
-        chunk_size, seq_len, knn: m, n, k.
-        tokenizer: as in `TrainingWrapper`. A number trains one, on the first 5 million characters.
-        bert, index, max_index_memory_usage: as in the build.
-        work_dir: the build's folder, to check the free disk space; data/work if left out.
+        settings: the store's, as for `Store.build`; `max_chunks`, `max_seqs`, `max_similarity` and `keep_out` are
+            ignored. A tokenizer to be trained is trained on the first 5 million characters.
+        work_dir: the store's folder, to check the free disk space; data/work if left out.
         seconds: time limit for reading, `math.inf` for all. At least one document is read, or 800,000 characters of a
             longer one. If the corpus has a `len`, the survey estimates the rest. The search for near-duplicates has
             the same limit again.
         progress: show a progress bar.
 
     Raises:
-        ValueError: n is not a multiple of m, no document has a token, or `index` is not an index.
+        ValueError: no document has a token, `settings.index` is not an index, or a tokenizer must be trained but the
+            corpus can be read only once.
     """
-    check_sizes(chunk_size, seq_len)
-    length = length_hint(corpus, -1)  # −1 also for a streamed dataset, where `len` raises TypeError
-    length = None if length < 0 else length
-    cutter, trained_on_all = _get_tokenizer(corpus, tokenizer, bert, progress)
-    reading = Reading(cutter, chunk_size, seq_len // chunk_size)
+    settings, length = settings or StoreSettings(), _length(corpus)
+    tokenizer, trained_on_all = _choose_tokenizer(corpus, settings, progress)
+    reading = Reading(tokenizer, settings.chunk_size, settings.seq_len // settings.chunk_size)
     took = reading.read(corpus, seconds, progress)
     if not reading.counts["chunks"]:
         raise ValueError(f"no text to survey: {reading.counts['documents']} documents, none with a token")
     repeats, compared = repeating(reading.kept, seconds)
-    whole, dim = reading.whole(length), embedding_dim(bert)
-    spec = index or choose_index(whole.chunks, dim, parse_bytes(max_index_memory_usage))
-    rates = measure(
-        np.stack(reading.rows),
-        cutter,
-        bert=bert,
-        dim=dim,
-        knn=knn,
-        tokens_per_second=reading.counts["tokens"] / took,
-        chunks_per_document=whole.chunks / whole.documents,
-        lists=lists_of(spec, dim) > 0,
-    )
+    whole = reading.whole(length)
+    index, rates, costs = _measure(reading, whole, settings, reading.counts["tokens"] / took)
     return Survey(
-        chunk_size=chunk_size,
-        seq_len=seq_len,
-        knn=knn,
-        index=spec,
+        chunk_size=settings.chunk_size,
+        seq_len=settings.seq_len,
+        knn=settings.knn,
+        index=index,
         seconds=took,
         complete=reading.complete,
         length=length,
@@ -177,10 +160,10 @@ def survey(
         lengths=tuple(reading.lengths[i] for i in range(max(reading.lengths) + 1)),
         whole=whole,
         rates=rates,
-        steps=steps(whole, rates, chunk_size=chunk_size, knn=knn, dim=dim, index=spec, tokenizer=cutter),
+        steps=costs,
         free_disk=shutil.disk_usage(_existing(Path(work_dir or WORK))).free,
         all_memory=psutil.virtual_memory().total,
-        bert_unsuited=reading.unsuited_to(bert),
+        bert_unsuited=reading.unsuited_to(settings.bert),
         trained_on_all=trained_on_all,
         duplicate_documents=repeated(reading.texts),
         compared_documents=compared,
@@ -190,24 +173,40 @@ def survey(
     )
 
 
-def _get_tokenizer(
-    corpus: Iterable[Document], named: int | PathLike | TextTokenizer | None, bert: PathLike | None, progress: bool
+def _length(corpus: Iterable[Document]) -> int | None:
+    """Number of documents, if known. (A streamed dataset has a `len` that raises TypeError.)"""
+    length = length_hint(corpus, -1)
+    return None if length < 0 else length
+
+
+def _choose_tokenizer(
+    corpus: Iterable[Document], settings: StoreSettings, progress: bool
 ) -> tuple[TextTokenizer, bool]:
-    """The build's tokenizer, and whether it is final: one to be trained sees only the first `TRAINED_ON` characters."""
-    if not isinstance(named, int):
-        return get_tokenizer(bert if named is None else named), True
-    if isinstance(corpus, Iterator):
-        raise ValueError(f"a {type(corpus).__name__} can be read only once: pass a list, or a tokenizer's folder")
-    texts, left = [], TRAINED_ON
-    for document in corpus:
-        texts.append(document.text[:left])
-        if len(document.text) > left:
-            left = -1
-            break
-        left -= len(document.text)
+    """The build's tokenizer, and whether it is final: one to be trained sees only the beginning of a long corpus."""
+    beginning = Beginning(corpus, TRAINED_ON)
     with TemporaryDirectory() as folder:
-        train_tokenizer(texts, folder, size=named, progress=progress)
-        return get_tokenizer(folder), left >= 0
+        read_once = isinstance(corpus, Iterator)  # `choose_tokenizer` refuses to train on that
+        return choose_tokenizer(settings, corpus if read_once else beginning, folder, progress), beginning.is_all
+
+
+def _measure(
+    reading: Reading, whole: Size, settings: StoreSettings, tokens_per_second: float
+) -> tuple[str, Rates, tuple[Step, ...]]:
+    """The build's index, this machine's rates, and the cost of each step."""
+    dim = embedding_dim(settings.bert)
+    index = choose_spec(whole.chunks, dim, **settings.of_index())
+    rates = measure(
+        np.stack(reading.rows),
+        reading.tokenizer,
+        bert=settings.bert,
+        dim=dim,
+        knn=settings.knn,
+        tokens_per_second=tokens_per_second,
+        chunks_per_document=whole.chunks / whole.documents,
+        lists=lists_of(index, dim) > 0,
+    )
+    sizes = {"chunk_size": settings.chunk_size, "knn": settings.knn, "dim": dim}
+    return index, rates, steps(whole, rates, **sizes, index=index, tokenizer=reading.tokenizer)
 
 
 def _existing(folder: Path) -> Path:
@@ -345,13 +344,13 @@ def _expected(s: Survey) -> list[str]:
     """Report lines on the cost of a build."""
     rates, of = s.rates, f"{s.whole.chunks:,}"
     speed = f"{rates.tokens:,.0f} tokens, {rates.chunks:,.0f} chunks, {rates.comparisons / 1e6:,.0f} M pairs"
-    does = {
+    tasks = {
         "chunk": f"cut {as_size(s.whole.bytes)} into chunks",
         "embed": f"embed {of} chunks",
         "index": f"index them: {s.index}",
         "search": f"search {s.knn} neighbours of each",
     }
-    rows = [(does[each.name], each.seconds, each.disk, each.memory) for each in s.steps]
+    rows = [(tasks[each.name], each.seconds, each.disk, each.memory) for each in s.steps]
     rows.append(("all", s.total_seconds, s.total_disk, s.peak_memory))
     return [
         f"{'A build would':<32}{'take':>12}{'on disk':>12}{'in memory':>12}",

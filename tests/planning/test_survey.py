@@ -20,6 +20,8 @@ from retro_nb.planning.survey import survey
 from retro_nb.reference import chunks_to_precalculated_knn_, documents_to_chunks_
 from retro_nb.store import chunking
 from retro_nb.store.index import build_index, choose_index
+from retro_nb.store.settings import StoreSettings
+from retro_nb.store.store import Store
 from retro_nb.text.document import Document
 from retro_nb.text.duplicates import repeating
 from retro_nb.text.tokens import get_tokenizer
@@ -39,8 +41,9 @@ def quick(monkeypatch, tiny_bert):
     monkeypatch.setattr("retro_nb.planning.costs.READ", 2)
     monkeypatch.setattr("retro_nb.planning.costs.EMBEDDING_SECONDS", 0.0)
 
-    def run(corpus, **options):
-        return survey(corpus, **{"chunk_size": 8, "seq_len": 32, "bert": tiny_bert, "progress": False, **options})
+    def run(corpus, seconds=20, **options):
+        chosen = StoreSettings(**{"chunk_size": 8, "seq_len": 32, "bert": tiny_bert, **options})
+        return survey(corpus, chosen, seconds=seconds, progress=False)
 
     return run
 
@@ -187,13 +190,19 @@ def test_another_tokenizer_is_counted_as_it_cuts(quick, tokenizers, kind):
     assert (found.tokens, found.chunks, found.padding) == tuple(expected[k] for k in ("tokens", "chunks", "padding"))
 
 
-def test_a_tokenizer_to_be_trained(quick, monkeypatch):
+def test_a_tokenizer_to_be_trained(quick, monkeypatch, tmp_path, tiny_bert):
     corpus = named([f"{ENGLISH} {GREEK}"] * 4)
+    characters = sum(len(document.text) for document in corpus)
     whole = quick(corpus, tokenizer=300)
-    assert whole.trained_on_all and whole.tokens > 0
-    monkeypatch.setattr(sys.modules["retro_nb.planning.survey"], "TRAINED_ON", 100)
-    part = quick(corpus, tokenizer=300)
-    assert not part.trained_on_all and "trained on the first 100 characters" in " ".join(part.remarks)
+    built = StoreSettings(chunk_size=8, seq_len=32, bert=tiny_bert, tokenizer=300)
+    stats = Store.build(corpus, tmp_path, built, progress=False).stats
+    assert whole.trained_on_all and (whole.tokens, whole.chunks) == (stats["tokens"], stats["chunks"])
+    limits = {characters: True, characters - 1: False, 100: False}
+    for limit, is_all in limits.items():
+        monkeypatch.setattr(sys.modules["retro_nb.planning.survey"], "TRAINED_ON", limit)
+        part = quick(corpus, tokenizer=300)
+        assert part.trained_on_all == is_all
+        assert is_all != (f"trained on the first {limit} characters" in " ".join(part.remarks))
     with pytest.raises(ValueError, match="read only once"):
         quick(iter(corpus), tokenizer=300)
 
