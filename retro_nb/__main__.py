@@ -100,9 +100,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_values(command: argparse.ArgumentParser) -> None:
         command.add_argument("-f", dest="file", type=Path, metavar="FILE", help="YAML file of parameters")
-        pairs = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
         text = "a parameter, also as NAME=VALUE; wins over the file; may be repeated"
-        command.add_argument("-p", dest="given", help=text, **pairs)
+        pair = ("NAME", "VALUE")
+        command.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=pair, help=text)
 
     command = add("survey", "report on a corpus before building", SURVEY, "build")
     command.add_argument("--seconds", type=float, default=20, metavar="S", help="read no longer than so (20)")

@@ -6,7 +6,6 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -152,7 +151,7 @@ def check(name: str, answer: Any, expected: Any = True, hint: str = "", toleranc
     """
     mark, remark, passed = "✗", "not yet", False
     try:
-        value: Any = answer() if isinstance(answer, Callable) and not isinstance(answer, type) else answer
+        value: Any = answer() if callable(answer) and not isinstance(answer, type) else answer
         if value is None or value is ...:
             mark, remark = "○", "waits for your answer"
         elif passed := _agrees(value, expected, tolerance):

@@ -144,14 +144,17 @@ def _assigned(notebook: Path, source: str) -> Iterator[Parameter]:
         lines = ast.parse(source, type_comments=True).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{notebook}: the cell of parameters is no Python: {error}") from error
+
+    def text(node: ast.expr | None) -> str | None:
+        return None if node is None else ast.get_source_segment(source, node)
+
     for line in lines:
-        default = ast.get_source_segment(source, line.value) if getattr(line, "value", None) else None
         match line:
-            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation):
-                yield Parameter(notebook, name, ast.get_source_segment(source, annotation), default)
-            case ast.Assign(targets=targets, type_comment=comment):
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=default):
+                yield Parameter(notebook, name, text(annotation), text(default))
+            case ast.Assign(targets=targets, value=value, type_comment=comment):
                 names = [each.id for each in targets if isinstance(each, ast.Name)]
-                yield from (Parameter(notebook, name, comment, default) for name in names)
+                yield from (Parameter(notebook, name, comment, text(value)) for name in names)
 
 
 def _from_here(name: str, value: Any) -> Any:
@@ -224,7 +227,7 @@ def _tree_mb(process: psutil.Process) -> int:
     return resident // 10**6
 
 
-def _watch(process: psutil.Popen, log: Path, progress: Callable[[int], None]) -> int:
+def _watch(process: psutil.Popen, log: Path, progress: Callable[[int], object]) -> int:
     """Wait for a papermill process and report its cells; return the peak memory of its children."""
     peak = 0
     try:
@@ -251,7 +254,7 @@ def _error_in(notebook: Path, log: Path) -> str:
     return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
 
 
-def _papermill(notebook: Path, folder: Path, arguments: Sequence[str], progress: Callable[[int], None]) -> Result:
+def _papermill(notebook: Path, folder: Path, arguments: Sequence[str], progress: Callable[[int], object]) -> Result:
     """Execute `notebook` into `folder` in a new process. It works in the notebook's directory, as in JupyterLab."""
     output, log, started = folder / notebook.name, folder / "papermill.log", time.perf_counter()
     command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", *arguments]
@@ -276,7 +279,7 @@ def execute(
     notebook: Path,
     folder: Path,
     parameters: dict[str, Any],
-    progress: Callable[[int], None] = no_progress,
+    progress: Callable[[int], object] = no_progress,
 ) -> Result:
     """Execute a notebook into `folder`, with parameters.yaml, metrics.json and result.json.
 
@@ -322,7 +325,7 @@ def _text(value: Any) -> str:
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows with equal keys as a Markdown table, padded so that it also reads well in a terminal."""
-    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     texts = [[_text(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*texts, strict=True)]
     texts.insert(1, ["-" * width for width in widths])
@@ -399,7 +402,7 @@ def run(
     with tqdm(total=sum(cells), unit="cell", miniters=0, mininterval=1) as bar:
         for notebook, values, most in zip(notebooks, parameters, cells, strict=True):
             bar.set_description(notebook.stem)
-            end = bar.n + most
+            end = int(bar.n) + most
 
             def progress(done: int, end: int = end, most: int = most) -> None:
                 bar.update(max(0, min(end - most + done, end - 1) - bar.n))  # papermill also counts a failing cell

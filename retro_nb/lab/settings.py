@@ -16,7 +16,7 @@ from functools import reduce
 from itertools import groupby
 from operator import or_
 from pathlib import Path
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import docstring_parser
@@ -106,9 +106,9 @@ def _kind(node: ast.expr) -> Any:
         case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=[_, *_] as kinds)):
             return reduce(or_, map(_kind, kinds))
         case ast.Subscript(value=ast.Name(id="list" | "List"), slice=inner):
-            return list[_kind(inner)]
+            return GenericAlias(list, _kind(inner))
         case ast.Subscript(value=ast.Name(id="dict" | "Dict"), slice=ast.Tuple(elts=[key, value])):
-            return dict[_kind(key), _kind(value)]
+            return GenericAlias(dict, (_kind(key), _kind(value)))
     raise ValueError(ast.dump(node))
 
 
@@ -143,7 +143,8 @@ def load_yaml(text: str) -> Any:
 
 def _check_events(text: str) -> None:
     """Count the values of YAML text and how deep they lie, without making them."""
-    values, held = 0, {}  # so far; and by each anchor
+    values = 0  # so far
+    held: dict[str | None, int] = {}  # by each anchor
     opened: list[tuple[str | None, int]] = []  # the anchors of the lists and mappings around, and the count before
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         match event:
@@ -161,8 +162,8 @@ def _check_events(text: str) -> None:
                 anchor, before = opened.pop()
                 held[anchor] = values - before
         if len(opened) > DEEPEST:
-            where = f"line {event.start_mark.line + 1}"
-            raise ValueError(f"{where}: more than {DEEPEST} lists and mappings lie in one another: flatten them")
+            where = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+            raise ValueError(f"{where}more than {DEEPEST} lists and mappings lie in one another: flatten them")
         if values > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES} values, aliases (*name) written out: leave some out")
 
