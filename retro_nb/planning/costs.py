@@ -113,7 +113,7 @@ def index_bytes(spec: str, count: int, dim: int) -> int:
     if isinstance(inner, faiss.IndexIVF):  # ids; centres and lengths of the lists
         size += 8 * count + inner.nlist * (4 * dim + 8)
     if isinstance(inner, faiss.IndexHNSW):  # links, and their offsets
-        size += (4 * inner.hnsw.cum_nneighbor_per_level.at(1) + 16) * count  # at the lowest level
+        size += (4 * inner.hnsw.nb_neighbors(0) + 16) * count
     return size
 
 
@@ -187,7 +187,7 @@ def measure(
     listed = 1 / pair
     if lists:
         index = build_index(vectors, f"IVF{LISTS},Flat")
-        faiss.extract_index_ivf(index).nprobe = READ
+        index.nprobe = READ
         few = slice(QUERIES // 4)
         read = LISTS + VECTORS * READ // LISTS
         listed = queries[few].shape[0] * read / _seconds(lambda: search(index, queries[few], knn, own=own[few]))
