@@ -77,7 +77,7 @@ def text_folder_to_chunks_(
     glob: str | Sequence[str] = TEXTS,
     max_chunks: int | None = None,
     max_seqs: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> dict:
     """Chunk a folder of text files to disk: `documents_to_chunks_` of `text_folder(folder, glob)`."""
     return documents_to_chunks_(
@@ -166,7 +166,8 @@ def chunks_to_index_and_embed(
     Returns:
         The index and the vectors (read-only): row i of the vectors has id i in the index.
     """
-    files, again = _beside(chunk_memmap_path, index_file), {"force_reprocess": force_reprocess, "progress": progress}
+    files = _beside(chunk_memmap_path, index_file)
+    again: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
     chunks_to_embeddings_(
         num_chunks=num_chunks, chunks_memmap_path=files.chunks, embeddings_memmap_path=files.vectors,
         chunk_size=chunk_size, embed_dim=embed_dim, batch_size=chunks_to_embeddings_batch_size,
@@ -194,7 +195,7 @@ def chunks_to_precalculated_knn_(
     force_reprocess: bool = False,
     index_file: str = INDEX,
     progress: bool = True,
-    **index_kwargs: object,
+    **index_kwargs: Any,
 ) -> tuple[Path, faiss.Index]:
     """Embed, index and search; write the k nearest chunks of other documents for every chunk to disk.
 
@@ -218,7 +219,7 @@ def chunks_to_precalculated_knn_(
         raise ValueError(f"num_nearest_neighbors {num_nearest_neighbors}: ask for 1 or more")
     settings = StoreSettings(knn=num_nearest_neighbors, max_similarity=max_similarity)
     open_array(doc_ids_memmap_path, shape=(num_chunks,))
-    again = {"force_reprocess": force_reprocess, "progress": progress}
+    again: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
     index, _ = chunks_to_index_and_embed(
         num_chunks=num_chunks, chunk_size=chunk_size, chunk_memmap_path=chunk_memmap_path, index_file=index_file,
         **again, **index_kwargs,
@@ -257,6 +258,7 @@ def knn_chunks_from_seq_chunks(
         The neighbours' tokens, on the device of `seq_chunks`; padding where fewer than k are found.
     """
     tokenizer = store_tokenizer(chunks_memmap_path, options.get("bert"))
+    ends: dict[str, Any]
     if doc_ids_memmap_path is None:
         ends = {"eos_id": closing_id(tokenizer.ids)}
     else:

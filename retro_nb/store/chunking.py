@@ -380,11 +380,11 @@ def _write_all(
     if empty:
         remarks.append(f"documents without a token, left out: {len(empty)}, first {empty[0]}")
     if sum(lost.values()) > MOST_UNKNOWN * tokens:
-        unknown = sum(lost.values())
+        unknown, worst = sum(lost.values()), max(lost, key=lambda source: lost[source])
         remarks.append(
             f"{unknown} of {tokens} tokens ({unknown / tokens:.0%}) are unknown to the tokenizer, most of them in "
-            f"{max(lost, key=lost.get)}: what they say is lost. Pass a tokenizer that knows these letters, or a "
-            f"number, as in tokenizer=8000, to train one on this corpus"
+            f"{worst}: what they say is lost. Pass a tokenizer that knows these letters, or a number, as in "
+            f"tokenizer=8000, to train one on this corpus"
         )
     if undecodable:
         remarks.append(

@@ -34,7 +34,7 @@ import pickle
 import shutil
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -231,6 +231,9 @@ class _Worker:
     def __init__(self, where: str, arguments: dict) -> None:
         self.where, self.arguments, self.opened = where, arguments, False
 
+    open: Callable[..., None]
+    work: Callable[..., Iterator[Any]]
+
     def __call__(self, items: dict) -> Iterator[dict]:
         try:
             if not self.opened:
@@ -271,8 +274,8 @@ class _Embed(_Worker):
 
     def open(self, chunks_path: Path, bert: PathLike | None, use_cls_repr: bool) -> None:
         self.chunks, self.path = open_array(chunks_path), chunks_path
-        options = {"use_cls_repr": use_cls_repr, "bert": bert}
-        self.embed = partial(begin_block, tokenizer=store_tokenizer(chunks_path, bert), **options)
+        tokenizer = store_tokenizer(chunks_path, bert)
+        self.embed = partial(begin_block, tokenizer=tokenizer, use_cls_repr=use_cls_repr, bert=bert)
 
     def work(self, start: int, stop: int) -> Iterator[Block]:
         vectors = self.embed(self.chunks[start:stop, :-1])()
@@ -350,7 +353,7 @@ def build_store(
 
 
 def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: int) -> dict:
-    tokenizer = settings.tokenizer
+    tokenizer = settings.cutter
 
     def cut() -> Iterator[ChunkedDocument]:
         parts = documents.split(PIECES * workers) if hasattr(documents, "split") else [documents]
@@ -425,7 +428,7 @@ def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[
 
 
 def _search(files: Files, k: int, exclude: Ranges, max_similarity: float | int | None, workers: int) -> None:
-    options = {"exclude": exclude, "max_similarity": max_similarity}
+    options: dict[str, Any] = {"exclude": exclude, "max_similarity": max_similarity}
     paths = {"index_path": files.index, "vectors_path": files.vectors, "doc_ids_path": files.doc_ids}
 
     def fill(rows: ResumableRows) -> None:

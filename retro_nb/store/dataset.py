@@ -148,7 +148,8 @@ class RETRODataset(Dataset):
         if doc_ids_memmap_path is not None:
             self._paths["doc_ids"] = (Path(doc_ids_memmap_path), (num_chunks,))
         self.given: np.ndarray | None = None  # neighbours that replace those on disk
-        self.draw: int | None = None  # number of them to draw at random
+        self.draw: int | None = None  # number of them to draw at random, by `rng`
+        self.rng = np.random.default_rng()
         self._arrays: dict[str, np.ndarray] = {}
         self._open()  # so that a missing or wrong array fails here
         self.close()

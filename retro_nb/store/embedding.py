@@ -9,7 +9,7 @@ import hashlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -125,8 +125,8 @@ def bert_embed(
     if not token_ids.numel():
         return torch.zeros(len(token_ids), model.config.hidden_size)
     _check_ids(model.config, token_ids.shape[1], int(token_ids.min()), int(token_ids.max()))
-    mask = token_ids != pad_id
-    mask = None if mask.all() else mask.to(model.device)
+    words = token_ids != pad_id
+    mask = None if words.all() else words.to(model.device)
     vectors = _vectors(model, token_ids.to(model.device), mask, return_cls_repr, eps).cpu()
     check_vectors(vectors.numpy())
     return vectors
@@ -310,15 +310,14 @@ def _begin_block(
     size.
     """
     _check_ids(model.config, framed.shape[1], int(framed.min()), int(framed.max()))
-    vectors = []
-    lengths, order = (framed != pad_id).sum(dim=1).sort(stable=True)
-    framed, lengths = send(framed[order], model.device), lengths.tolist()
+    sizes, order = (framed != pad_id).sum(dim=1).sort(stable=True)
+    framed, lengths, parts = send(framed[order], model.device), sizes.tolist(), []
     for batch in _batches(lengths, framed.shape[1], batch_size):
         shortest, longest = lengths[batch.start], lengths[batch.stop - 1]
         ids = framed[batch, :longest]
-        vectors.append(_vectors(model, ids, None if shortest == longest else ids != pad_id, cls))
+        parts.append(_vectors(model, ids, None if shortest == longest else ids != pad_id, cls))
         on_batch(len(ids))
-    vectors = torch.cat(vectors)[send(order.argsort(), model.device)]
+    vectors = torch.cat(parts)[send(order.argsort(), model.device)]
     if vectors.device.type != "cuda":
         return vectors.numpy
     fetched = vectors.to("cpu", non_blocking=True)
@@ -410,7 +409,7 @@ def write_vectors(
     bert, device = settings.bert, torch.device(device or best_device())
     chunks, tokenizer = open_array(chunks_path, shape=shape), store_tokenizer(chunks_path, bert)
     count, dim, sizes = len(chunks), embedding_dim(bert), sizes_on(device)
-    options = {"use_cls_repr": settings.use_cls_repr, "bert": bert, "device": device}
+    options: dict[str, Any] = {"use_cls_repr": settings.use_cls_repr, "bert": bert, "device": device}
     described = embedding_settings(chunks_path, count, bert, settings.use_cls_repr)
 
     def store(rows: ResumableRows, block: slice, vectors: np.ndarray) -> None:
@@ -419,7 +418,8 @@ def write_vectors(
 
     def build() -> dict:
         rows = ResumableRows(vectors_path, (count, dim), np.float32, described, shared=True)
-        blocks, writes = list(rows.blocks(sizes.block)), deque()
+        blocks = list(rows.blocks(sizes.block))
+        writes: deque[Future[None]] = deque()
         total, hidden = sum(block.stop - block.start for block in blocks), not progress or launched()[0] > 0
         bar = tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden)
         with bar, ThreadPoolExecutor(1) as writer:

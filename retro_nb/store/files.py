@@ -38,7 +38,7 @@ class Files:
     @classmethod
     def of(cls, folder: PathLike) -> "Files":
         """The default paths in a folder."""
-        return cls(*(Path(folder) / name for name in (CHUNKS, SEQS, DOC_IDS)))
+        return cls(Path(folder) / CHUNKS, Path(folder) / SEQS, Path(folder) / DOC_IDS)
 
     @property
     def vectors(self) -> Path:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -230,7 +231,8 @@ def write_neighbours(
     index, vectors = read_index(files.index), open_array(files.vectors)
     doc_ids = open_array(files.doc_ids, shape=(len(vectors),))
     exclude, k, limit = document_ranges(doc_ids, keep_out), settings.knn, settings.max_similarity
-    path, without = knn_path(files.chunks, exclude), {"exclude": exclude, "max_similarity": limit}
+    path = knn_path(files.chunks, exclude)
+    without: dict[str, Any] = {"exclude": exclude, "max_similarity": limit}
 
     def fill(rows: ResumableRows) -> None:
         hidden = not progress
@@ -287,10 +289,11 @@ def fill_neighbours(
         rows = ResumableRows(path, (len(vectors), k), np.int32, settings)
         fill(rows)
         rows.finish()
-        found, without = open_array(path), {"exclude": exclude, "max_similarity": max_similarity}
+        found = open_array(path)
+        measured = partial(measure_recall, exclude=exclude, max_similarity=max_similarity)
         return {
             "k": k,
-            "recall": 1.0 if is_exact(index) else measure_recall(vectors, doc_ids, found, **without),
+            "recall": 1.0 if is_exact(index) else measured(vectors, doc_ids, found),
             "missing": int((found < 0).sum()),
             "seconds": time.perf_counter() - started,
         }

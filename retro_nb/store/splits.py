@@ -90,17 +90,21 @@ def split_by_document(dataset: Dataset, valid_share: float = 0.1, seed: int = 0)
     `dataset.sequence_documents` holds one document id per sequence. `valid_share` of the documents, drawn
     with `seed`, go to validation; each side gets at least one. Fewer than two documents raise a ValueError.
     """
-    documents = hold_out(np.unique(np.asarray(dataset.sequence_documents)), valid_share, seed).tolist()
+    documents = hold_out(np.unique(_documents_of(dataset)), valid_share, seed).tolist()
     return without_documents(dataset, documents), of_documents(dataset, documents)
 
 
 def of_documents(dataset: Dataset, documents: Iterable[int]) -> Subset:
     """The sequences of these documents (see `split_by_document`)."""
-    chosen = np.isin(np.asarray(dataset.sequence_documents), list(documents))
+    chosen = np.isin(_documents_of(dataset), list(documents))
     return Subset(dataset, np.flatnonzero(chosen).tolist())
 
 
 def without_documents(dataset: Dataset, documents: Iterable[int]) -> Subset:
     """The sequences of all other documents."""
-    chosen = np.isin(np.asarray(dataset.sequence_documents), list(documents))
+    chosen = np.isin(_documents_of(dataset), list(documents))
     return Subset(dataset, np.flatnonzero(~chosen).tolist())
+
+
+def _documents_of(dataset: Dataset) -> Int[np.ndarray, " sequences"]:
+    return np.asarray(dataset.sequence_documents)  # type: ignore[attr-defined]  # a RETRODataset, or one that has them

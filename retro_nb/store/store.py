@@ -79,7 +79,7 @@ class Store:
     """
 
     def __init__(self, files: Files, settings: StoreSettings, kept_out: list[int]) -> None:
-        self.files, self.settings, self.kept_out, self.tokenizer = files, settings, kept_out, settings.tokenizer
+        self.files, self.settings, self.kept_out, self.tokenizer = files, settings, kept_out, settings.cutter
         self._read()
 
     def _read(self) -> None:
@@ -120,13 +120,13 @@ class Store:
             ValueError: a setting is out of range, or no document has a token.
             OSError: a file cannot be written; what was there is untouched.
         """
-        documents, settings, files = open_corpus(documents), settings or StoreSettings(), files or Files.of(folder)
-        settings = replace(settings, tokenizer=choose_tokenizer(settings, documents, folder, progress))
+        corpus, settings, files = open_corpus(documents), settings or StoreSettings(), files or Files.of(folder)
+        settings = replace(settings, tokenizer=choose_tokenizer(settings, corpus, folder, progress))
         if files == Files.of(folder):
-            _follow(documents, folder, settings, progress)
-        write_chunks(documents, files, settings, progress=progress)
+            _follow(corpus, folder, settings, progress)
+        write_chunks(corpus, files, settings, progress=progress)
         kept_out = document_numbers(settings.keep_out, read_documents(files.chunks))
-        again = {"force_reprocess": force_reprocess, "progress": progress}
+        again: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
         write_vectors(files.chunks, files.vectors, settings, batch_size=batch_size, **again)
         index_vectors(files, settings, **again)
         write_neighbours(files, settings, kept_out, **again)
@@ -280,7 +280,7 @@ def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress:
     """Update an existing store if only its corpus has changed; else leave it to be built."""
     folder, name = Path(folder), Files.of(folder).chunks.name
     wanted = chunk_settings(documents, settings)
-    how = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
+    how: dict[str, Any] = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
 
     def changed() -> bool:
         finish_replacement(folder)

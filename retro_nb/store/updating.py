@@ -194,10 +194,13 @@ def update_store(
     with _alone(folder):
         if reason := broadcast(reason_to_rebuild(documents, folder, bert=bert)):
             raise ValueError(f"the store in {folder} cannot be updated: {reason}. Build it again with Store.build")
+        assert isinstance(documents, Corpus)  # others were refused above
         old = _Old(folder)
         if old.settings[CHUNKS]["corpus"] == to_jsonable(documents.fingerprint()):
             return Update(len(old.documents), added=0, removed=0, embedded=0, searched=0)
-        broadcast(_begin(old, documents, staging) if launched()[0] == 0 else None)
+        if launched()[0] == 0:
+            _begin(old, documents, staging)
+        broadcast()  # the others wait
         new = _chunk(old, documents, staging, progress)
         _embed(old, new, bert, device, progress)
         index = _index(old, new, index_options, progress)
@@ -319,8 +322,10 @@ def _kept(old: dict[str, list[int]], digests: Sequence[str]) -> list[tuple[int, 
     extends the longest list so far. A document that changed its place is not paired: distance ties go to the lower
     chunk id, so its new place may change neighbours.
     """
-    pairs, before = [], []  # candidates, and each one's predecessor in the longest list that it ends
-    ends, last = [], []  # per length, the list that ends lowest: its last old number, and its last pair
+    pairs: list[tuple[int, int]] = []  # candidates
+    before: list[int | None] = []  # each one's predecessor in the longest list that it ends
+    ends: list[int] = []  # per length, the list that ends lowest: its last old number
+    last: list[int] = []  # … and its last pair
     for new, digest in enumerate(digests):
         if not (numbers := old.get(digest)):
             continue

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from charset_normalizer import from_bytes
 
+from retro_nb.common.arrays import PathLike
 from retro_nb.common.digests import digest
 from retro_nb.text.document import Document, check_count, part_of, shares
 
@@ -83,7 +84,7 @@ class text_folder:
     it is a file, ValueError for an unknown encoding.
     """
 
-    def __init__(self, folder: str | Path, glob: str | Sequence[str] = TEXTS, encoding: str | None = "utf-8") -> None:
+    def __init__(self, folder: PathLike, glob: str | Sequence[str] = TEXTS, encoding: str | None = "utf-8") -> None:
         self.folder, self.glob, self.encoding = Path(folder), glob, encoding
         if not self.folder.exists():
             raise FileNotFoundError(f"{self.folder} does not exist: pass a folder of .txt files or a .jsonl file")
@@ -153,7 +154,7 @@ def _summary(left_out: Mapping[str, str]) -> str:
     return f"files left out: {', '.join(told)}"
 
 
-def write_texts(texts: Mapping[str, str], folder: str | Path) -> None:
+def write_texts(texts: Mapping[str, str], folder: PathLike) -> None:
     """Write each text as `title`.txt in UTF-8 into a folder for `text_folder` to read.
 
     A file that already has this content is not touched: its modification time stays, so a store sees no change.
@@ -186,7 +187,7 @@ class jsonl:
     that is not a JSON object or has no text.
     """
 
-    def __init__(self, path: str | Path, text_field: str = "text", title_field: str = "title") -> None:
+    def __init__(self, path: PathLike, text_field: str = "text", title_field: str = "title") -> None:
         self.path, self.text_field, self.title_field = Path(path), text_field, title_field
         self._start, self._stop, self._line = 0, None, 1  # bytes to read (None: to the end), first line's number
         if not self.path.is_file():

@@ -101,9 +101,10 @@ class TrainingWrapper(nn.Module):
         super().__init__()
         self._check(retro, chunk_size)
         corpus, default = as_corpus(documents_path, glob)
-        if work_dir is None and default is None:
+        place = default if work_dir is None else work_dir
+        if place is None:
             raise ValueError(f"a {type(corpus).__name__} has no fingerprint to name its files by: pass work_dir=…")
-        folder = Path(work_dir) if work_dir is not None else default
+        folder = Path(place)
         settings = StoreSettings(
             chunk_size=chunk_size, seq_len=retro.seq_len, knn=knn, bert=bert, keep_out=keep_out, max_chunks=max_chunks,
             max_seqs=max_seqs, tokenizer=retro.tokenizer if tokenizer is None else tokenizer, **index_kwargs,
@@ -202,9 +203,10 @@ class TrainingWrapper(nn.Module):
         Returns:
             The log: one record per step.
         """
-        train, valid = self.ds, None
-        if documents := self.held_out(valid_share, kwargs.get("seed", 0)):
-            train, valid = without_documents(self.ds, documents), of_documents(self.ds, documents)
+        documents = self.held_out(valid_share, kwargs.get("seed", 0))
+        if not documents:
+            return fit(self.retro, self.ds, **kwargs)
+        train, valid = without_documents(self.ds, documents), of_documents(self.ds, documents)
         return fit(self.retro, train, valid, **kwargs)
 
     def held_out(self, valid_share: float | int | None = None, seed: int = 0) -> list[int]:
@@ -298,7 +300,8 @@ class TrainingWrapper(nn.Module):
 
         def stream(position: int, tokens: Tensor) -> None:
             written.append(int(tokens[0]))
-            on_text(decode(written, tokenizer=self.tokenizer))
+            if on_text is not None:
+                on_text(decode(written, tokenizer=self.tokenizer))
 
         def note(u: int, distances: Distances, ids: Neighbours) -> None:
             found[u] = distances[0], ids[0]
