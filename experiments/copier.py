@@ -44,10 +44,10 @@ def gain(nats: np.ndarray, found: np.ndarray, copied: np.ndarray) -> float:
     """The share of the loss that is saved with the best weight for each length that was found."""
     mixed = np.exp(-nats)
     for n in range(1, LONGEST + 1):
-        own, said = mixed[found == n], copied[found == n]
-        losses = [-np.log((1 - w) * own + w * said).sum() for w in WEIGHTS]
+        model, copier = mixed[found == n], copied[found == n]
+        losses = [-np.log((1 - w) * model + w * copier).sum() for w in WEIGHTS]
         w = WEIGHTS[int(np.argmin(losses))]
-        mixed[found == n] = (1 - w) * own + w * said
+        mixed[found == n] = (1 - w) * model + w * copier
     return float(1 + np.log(mixed).sum() / nats.sum())
 
 
@@ -63,9 +63,9 @@ def main() -> None:
                 near = knn_to_retrieved_chunks(experiment.knns[row - 1, :k], chunks, doc_ids=doc_ids)
                 texts = [[token for token in text if token] for text in near.tolist()]
                 counted = ~np.isnan(losses[row])
-                told = forecasts(texts, chunks[row - 1, -1 - LONGEST : -1].tolist(), chunks[row, :-1].tolist())
+                predicted = forecasts(texts, chunks[row - 1, -1 - LONGEST : -1].tolist(), chunks[row, :-1].tolist())
                 nats.append(losses[row][counted].astype(np.float64))
-                made += [each for each, wanted in zip(told, counted, strict=True) if wanted]
+                made += [each for each, wanted in zip(predicted, counted, strict=True) if wanted]
         found, copied = np.array(made).T
         gains[str(k)] = gain(np.concatenate(nats), found, copied)
         print(f"{k} neighbours: {gains[str(k)]:.2%} of the loss", flush=True)

@@ -43,7 +43,7 @@ from retro_nb.store.splits import of_documents, without_documents
 RUNS = ROOT / "runs" / "evidence"
 MODELS = ("retro", "baseline")
 WATCHED = 40  # documents on which training is watched
-IN_THE_BOX = {  # corpora whose RETRO comes with the project: its data, and what is to be said of it
+CARD_TEXTS = {  # for corpora whose RETRO comes with the project: its data, and a remark
     "almanac": (
         "{documents} documents, two of each town. Neither document of {measured} towns was trained on, and one\n"
         "  of the two is not in the database: it is measured, in chunks whose chunk before has found the town",
@@ -68,7 +68,7 @@ CARD = """# RETRO on the {name}
   document; {baseline:.4f} for a transformer of the same size and training without retrieval. All seeds:
   experiments/results/{name}.json.
 
-{said} MIT licence.
+{remark} MIT licence.
 """
 
 
@@ -88,16 +88,17 @@ def read_recipe(name: str, given: dict[str, str], script: str = __file__) -> dic
 class Experiment:
     """One corpus, its database, and which documents are trained on, left out and measured."""
 
-    home = RUNS  # in any other folder it is a trial
+    default_runs = RUNS  # in any other folder it is a trial
 
     def __init__(self, name: str, recipe: dict[str, Any], runs: Path = RUNS) -> None:
         self.name, self.recipe, self.folder = name, recipe, runs / name
-        self.results, self.box = (RESULTS, INCLUDED) if runs == self.home else (runs / "results", runs / "checkpoints")
+        committed = runs == self.default_runs
+        self.results, self.checkpoints = (RESULTS, INCLUDED) if committed else (runs / "results", runs / "checkpoints")
         store = self.folder / "store"
         if not (store / "about.json").exists():
             build_store(name, recipe, store)
         self.store, self.about = store, json.loads((store / "about.json").read_text(encoding="utf-8"))
-        self._check(store, self.about["built"], built_with(recipe))
+        self._check_settings(store, self.about["built"], built_with(recipe))
         self.measured: list[int] = self.about["measured"]
         self.knns, paths = np.load(store / "knns.npy"), {each: store / f"{each}.npy" for each in ("chunks", "seqs")}
         found = RETRODataset(
@@ -116,9 +117,11 @@ class Experiment:
         self.facts = self._facts_read(self.knns[:, : recipe["knn"]]) if name == "almanac" else None
 
     @staticmethod
-    def _check(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-        if there != here:
-            raise SystemExit(f"{path} was made with {there}, and this is {here}: remove it, or pass another --runs")
+    def _check_settings(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if recorded != wanted:
+            raise SystemExit(
+                f"{path} was made with {recorded}, and this is {wanted}: remove it, or pass another --runs"
+            )
 
     # the almanac
 
@@ -193,7 +196,7 @@ class Experiment:
         """Train one model and measure it, unless its results are there."""
         file = self.folder / f"{model}-{seed}.json"
         if file.exists():
-            self._check(file, json.loads(file.read_text(encoding="utf-8"))["settings"], self.recipe)
+            self._check_settings(file, json.loads(file.read_text(encoding="utf-8"))["settings"], self.recipe)
             return print(f"{file} is there already", flush=True)
         recipe, retrieval, started = self.recipe, model == "retro", time.perf_counter()
         torch.manual_seed(seed)
@@ -252,8 +255,8 @@ class Experiment:
         found = values | about | {"settings": runs["retro"][0]["settings"]}
         write_json(self.results / f"{self.name}.json", found)
         print(f"written: {self.results / self.name}.json", flush=True)
-        if self.name in IN_THE_BOX and (self.folder / "retro").exists():
-            self._put_into_the_box(found)
+        if self.name in CARD_TEXTS and (self.folder / "retro").exists():
+            self._export(found)
 
     def _collect_chunks(self, runs: dict[str, list[dict[str, Any]]]) -> None:
         parts = {
@@ -266,9 +269,9 @@ class Experiment:
         with writing(self.results / f"{self.name}-chunks.npz") as opened:
             np.savez_compressed(opened, **arrays, **nats, bytes=self.bytes[self.rows].astype(np.int32))
 
-    def _put_into_the_box(self, found: dict[str, Any]) -> None:
-        """The first seed's RETRO and its card."""
-        first, recipe, target = found["retro_runs"][0], self.recipe, self.box / self.name
+    def _export(self, found: dict[str, Any]) -> None:
+        """Write the first seed's RETRO and its card into the folder of included models."""
+        first, recipe, target = found["retro_runs"][0], self.recipe, self.checkpoints / self.name
         shutil.copytree(self.folder / "retro", target, dirs_exist_ok=True)
         facts = {mode: found[mode][0] for mode in ("on", "off", "shuffled", "baseline")}
         facts |= {name: recipe["fit"][name] for name in ("steps", "batch_size", "lr")}
@@ -276,9 +279,9 @@ class Experiment:
         facts |= {"parameters": first["parameters"] / 1e6, "tokens": first["tokens"][-1] / 1e6}
         facts |= {"name": self.name, "device": first["device"], "seeds": len(found["on"])}
         facts |= {"dropout": recipe["model"].get("dec_ff_dropout", 0), "n": recipe["model"]["max_seq_len"]}
-        data, said = IN_THE_BOX[self.name]
+        data, remark = CARD_TEXTS[self.name]
         data = data.format(documents=len(self.about["titles"]), measured=len(self.measured))
-        card = CARD.format(**facts, data=data, said=said)
+        card = CARD.format(**facts, data=data, remark=remark)
         (target / "README.md").write_text(card, encoding="utf-8")
         print(f"written: {target}", flush=True)
 
@@ -296,37 +299,39 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
 
 
-def read_arguments(about: str | None, corpora: Iterable[str], models: Sequence[str], home: Path) -> argparse.Namespace:
-    """Arguments of a script that trains models on corpora; `home` is the folder for runs that are no trials."""
+def read_arguments(
+    about: str | None, corpora: Iterable[str], models: Sequence[str], default_runs: Path
+) -> argparse.Namespace:
+    """Arguments of a script that trains models on corpora; `default_runs` is the folder of runs that are no trials."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="+", choices=corpora)
-    return read_training_arguments(parser, models, models, home)
+    return read_training_arguments(parser, models, models, default_runs)
 
 
 def read_training_arguments(
-    parser: argparse.ArgumentParser, models: Iterable[str], trained: Sequence[str], home: Path
+    parser: argparse.ArgumentParser, models: Iterable[str], trained: Sequence[str], default_runs: Path
 ) -> argparse.Namespace:
     """Arguments that all scripts that train have, beside the parser's; `trained` are the models if none is named."""
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which to train; all three")
     names = " ".join(trained)
     parser.add_argument("--models", nargs="+", choices=models, default=trained, help=f"which to train; {names}")
-    parser.add_argument("--runs", type=Path, default=home, help="a folder of its own, for a trial")
+    parser.add_argument("--runs", type=Path, default=default_runs, help="a folder of its own, for a trial")
     changes = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     parser.add_argument("-p", dest="given", help="a setting of the recipe; goes with --runs", **changes)
-    said = parser.parse_args()
-    if said.given and said.runs == home:
+    arguments = parser.parse_args()
+    if arguments.given and arguments.runs == default_runs:
         parser.error("-p changes the recipe of what is committed: pass --runs FOLDER too")
-    return said
+    return arguments
 
 
 def main() -> None:
-    said = read_arguments(__doc__, CORPORA, MODELS, RUNS)
-    for name in said.corpora:
-        experiment = Experiment(name, read_recipe(name, dict(said.given)), said.runs)
-        for seed in said.seeds:
-            for model in said.models:
+    arguments = read_arguments(__doc__, CORPORA, MODELS, RUNS)
+    for name in arguments.corpora:
+        experiment = Experiment(name, read_recipe(name, dict(arguments.given)), arguments.runs)
+        for seed in arguments.seeds:
+            for model in arguments.models:
                 experiment.run(model, seed)
-        wanted = SEEDS if said.runs == RUNS else said.seeds
+        wanted = SEEDS if arguments.runs == RUNS else arguments.seeds
         if all((experiment.folder / f"{model}-{seed}.json").exists() for model in MODELS for seed in wanted):
             experiment.collect()
 

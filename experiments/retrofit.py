@@ -15,7 +15,7 @@ The recipes are in experiments/retrofit.yaml. For each seed five models are trai
 and measured on documents that none has seen and that the database leaves out, with their neighbours (on), without
 (off) and with those of another document (shuffled).
 
-Everything lands in runs/retrofit/<corpus>; how the work can be shared and its store be copied is said in evidence.py.
+Everything lands in runs/retrofit/<corpus>; evidence.py explains how to share the work and copy its store.
 The models of which all three seeds are there replace experiments/results/<corpus>-retrofit.json. The almanac's
 baseline of the first seed, and what its RETROfit adds to it, replace data/checkpoints/almanac-lm and almanac-retrofit,
 as float16.
@@ -72,7 +72,7 @@ MIT licence.
 class Comparison(Experiment):
     """The five models of one corpus."""
 
-    home = RUNS
+    default_runs = RUNS
 
     def backbone_folder(self, seed: int) -> Path:
         return self.folder / f"lm-{seed}"
@@ -93,7 +93,7 @@ class Comparison(Experiment):
         """Train one model and measure it, unless its results are there."""
         file = self.folder / f"{model}-{seed}.json"
         if file.exists():
-            self._check(file, json.loads(file.read_text(encoding="utf-8"))["settings"], self.recipe)
+            self._check_settings(file, json.loads(file.read_text(encoding="utf-8"))["settings"], self.recipe)
             return print(f"{file} is there already", flush=True)
         modes = ("off",) if model == "baseline" else ("on", "off", "shuffled")
         retro, started, watched = self.make(model, seed), time.perf_counter(), self.measured[:WATCHED]
@@ -138,7 +138,7 @@ class Comparison(Experiment):
         """Write experiments/results/<corpus>-retrofit.json from the runs of these models."""
         runs = {model: self._finished(model) for model in models}
         for run in (run for each in runs.values() for run in each):  # some may have been made long ago
-            self._check(self.folder / f"{run['model']}-{run['seed']}.json", run["settings"], self.recipe)
+            self._check_settings(self.folder / f"{run['model']}-{run['seed']}.json", run["settings"], self.recipe)
         found: dict[str, Any] = {
             model: {mode: [run["values"][mode] for run in each] for mode in each[0]["values"]}
             for model, each in runs.items()
@@ -154,14 +154,14 @@ class Comparison(Experiment):
         found["settings"] = self.recipe
         write_json(self.results / f"{self.name}-retrofit.json", found)
         print(f"written: {self.results / self.name}-retrofit.json", flush=True)
-        there = {"baseline", "retrofit"} <= set(models) and (self.folder / "retrofit").exists()
-        if self.name == "almanac" and there:
-            put_into_the_box(self.folder, self.box, found)
+        complete = {"baseline", "retrofit"} <= set(models) and (self.folder / "retrofit").exists()
+        if self.name == "almanac" and complete:
+            export(self.folder, self.checkpoints, found)
 
 
-def put_into_the_box(folder: Path, box: Path, found: dict[str, Any]) -> None:
-    """The first seed's baseline as a model for itself, and what its RETROfit adds to it; with cards."""
-    lm, added = box / "almanac-lm", box / "almanac-retrofit"
+def export(folder: Path, checkpoints: Path, found: dict[str, Any]) -> None:
+    """Write the first seed's baseline as a language model, what its RETROfit adds to it, and their cards."""
+    lm, added = checkpoints / "almanac-lm", checkpoints / "almanac-retrofit"
     backbone = load_backbone(folder / "lm-0")
     backbone.config.name_or_path = lm.name  # found by it wherever the project lies
     retro = RETROfit.from_pretrained(folder / "retrofit", backbone, tokenizer=folder / "lm-0")
@@ -186,16 +186,16 @@ def put_into_the_box(folder: Path, box: Path, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    said = read_arguments(__doc__, ("almanac", "speeches"), MODELS, RUNS)
-    for name in said.corpora:
-        comparison = Comparison(name, read_recipe(name, dict(said.given), __file__), said.runs)
-        for seed in said.seeds:
-            for model in said.models:
+    arguments = read_arguments(__doc__, ("almanac", "speeches"), MODELS, RUNS)
+    for name in arguments.corpora:
+        comparison = Comparison(name, read_recipe(name, dict(arguments.given), __file__), arguments.runs)
+        for seed in arguments.seeds:
+            for model in arguments.models:
                 comparison.run(model, seed)
-        wanted = SEEDS if said.runs == RUNS else said.seeds
+        wanted = SEEDS if arguments.runs == RUNS else arguments.seeds
         names = {file.stem for file in comparison.folder.glob("*-*.json")}
         done = [model for model in MODELS if all(f"{model}-{seed}" in names for seed in wanted)]
-        if set(said.models) <= set(done):
+        if set(arguments.models) <= set(done):
             comparison.collect(done)
 
 

@@ -18,7 +18,7 @@ weights that were saved, on the test documents, which no model has seen and the 
 libraries that are left out of both, first as they are, then with more and more of their other files in the database,
 nothing being trained. `knnlm` measures the baseline with a memory of all its training tokens (sources_knnlm.py).
 `collect` writes experiments/results/code.json from all runs that are there (sources_results.py), `export` puts the
-small RETRO into data/checkpoints/code if it can read (sources_box.py); with --runs, both write into that folder.
+small RETRO into data/checkpoints/code if it can read (sources_export.py); with --runs, both write into that folder.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence import device_name, read_recipe, read_training_arguments
-from sources_box import export
+from sources_export import export
 from sources_knnlm import measure
 from sources_models import COMPARED, MODELS, build_model, parameters, replaced, settings_of
 from sources_results import collect
@@ -94,7 +94,7 @@ class Experiment:
         """Train one model and measure it on the validation documents, unless that has been done."""
         file, started = results_of(self.folder) / f"{model}-{seed}.json", time.perf_counter()
         settings, tested = self.recipe["fit"], file.with_stem(f"{model}-{seed}-test").exists()
-        if (tested or self._weights(model, seed).exists()) and self._is_there(file, model):
+        if (tested or self._weights(model, seed).exists()) and self._is_done(file, model):
             return
         retrieves, knns = MODELS[model].retrieves, self.knns(model)[:, : self.recipe["knn"]]
         torch.manual_seed(seed)
@@ -121,12 +121,12 @@ class Experiment:
         write_json(file, about | {"settings": settings_of(self.recipe, model)})
         print(f"{model}, seed {seed}: {about['seconds'] / 60:.1f} minutes, validation {about['valid']}", flush=True)
 
-    def _is_there(self, file: Path, model: str) -> bool:
+    def _is_done(self, file: Path, model: str) -> bool:
         if not file.exists():
             return False
-        there = settings_of(json.loads(file.read_text(encoding="utf-8"))["settings"], model)
-        if there != (here := settings_of(self.recipe, model)):
-            raise SystemExit(f"{file} was made with {there}, not {here}: remove it, or pass another --runs")
+        recorded = settings_of(json.loads(file.read_text(encoding="utf-8"))["settings"], model)
+        if recorded != (wanted := settings_of(self.recipe, model)):
+            raise SystemExit(f"{file} was made with {recorded}, not {wanted}: remove it, or pass another --runs")
         print(f"{file} is there already", flush=True)
         return True
 
@@ -155,7 +155,7 @@ class Experiment:
     def test(self, model: str, seed: int) -> None:
         """Measure a trained model on the test documents and the unseen libraries, unless that has been done."""
         file = results_of(self.folder) / f"{model}-{seed}-test.json"
-        if self._is_there(file, model):
+        if self._is_done(file, model):
             return
         retro, retrieves, knns = self.trained(model, seed), MODELS[model].retrieves, self.knns(model)
         test, unseen, read = self.documents("test"), self.documents("unseen"), knns[:, : self.recipe["knn"]]
@@ -212,7 +212,7 @@ class Experiment:
     def knnlm(self, seed: int) -> None:
         """Measure the baseline with a memory of its training tokens, unless that has been done."""
         file = results_of(self.folder) / f"knnlm-{seed}.json"
-        if self._is_there(file, "baseline"):
+        if self._is_done(file, "baseline"):
             return
         parts = {part: self.documents(part) for part in ("train", "valid", "test")}
         data = self.found.with_neighbours(self.knns("baseline")[:, :1])  # they are not read: the fewer, the faster
@@ -236,33 +236,35 @@ def results_of(folder: Path) -> Path:
     return results
 
 
-def run_models(experiment: Experiment, said: argparse.Namespace) -> None:
+def run_models(experiment: Experiment, arguments: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")  # losses are measured in float32, multiplied in tf32 where a GPU has it
-    for seed in said.seeds:
-        for model in said.models:
-            if "train" in said.steps:
+    for seed in arguments.seeds:
+        for model in arguments.models:
+            if "train" in arguments.steps:
                 experiment.train(model, seed)
-            if "test" in said.steps:
+            if "test" in arguments.steps:
                 experiment.test(model, seed)
-        if "knnlm" in said.steps:
+        if "knnlm" in arguments.steps:
             experiment.knnlm(seed)
 
 
 def main() -> None:
-    said = read_arguments()
-    recipe = read_recipe("code", dict(said.given), __file__)
-    results, box = (RESULTS, INCLUDED) if said.runs == RUNS else (said.runs / "results", said.runs / "checkpoints")
-    if "prepare" in said.steps:
-        pack(recipe, said.runs / "packed")
-    if "build" in said.steps:
+    arguments = read_arguments()
+    recipe = read_recipe("code", dict(arguments.given), __file__)
+    results, checkpoints = RESULTS, INCLUDED
+    if arguments.runs != RUNS:
+        results, checkpoints = arguments.runs / "results", arguments.runs / "checkpoints"
+    if "prepare" in arguments.steps:
+        pack(recipe, arguments.runs / "packed")
+    if "build" in arguments.steps:
         seq_len = recipe["model"]["max_seq_len"]
-        build_store(said.runs / "packed", said.runs / "store", seq_len, said.bert, said.retriever)
-    if {"train", "test", "knnlm"} & set(said.steps):
-        run_models(Experiment(recipe, said.runs), said)
-    if "collect" in said.steps:
-        collect(said.runs / "packed", results_of(said.runs), results / "code.json")
-    if "export" in said.steps:
-        export(said.runs, results_of(said.runs), box / "code")
+        build_store(arguments.runs / "packed", arguments.runs / "store", seq_len, arguments.bert, arguments.retriever)
+    if {"train", "test", "knnlm"} & set(arguments.steps):
+        run_models(Experiment(recipe, arguments.runs), arguments)
+    if "collect" in arguments.steps:
+        collect(arguments.runs / "packed", results_of(arguments.runs), results / "code.json")
+    if "export" in arguments.steps:
+        export(arguments.runs, results_of(arguments.runs), checkpoints / "code")
 
 
 if __name__ == "__main__":

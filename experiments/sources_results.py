@@ -163,7 +163,7 @@ def by_copied(nats: dict[str, Nats], documents: Documents, shares: Sequence[floa
     """Test documents by the share of their 13-grams that stand in the documents of the database.
 
     A file that mostly is copied together from others is no near-duplicate of any (.8 of the 13-grams of both), and
-    stays in the test: here it is told apart.
+    stays in the test: here it is listed apart.
     """
     few = {mode: nats[mode] for mode in ("on", "off", "shuffled", "oracle", "baseline")}
     found = {}
@@ -236,10 +236,11 @@ def report(found: dict[str, Any]) -> list[str]:
         lines[model] = each["ratios"]["on" if MODELS[model].retrieves else "off"]
     if found["knnlm"]:
         lines["kNN-LM"] = found["knnlm"]["ratio"]
-    return [f"{name:<24}{said(each)}" for name, each in lines.items()]
+    return [f"{name:<24}{in_per_cent(each)}" for name, each in lines.items()]
 
 
-def said(each: dict[str, Any]) -> str:
-    mean, low, high = each["per_cent"]
-    seeds = [100 * (value - 1) for value in each["seeds"]]
+def in_per_cent(found: dict[str, Any]) -> str:
+    """A ratio as text: the change in per cent, its interval, and the least and most of the seeds."""
+    mean, low, high = found["per_cent"]
+    seeds = [100 * (value - 1) for value in found["seeds"]]
     return f"{mean:+6.1f} % of the baseline ({low:+.1f} … {high:+.1f}; seeds {min(seeds):+.1f} … {max(seeds):+.1f})"

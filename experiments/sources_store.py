@@ -125,7 +125,7 @@ def dropped_of(pairs: Sequence[Pair], parts: Sequence[str]) -> set[int]:
 
 
 def count_of(part: str, parts: Sequence[str], tokens: Sequence[np.ndarray]) -> dict[str, int]:
-    own = [each for each, its in zip(tokens, parts, strict=True) if its == part]
+    own = [each for each, its_part in zip(tokens, parts, strict=True) if its_part == part]
     return {"documents": len(own), "tokens": sum(map(len, own))}
 
 
@@ -259,7 +259,7 @@ def copied(packed: Path) -> list[float]:
     """Of each test document the share of its 13-grams that stand in a document of the database, anywhere."""
     corpus = Packed(packed)
     parts, tokens = [about["part"] for about in corpus.documents], list(corpus.tokens())
-    measured, database = ([each for each, its in zip(tokens, parts, strict=True) if its == part] for part in
+    measured, database = ([each for each, its_part in zip(tokens, parts, strict=True) if its_part == part] for part in
                           ("test", "train"))  # fmt: skip
     own = [grams_of(each) for each in measured]
     wanted = np.unique(np.concatenate(own))

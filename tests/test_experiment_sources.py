@@ -21,8 +21,10 @@ from retro_nb.text.tokens import SpecialIds
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")
-    parts = ("", "_box", "_knnlm", "_models", "_results", "_search", "_store")
-    sources, box, knnlm, models, results, search, store = (importlib.import_module(f"sources{part}") for part in parts)
+    parts = ("", "_export", "_knnlm", "_models", "_results", "_search", "_store")
+    sources, release, knnlm, models, results, search, store = (
+        importlib.import_module(f"sources{part}") for part in parts
+    )
 
 SMALL = {"packages": "[alpha, beta, other]", "unseen": "[other]", "tokenizer": "600", "test": "0.2", "valid": "0.1"}
 TRIED = ("retro", "baseline", "decoder", "mixed", "bm25")
@@ -234,7 +236,7 @@ def test_the_models_are_as_large_as_they_are_said_to_be():
     costs = {model: models.cost(recipe, model) for model in models.MODELS}
     sizes = {model: cost["parameters"] for model, cost in costs.items()}
     assert sizes["retro"] <= sizes["baseline"] <= 1.05 * sizes["retro"]
-    assert 2 * sizes["box"] < box.LARGEST - 20_000  # what a file has beside the weights
+    assert 2 * sizes["box"] < release.LARGEST - 20_000  # what a file has beside the weights
     training = {model: cost["flops_a_token"]["training"] for model, cost in costs.items()}
     assert training["retro"] <= training["flops"] <= 1.05 * training["retro"]
     assert recipe["decoder"]["dec_depth"] == recipe["retro"]["dec_depth"] and sizes["decoder"] < sizes["retro"]
@@ -338,7 +340,7 @@ def readers(trial, tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("packed", "weights", "retro-0.json"):
         (folder / name).symlink_to(trial[1] / name)
-    monkeypatch.setattr(box, "MODEL", "retro")
+    monkeypatch.setattr(release, "MODEL", "retro")
 
     def with_oracle(gain: float) -> Path:
         test = json.loads((trial[1] / "retro-0-test.json").read_text(encoding="utf-8"))
@@ -352,15 +354,15 @@ def readers(trial, tmp_path, monkeypatch):
 def test_a_model_that_reads_is_exported_and_one_that_does_not_is_refused(trial, readers, tmp_path, monkeypatch):
     target = tmp_path / "box"
     with pytest.raises(SystemExit, match=r"cannot read: the very pages that come next save it 19\.0%"):
-        box.export(*[readers(0.19)] * 2, target)
+        release.export(*[readers(0.19)] * 2, target)
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match="more than 1,000"):
-        patched.setattr(box, "LARGEST", 1000)
-        box.export(*[readers(0.21)] * 2, target)
+        patched.setattr(release, "LARGEST", 1000)
+        release.export(*[readers(0.21)] * 2, target)
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match="seed 0 of box is not there"):
-        patched.setattr(box, "MODEL", "box")
-        box.export(*[readers(0.21)] * 2, target)
+        patched.setattr(release, "MODEL", "box")
+        release.export(*[readers(0.21)] * 2, target)
     assert not target.exists()
-    box.export(*[readers(0.21)] * 2, target)
+    release.export(*[readers(0.21)] * 2, target)
     retro, tokenizer = RETRO.from_pretrained(target), get_tokenizer(target)
     weights = dict(trial[0].trained("retro", 0).named_parameters())
     assert all(torch.equal(each, weights[name]) for name, each in retro.named_parameters())

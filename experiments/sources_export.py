@@ -1,4 +1,4 @@
-"""The small RETRO of experiments/sources.py, put into the folder of the models that come with the project."""
+"""Export the small RETRO of experiments/sources.py into the folder of the models that come with the project."""
 
 import json
 import shutil
