@@ -28,10 +28,11 @@ setup: $(STAMP) ## make .venv with everything installed in it (4 minutes, 2.5 GB
 tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (5 minutes)
 	$(PY) -m retro_nb run tutorial
 
-test: $(STAMP) ## ruff, the rooms' imports, the unit tests, every notebook under nbval (9 minutes)
+test: $(STAMP) ## ruff, the rooms' imports, mypy, the unit tests, every notebook under nbval (9 minutes)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-logo
+	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then set -x; OMP_NUM_THREADS=1 $(PY) -m pytest \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope notebooks; fi
