@@ -205,7 +205,7 @@ class TrainingWrapper(nn.Module):
         """
         documents = self.held_out(valid_share, kwargs.get("seed", 0))
         if not documents:
-            return fit(self.retro, self.ds, **kwargs)
+            return fit(self.retro, self.ds, None, **kwargs)
         train, valid = without_documents(self.ds, documents), of_documents(self.ds, documents)
         return fit(self.retro, train, valid, **kwargs)
 
