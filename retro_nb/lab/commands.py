@@ -50,7 +50,7 @@ from retro_nb.training.wrapper import TrainingWrapper
 
 Settings = dict[str, Any]
 
-# the settings, and what they are without a word
+# the settings and their defaults
 
 
 def _own(name: str, kind: Any, default: Any) -> Parameters:
@@ -171,9 +171,9 @@ def processes() -> Iterator[PartialState]:
 
     They wait for one another as long as it takes: chunking a large corpus takes the first one hours.
     """
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if here > gpus > 0:
-        raise ValueError(f"{here} processes, but {gpus} GPU(s) on this machine: launch one process for each GPU")
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local > gpus > 0:
+        raise ValueError(f"{local} processes, but {gpus} GPU(s) on this machine: launch one process for each GPU")
     state = PartialState(cpu=not gpus, timeout=timedelta(days=30))
     yield state
     state.destroy_process_group()
@@ -222,10 +222,10 @@ def build(settings: Settings) -> Store:
     Args:
         settings: from `choose_settings("build", …)`.
     """
-    with processes() as here:
+    with processes() as state:
         corpus, folder = choose_corpus(settings)
-        store = Store.build(corpus, folder, _store_settings(settings), progress=here.is_main_process)
-        if here.is_main_process:
+        store = Store.build(corpus, folder, _store_settings(settings), progress=state.is_main_process)
+        if state.is_main_process:
             print(store, flush=True)
         return store
 
@@ -262,9 +262,9 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
     """
     check_settings(_of(settings, FIT))
     _check_same_run(settings)
-    with processes() as here, only_run(here, settings["out_dir"]):
-        main, out_dir = here.is_main_process, Path(settings["out_dir"])
-        run = Run(settings["seed"], here.device, out_dir, settings)
+    with processes() as state, only_run(state, settings["out_dir"]):
+        main, out_dir = state.is_main_process, Path(settings["out_dir"])
+        run = Run(settings["seed"], state.device, out_dir, settings)
         torch.manual_seed(settings["seed"])
         wrapper = _wrap(RETRO(**_of(settings, MODEL)), settings, main)
         if main:
@@ -274,7 +274,7 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
         if main:
             wrapper.retro.save_pretrained(out_dir)
             _write_held_out(wrapper, settings)  # now that `fit` has not refused another corpus than at the start
-            metrics = run.save_metrics(_metrics(wrapper, history, here.num_processes))
+            metrics = run.save_metrics(_metrics(wrapper, history, state.num_processes))
             losses = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "valid_loss") if name in metrics)
             print(f"{metrics['steps']} steps, {losses}, in {out_dir}")
         return wrapper, history

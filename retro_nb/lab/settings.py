@@ -115,14 +115,14 @@ def _kind(node: ast.expr) -> Any:
 # names
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, knower: str) -> None:
-    """Raise a ValueError that names the first unknown name, the closest known one, and all that `knower` knows."""
+def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str, owner: str) -> None:
+    """Raise a ValueError that names the first unknown name, the closest known one, and all that `owner` knows."""
     known = sorted(known)
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(f"{where}: unknown parameter {name!r}{meant}; {knower} knows {', '.join(known)}")
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"{where}: unknown parameter {name!r}{hint}; {owner} knows {', '.join(known)}")
 
 
 # files
@@ -208,9 +208,9 @@ def sentences(*functions: Callable) -> dict[str, str]:
     return found
 
 
-def explain(declared: Parameters, said: dict[str, str]) -> str:
-    """A line for each parameter, its type and default; and what is said of it, once where several share a sentence."""
-    shared = groupby(declared.values(), lambda parameter: said.get(parameter.name, ""))
+def explain(declared: Parameters, descriptions: dict[str, str]) -> str:
+    """A line for each parameter with its type and default, and its description, once where several share it."""
+    shared = groupby(declared.values(), lambda parameter: descriptions.get(parameter.name, ""))
     paragraphs = [[*map(_declaration, group), *_indented(sentence)] for sentence, group in shared]
     return "\n".join(line for lines in paragraphs for line in lines)
 

@@ -83,9 +83,9 @@ def read_sweep(path: Path) -> Sweep:
 
 def point_folder(sweep: Sweep, point: dict[str, Any]) -> Path:
     """Folder of a point: its name has the grid values, to be readable, and a hash of all parameters, to be unique."""
-    said = re.sub(r"[^\w=,.+-]", "_", ",".join(f"{name}={point[name]}" for name in sweep.axes))
+    label = re.sub(r"[^\w=,.+-]", "_", ",".join(f"{name}={point[name]}" for name in sweep.axes))
     identity = digest([sweep.notebook.stem, point], 10)
-    return runner.RUNS / f"sweep-{sweep.name}" / f"{said[:80]}-{identity}"
+    return runner.RUNS / f"sweep-{sweep.name}" / f"{label[:80]}-{identity}"
 
 
 def _finished(folder: Path) -> Result | None:

@@ -81,8 +81,8 @@ def as_corpus(
     """
     corpus = open_corpus(documents_path, glob=glob, **options)
     if is_path(documents_path):
-        said = {name: value for name, value in options.items() if value != OPTIONS[name]}
-        named = [str(Path(documents_path).resolve()), glob or "**/*.txt", *([said] if said else [])]
+        changed = {name: value for name, value in options.items() if value != OPTIONS[name]}
+        named = [str(Path(documents_path).resolve()), glob or "**/*.txt", *([changed] if changed else [])]
         return corpus, _default_work_dir(corpus, named)  # the old default glob, to find existing stores
     fingerprint = getattr(corpus, "fingerprint", None)  # without one, corpora cannot be told apart
     return corpus, _default_work_dir(corpus, fingerprint()) if fingerprint else None
@@ -101,8 +101,8 @@ def _opening(where: Any, glob: str | Sequence[str] | None) -> partial:
         return partial(_itself, where)
     if where in NAMED:
         if Path(where).is_dir():
-            remark = f"{where!r} is taken for the corpus of that name: pass './{where}' for the folder"
-            warnings.warn(remark, stacklevel=4)
+            message = f"{where!r} means the corpus of that name: pass './{where}' for the folder"
+            warnings.warn(message, stacklevel=4)
         return partial(NAMED[where])
     name, _, config = where.removeprefix(HUB).partition(":")
     return partial(hf_dataset, name, **({"name": config} if config else {}))
@@ -121,9 +121,9 @@ def _file(path: Path) -> partial:
     if path.exists():
         raise NotADirectoryError(f"{path} is a file, neither .jsonl nor .parquet: pass the folder that holds it")
     close = difflib.get_close_matches(str(path), NAMED, 1)
-    meant = f" (did you mean {close[0]}?)" if close else ""
+    hint = f" (did you mean {close[0]}?)" if close else ""
     raise FileNotFoundError(
-        f"corpus {str(path)!r} is no folder, no .jsonl or .parquet file, nor {HUB}NAME or {' or '.join(NAMED)}{meant}"
+        f"corpus {str(path)!r} is no folder, no .jsonl or .parquet file, nor {HUB}NAME or {' or '.join(NAMED)}{hint}"
     )
 
 
