@@ -138,7 +138,8 @@ def tokens_to_chunks(tokens: Iterable[Tokens], chunk_size: int, pad_id: int = PA
         pad_id: fills the last chunk.
     """
     m, first = chunk_size, True
-    ids, spans = np.empty(0, np.int32), np.empty((0, 2), np.int64)
+    ids: np.ndarray = np.empty(0, np.int32)
+    spans: np.ndarray = np.empty((0, 2), np.int64)
     for stretch in tokens:
         ids, spans = np.concatenate([ids, stretch.ids]), np.concatenate([spans, stretch.spans])
         whole = max(len(ids) - 1, 0) // m  # chunks whose next token is known
