@@ -398,6 +398,20 @@ def test_other_settings_rebuild_and_are_named(tmp_path):
     assert np.load(tmp_path / "cube.npy").tolist() == [0, 1, 8, 27]
 
 
+def test_a_setting_that_the_record_lacks_rebuilds(tmp_path):
+    """Another version may know a setting more or a setting less."""
+    path = tmp_path / "a.npy"
+
+    def build(settings):
+        return cached(path, settings, lambda: np.save(path, np.zeros(2)) or {"built with": settings})["built with"]
+
+    fewer, more = {"size": 2}, {"size": 2, "pooling": "cls"}
+    assert build(fewer) == fewer
+    for known in (more, fewer):
+        with pytest.warns(UserWarning, match="pooling"):
+            assert build(known) == known
+
+
 def test_a_companion_under_another_name_is_built(tmp_path):
     square(tmp_path)
     (tmp_path / "cube.npy").rename(tmp_path / "elsewhere.npy")

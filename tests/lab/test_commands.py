@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock
 from transformers import AutoTokenizer
 
-from retro_nb import RETRO, TrainingWrapper, docstrings, evaluate_loss, split_by_document
+from retro_nb import RETRO, Store, TrainingWrapper, docstrings, evaluate_loss, split_by_document
 from retro_nb.__main__ import main
 from retro_nb.lab import commands
 from retro_nb.lab.commands import BUILD, TRAIN, choose_settings
@@ -284,7 +284,7 @@ def test_evaluate_measures_the_held_out_documents(finished, capsys):
 
 
 @pytest.mark.parametrize("keep_out", ["0", "0.25"])
-def test_held_out_documents_are_found_again_in_a_corpus_that_has_changed(tmp_path, recipe, keep_out, capsys):
+def test_held_out_documents_are_found_again_in_a_corpus_that_has_changed(tmp_path, tiny_bert, recipe, keep_out, capsys):
     """A file that sorts first moves the numbers of all others."""
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -306,6 +306,10 @@ def test_held_out_documents_are_found_again_in_a_corpus_that_has_changed(tmp_pat
     after = json.loads(after[after.index("{\n") :])
     assert after["documents"] == 3
     assert after["off"]["bits_per_byte"] == pytest.approx(before["off"]["bits_per_byte"], rel=1e-5)
+    database = Store.open(tmp_path / "work", bert=tiny_bert, keep_out=noted["kept_out"])  # it was built so
+    found = database.doc_ids[database.neighbours[database.neighbours >= 0]]
+    retrieved = {database.documents[document]["title"] for document in np.unique(found)}
+    assert len(database.documents) == 13 and (keep_out == "0" or not retrieved & set(held_out))
 
     (texts / f"{held_out[0]}.txt").write_text("another text")
     assert main(["evaluate", str(tmp_path / "out")]) == 2

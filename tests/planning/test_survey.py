@@ -331,6 +331,13 @@ def test_the_model_of_an_inverted_file_is_what_was_measured():
             assert row["search_seconds_per_1000"] / slower < searched < slower * row["search_seconds_per_1000"]
 
 
+@pytest.mark.parametrize("lists", [1, 16, 64])
+def test_a_query_reads_no_more_lists_than_there_are(lists):
+    """With few lists a query is compared with every centre and every vector once."""
+    rates = Rates(*(2.0 for _ in Rates._fields))
+    assert search_seconds(f"IVF{lists},Flat", 1000, 8, 0, rates) == pytest.approx(1000 * (lists + 1000) / 2)
+
+
 def test_seconds_follow_from_rates_and_counts(quick):
     found = quick(named([ENGLISH * 20, ENGLISH * 30]))
     chunk, embed, index, search = found.steps
@@ -398,6 +405,16 @@ def test_remarks_on_files_and_machine(ordinary):
     assert "1,234 undecodable bytes in 2 documents, first in notes/a.txt" in replaced and "encoding=None" in replaced
     assert only(free_disk=1000).endswith("and 1.0 kB are free: pass another work_dir")
     assert "the machine has 1.0 MB: pass max_index_memory_usage=" in only(all_memory=1_000_000)
+
+
+def test_near_duplicates_have_a_remark_beside_that_of_duplicates(ordinary):
+    """5 of 100 documents are duplicates and thereby near-duplicates: only a sixth near-duplicate says more."""
+    changes = {"documents": 100, "duplicate_documents": 5, "compared_documents": 100}
+    of_duplicates = replace(ordinary, **changes, near_duplicate_documents=5).remarks
+    both = replace(ordinary, **changes, near_duplicate_documents=6).remarks
+    assert len(of_duplicates) == 1 and both[:1] == of_duplicates
+    (of_near_duplicates,) = both[1:]
+    assert "near_duplicates(" in of_near_duplicates and "6%" in of_near_duplicates
 
 
 def test_a_suited_tokenizer_has_no_remark(quick, ordinary):

@@ -596,6 +596,13 @@ def test_a_fingerprint_changes_when_a_file_does(tmp_path, make):
     assert before != touched != longer != before
 
 
+def test_a_fingerprint_of_lines_changes_with_the_fields(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "one", "body": "two", "title": "A"}')
+    made = [jsonl(path), jsonl(path, "body"), jsonl(path, title_field="body")]
+    assert len({str(list(corpus)) for corpus in made}) == len({str(corpus.fingerprint()) for corpus in made}) == 3
+
+
 def test_a_fingerprint_changes_with_the_list_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     before = text_folder(tmp_path).fingerprint()
