@@ -39,7 +39,7 @@ TRAIN = """Train a model on a corpus, whose database is built first if need be.
   python -m retro_nb train -f experiments/train_speeches.yaml -p retrieval off -p dec_depth 12 -p out_dir runs/baseline
   accelerate launch --multi_gpu --num_processes 2 -m retro_nb train -f …   two GPUs share each batch
 
-Settings, weights, log.jsonl, metrics.json and checkpoints lie in out_dir, runs/<name of the file> if not said.
+Settings, weights, log.jsonl, metrics.json and checkpoints lie in out_dir, runs/<name of the file> if not given.
 The same command goes on after a stop, with any number of processes: batch_size counts over all of them."""
 
 EVALUATE = """Measure bits per byte of a trained model on the documents that it has not seen; prints JSON.
@@ -128,11 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(said: argparse.Namespace) -> None:
+def _build(arguments: argparse.Namespace) -> None:
     """Build in this process or on a cluster."""
-    settings = commands.choose_settings("build", said.file, dict(said.given))
-    cluster = {name: getattr(said, name) for name in ("workers", "address") if getattr(said, name) is not None}
-    if said.engine == "ray":
+    settings = commands.choose_settings("build", arguments.file, dict(arguments.given))
+    cluster = {name: value for name in ("workers", "address") if (value := getattr(arguments, name)) is not None}
+    if arguments.engine == "ray":
         commands.build_on_cluster(settings, **cluster)
     elif cluster:
         raise ValueError(f"--{next(iter(cluster))} is of a Ray cluster: add --engine ray")
@@ -140,21 +140,21 @@ def _build(said: argparse.Namespace) -> None:
         commands.build(settings)
 
 
-def _use_notebooks(said: argparse.Namespace) -> int:
+def _use_notebooks(arguments: argparse.Namespace) -> int:
     """Run, sweep or refresh; the exit code. Imported here, papermill is not needed where models are trained."""
     from retro_nb.lab.refresh import refresh
     from retro_nb.lab.runner import results_table, run
     from retro_nb.lab.sweep import run_sweep
 
-    if said.command == "refresh":
-        return _report(refresh(said.notebooks))
-    if said.command == "run":
-        folder, results = run(said.notebooks, said.file, dict(said.given))
+    if arguments.command == "refresh":
+        return _report(refresh(arguments.notebooks))
+    if arguments.command == "run":
+        folder, results = run(arguments.notebooks, arguments.file, dict(arguments.given))
         print(f"\n{results_table(results)}\n", flush=True)
         code = _report(results)
         print(f"Open {os.path.relpath(folder)}/index.md, or `make lab` to work through the notebooks.")
         return code
-    folder, results = run_sweep(said.file)
+    folder, results = run_sweep(arguments.file)
     print((folder / "table.md").read_text(encoding="utf-8"), flush=True)
     code = _report(results)
     print(f"Open {os.path.relpath(folder)}/plot.png; each point's notebook lies in a folder beside it.")
@@ -179,11 +179,11 @@ def _split_pairs(arguments: Sequence[str]) -> list[str]:
     return split
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 if a notebook failed, 2 for bad input, 130 for Ctrl-C."""
-    said = _parser().parse_args(_split_pairs(sys.argv[1:] if arguments is None else arguments))
+    arguments = _parser().parse_args(_split_pairs(sys.argv[1:] if words is None else words))
     with _terminated_like_interrupted():
-        return _run(said)
+        return _run(arguments)
 
 
 @contextmanager
@@ -204,20 +204,20 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(said: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     try:
-        if said.command == "survey":
-            settings = commands.choose_settings("build", said.file, dict(said.given))
-            print(commands.survey_corpus(settings, said.seconds))
-        elif said.command == "build":
-            _build(said)
-        elif said.command == "train":
-            commands.train(commands.choose_settings("train", said.file, dict(said.given)))
-        elif said.command == "evaluate":
-            found = commands.evaluate_run(said.run, said.baseline, said.modes, dict(said.given))
+        if arguments.command == "survey":
+            settings = commands.choose_settings("build", arguments.file, dict(arguments.given))
+            print(commands.survey_corpus(settings, arguments.seconds))
+        elif arguments.command == "build":
+            _build(arguments)
+        elif arguments.command == "train":
+            commands.train(commands.choose_settings("train", arguments.file, dict(arguments.given)))
+        elif arguments.command == "evaluate":
+            found = commands.evaluate_run(arguments.run, arguments.baseline, arguments.modes, dict(arguments.given))
             print(json.dumps(found, indent=2))
         else:
-            return _use_notebooks(said)
+            return _use_notebooks(arguments)
         return 0
     except (ValueError, KeyError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         process, message = launched()[0], error.args[0] if isinstance(error, KeyError) else error

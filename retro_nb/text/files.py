@@ -125,8 +125,8 @@ class text_folder:
         """A digest of each file's path, size and modification time, and the encoding; the folder itself may move."""
         stats = [(name, (self.folder / name).stat()) for name in self._paths]
         files = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
-        said = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as in older fingerprints
-        return {"corpus": "text_folder", "documents": len(self), "files": files} | said
+        encoding = {} if self.encoding == "utf-8" else {"encoding": self.encoding}  # as in older fingerprints
+        return {"corpus": "text_folder", "documents": len(self), "files": files} | encoding
 
 
 def _reason_to_leave_out(folder: Path, name: str, pattern: str) -> str | None:
@@ -257,12 +257,12 @@ class jsonl:
     def fingerprint(self) -> dict:
         """The fields read, and the file's name, size and modification time; its folder may move."""
         stat = self.path.stat()
-        said: dict = {} if self._stop is None else {"bytes": [self._start, self._stop]}
+        part: dict = {} if self._stop is None else {"bytes": [self._start, self._stop]}
         return {
             "corpus": "jsonl",
             "file": [self.path.name, stat.st_size, stat.st_mtime_ns],
             "fields": [self.text_field, self.title_field],
-        } | said
+        } | part
 
 
 def record_document(
