@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from retro_nb.__main__ import main
+from retro_nb.common.arrays import write_json
 from retro_nb.lab import refresh, runner, sweep
 from retro_nb.lab.settings import parse_as, read_annotation, read_yaml
 
@@ -418,6 +420,23 @@ def test_a_sweep_survives_a_failed_point_resumes_and_draws(project, capsys):
     assert [float(row["loss"]) for row in rows] == pytest.approx([0.01, 0.02])
     assert "| 0.01 | 0.015" in (folder / "table.md").read_text(encoding="utf-8")
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_point_runs_until_it_is_done_and_again_with_other_parameters(project, monkeypatch):
+    ran = []
+
+    def fail_first(notebook, folder, parameters, progress):
+        ran.append(parameters["corpus"])
+        result = runner.Result(notebook.stem, "failed" if len(ran) == 1 else "done", 1.0, 1, "", {"loss": 1.0})
+        write_json(folder / "result.json", asdict(result))
+        return result
+
+    monkeypatch.setattr(sweep, "execute", fail_first)
+    same = {"grid": "{lr: [1e-2], seed: [0]}"}
+    path = sweep_file(project, "[0]", **same)
+    assert [sweep.run_sweep(path)[1][0].status for _ in range(3)] == ["failed", "done", "done"]
+    sweep.run_sweep(sweep_file(project, "[0]", **same, parameters="{corpus: speeches}"))
+    assert ran == ["almanac", "almanac", "speeches"]
 
 
 def fake_results(losses: list[float | None]) -> list[runner.Result]:

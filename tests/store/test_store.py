@@ -14,6 +14,7 @@ from retro_nb.store.index import exact_search
 from retro_nb.store.knn import own_ranges
 from retro_nb.text.document import Document
 from retro_nb.text.files import text_folder, write_texts
+from retro_nb.text.tokens import get_tokenizer
 
 TEXTS = {f"{number}": f"The town number {number} has a tower and a river. " * (3 + number) for number in range(6)}
 SIZES = {"chunk_size": 16, "seq_len": 32}
@@ -98,6 +99,19 @@ def test_documents_that_are_kept_out_are_nobodys_neighbour(corpus, settings, tmp
         Store.open(store.folder, bert=settings.bert)
     with pytest.raises(ValueError, match="keeps documents out"):
         store.update(corpus)
+
+
+def test_recall_leaves_out_what_the_database_leaves_out(corpus, settings, tmp_path):
+    """A single list is read as a whole: nothing is missed."""
+    listed = replace(settings, keep_out=[1, 4], index="IVF1,Flat")
+    assert Store.build(corpus, tmp_path / "listed", listed, progress=False).stats["recall"] == 1
+
+
+def test_the_berts_tokenizer_cuts_unless_another_is_named(tokenizers):
+    bert = tokenizers["llama3"]
+    for named, expected in ((None, "llama3"), (tokenizers["gpt2"], "gpt2")):
+        cutter = StoreSettings(bert=bert, tokenizer=named).cutter
+        assert cutter.fingerprint == get_tokenizer(tokenizers[expected]).fingerprint
 
 
 def test_it_follows_its_corpus(store, settings, tmp_path):

@@ -490,10 +490,15 @@ def test_lists_that_lie_apart_are_edited_and_lie_in_the_index(tmp_path, bert):
     assert (open_array(work / "chunks.knn.npy") == built).all()
 
 
-def test_another_kind_of_index_is_built_and_searched_anew(work, bert):
-    done = update(CHANGED, work, bert, index="SQ8")
+@pytest.mark.parametrize("kinds", [("Flat", "SQ8"), ("SQ8", "Flat")], ids=" to ".join)
+def test_another_kind_of_index_is_built_and_searched_anew(tmp_path, bert, kinds):
+    """Neighbours that a coarser index found are not taken over."""
+    work = tmp_path / "work"
+    build(Corpus(*TEXTS), work, bert, index=kinds[0])
+    after = Corpus(*TEXTS, text(8, 1))
+    done = update(after, work, bert, index=kinds[1])
     assert done.searched == len(open_array(work / "chunks.npy"))
-    same_as_a_rebuild(work, CHANGED, bert, index="SQ8")
+    same_as_a_rebuild(work, after, bert, index=kinds[1])
 
 
 # what cannot be updated

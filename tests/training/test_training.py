@@ -174,6 +174,11 @@ def test_split_by_document(owners, share, seed):
     assert split_by_document(Owned(owners), share, seed)[1].indices == valid.indices
 
 
+def test_another_seed_splits_otherwise():
+    documents = list(range(40))
+    assert len({tuple(split_by_document(Owned(documents), 0.5, seed)[1].indices) for seed in range(5)}) == 5
+
+
 def test_split_by_document_errors():
     with pytest.raises(ValueError, match=r"1 document\(s\) cannot be split"):
         split_by_document(Owned([3, 3, 3]))
