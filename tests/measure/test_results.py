@@ -173,7 +173,7 @@ def test_the_sweeps_of_memory_ran_to_their_ends(name):
     assert least < 0.05 < 3 < max(float(row["nats"]) for row in rows), "from reading to guessing"
 
 
-@pytest.mark.parametrize("name", evidence.IN_THE_BOX)
+@pytest.mark.parametrize("name", evidence.CARD_TEXTS)
 def test_cards_say_what_was_measured(name):
     found, folder = results(name), ROOT / "data" / "checkpoints" / name
     card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
