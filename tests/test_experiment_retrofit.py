@@ -17,6 +17,8 @@ from retro_nb.measure.results import results
 from retro_nb.model import pretrained
 from retro_nb.store import embedding
 
+pytestmark = pytest.mark.slow
+
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")
     experiment = importlib.import_module("retrofit")

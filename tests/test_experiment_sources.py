@@ -19,6 +19,8 @@ from retro_nb.store.chunking import special_ids
 from retro_nb.text.duplicates import near_duplicates
 from retro_nb.text.tokens import SpecialIds
 
+pytestmark = pytest.mark.slow
+
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "experiments")
     parts = ("", "_export", "_knnlm", "_models", "_results", "_search", "_store")

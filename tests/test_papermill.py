@@ -19,6 +19,8 @@ from retro_nb.common.arrays import write_json
 from retro_nb.lab import refresh, runner, sweep
 from retro_nb.lab.settings import parse_as, read_annotation, read_yaml
 
+pytestmark = pytest.mark.slow
+
 PRESETS = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
 
 PARAMETERS = """\

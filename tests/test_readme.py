@@ -130,6 +130,7 @@ def test_the_example_of_retrofit_runs(tmp_path, monkeypatch, capsys):
     assert retro_nb.RETROfit.from_pretrained(tmp_path / "reader").tokenizer.size == 2500
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     """As it stands, but with three short speeches, in a folder of its own."""
     monkeypatch.chdir(ROOT)

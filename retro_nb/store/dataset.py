@@ -135,7 +135,7 @@ class RETRODataset(Dataset):
             raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
         self.num_chunks, self.chunk_size, self.num_sequences = num_chunks, chunk_size, num_sequences
         self.seq_num_chunks, self.num_neighbors = seq_len // chunk_size, num_neighbors
-        ids, self.tokenizer = special_ids(chunk_memmap_path), store_fingerprint(chunk_memmap_path)
+        ids, self.tokenizer_fingerprint = special_ids(chunk_memmap_path), store_fingerprint(chunk_memmap_path)
         if eos_id is None:
             eos_id = closing_id(ids) if doc_ids_memmap_path is None else ids.eos
         self.eos_id, self.pad_id = eos_id, ids.pad if pad_id is None else int(pad_id)

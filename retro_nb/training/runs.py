@@ -137,7 +137,7 @@ def check_store(retro: ChunkedLM, data: Dataset | None) -> None:
     if data.chunk_size != retro.chunk_size:
         sizes = f"{data.chunk_size} tokens, the model's {retro.chunk_size}"
         raise ValueError(f"the store's chunks have {sizes}: build one for this model")
-    theirs, own = data.tokenizer, retro.tokenizer
+    theirs, own = data.tokenizer_fingerprint, retro.tokenizer
     if own is not None and theirs not in (None, own.fingerprint):
         names = f"tokenizer {theirs}, the model has {own.fingerprint}"
         raise ValueError(f"the store was cut by {names}: build one with the model's own")

@@ -418,6 +418,7 @@ def launch(processes: int, command: list[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_stopped_alone_and_finished_by_two_processes(recipe, tmp_path, finished, monkeypatch, capsys):
     """Two processes build the same database from nothing, and go on from where Ctrl-C stopped one."""
     forward, passes = RETRO.forward, iter(range(1, 10**6))
@@ -455,6 +456,7 @@ def test_more_processes_than_gpus(recipe, monkeypatch, capsys):
     assert "4 processes, but 2 GPU(s)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_needs_no_notebook_tools(recipe):
     """A machine that only trains has no Jupyter: neither papermill nor nbformat is imported."""
     block = "import sys; sys.modules.update(papermill=None, nbformat=None, matplotlib=None)"

@@ -9,6 +9,8 @@ from tiny_language_models import TOKENIZERS
 
 from retro_nb.common.devices import can_compile
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parents[1] / "compiled_equals_eager.py"
 
 

@@ -760,8 +760,8 @@ def test_what_does_not_go_together(wrapped, texts, tiny_bert, tmp_path):
 
 def test_a_store_of_another_model_is_met_at_the_door(wrapped, tmp_path):
     other_tokens, part = copy(wrapped.ds), Subset(wrapped.ds, [0, 1])
-    other_tokens.tokenizer = "another"
-    assert wrapped.ds.tokenizer == wrapped.retro.tokenizer.fingerprint
+    other_tokens.tokenizer_fingerprint = "another"
+    assert wrapped.ds.tokenizer_fingerprint == wrapped.retro.tokenizer.fingerprint
     for model, store, message in (
         (fresh("gpt2", chunk_size=8), part, "chunks have 4 tokens, the model's 8"),
         (wrapped.retro, other_tokens, "cut by tokenizer another, the model has"),

@@ -637,6 +637,7 @@ def test_bad_calls_are_refused(retro, prompt, options, message):
         generate(retro, prompt, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same():
     """Same seed, same machine: the weights, the losses and the samples of another process, to the last bit."""
     program = """

@@ -331,6 +331,7 @@ BYTE_LEVEL = ["bpe", "gpt2", "llama3"]
 EVERY = ["bert", "cased", *BYTE_LEVEL, "llama2", "t5"]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(NASTY, max_size=3), kind=st.sampled_from(BYTE_LEVEL), m=st.integers(1, 9))
 @pytest.mark.filterwarnings("ignore:building", "ignore:documents without a token")

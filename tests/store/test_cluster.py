@@ -33,7 +33,10 @@ from retro_nb.text.speeches import speeches
 from retro_nb.text.tokens import get_tokenizer
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[scale]'")
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster is enough for two cores (where pytest goes by groups)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
+]  # one cluster is enough for two cores (where pytest goes by groups)
 SIZES = {"chunk_size": 64, "seq_len": 128}
 SPEC = "IVF8,Flat"
 BLOCK, SHARD = 32, 90  # chunks embedded or searched, and indexed, together

@@ -483,6 +483,7 @@ def build_until_killed(folder, documents, bert, chunk_size, cls, point):
     build(folder, documents, bert, chunk_size, use_cls_repr=cls)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:building")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_a_build_killed_at_any_point_is_finished_as_if_nothing_had_been(tmp_path, tiny_bert, sample_corpus, run_apart):
@@ -603,6 +604,7 @@ def child_resumed(folder, bert):
     (folder.parent / f"process {os.environ['RANK']}").write_text(json.dumps(said))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_processes_share_the_blocks_and_others_go_on_after_a_kill(tmp_path, tiny_bert, sample_corpus):
     alone, shared = tmp_path / "alone", tmp_path / "shared"

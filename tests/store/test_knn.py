@@ -377,6 +377,7 @@ def build_until_killed(folder, prepared, options, point):
     build(folder, prepared, max_rows_per_file=ROWS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:building")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_a_search_killed_at_any_point_is_finished_as_if_nothing_had_been(built, tmp_path, run_apart):

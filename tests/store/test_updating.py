@@ -736,6 +736,7 @@ def same_while_moving(work, bert, moment: int) -> bool:
             return True
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the corpus has changed", "ignore:building")
 def test_a_stop_between_any_two_moves(base, tmp_path, bert, wrap):
     """Whatever comes next, an update, a build of the new corpus or of the old one, finishes the replacement first."""
@@ -800,6 +801,7 @@ def as_above():
     embedding._vectors, embedding.ON_CPU, updating.AT_A_TIME = sums_of_words, Sizes(5, 16, ahead=0), 16
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the corpus has changed", "ignore:building")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_an_update_killed_at_any_point_is_finished_as_if_nothing_had_been(base, tmp_path, bert, wrap, run_apart):
@@ -856,6 +858,7 @@ def child(folder: Path, bert: Path):
     write_json(folder.parent / f"process {launched()[0]}.json", said)
 
 
+@pytest.mark.slow
 def test_processes_that_are_launched_together_share_an_update(work, tmp_path, bert):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [__file__, str(work), str(bert)]

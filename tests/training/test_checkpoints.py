@@ -364,6 +364,7 @@ def die_at(out_dir: Path, number: int) -> None:
     train(out_dir)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_costs_no_checkpoint(tmp_path, expected, run_apart):
     killed, number = 0, 0
     while run_apart(die_at, tmp_path / str(number), number) == [-signal.SIGKILL]:

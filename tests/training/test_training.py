@@ -725,6 +725,7 @@ def child_share(out_dir: Path) -> None:
     fit(retro, tiny_data(), tiny_data(5, seed=1), eval_every=4, accumulate=2, out_dir=out_dir, log_every=1, **RUN)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_batch(tmp_path):
     run = RUN | {"accumulate": 2, "eval_every": 4}
     expected = fit(tiny_retro(), tiny_data(), tiny_data(5, seed=1), **run)
@@ -748,6 +749,7 @@ def child_skip(out_dir: Path) -> None:
     fit(retro, tiny_data(), out_dir=out_dir, **RUN)
 
 
+@pytest.mark.slow
 def test_two_processes_skip_alike(tmp_path):
     retro = tiny_retro()
     spoil(retro, {4})
