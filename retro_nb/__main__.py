@@ -223,8 +223,8 @@ def _run(arguments: argparse.Namespace) -> int:
         process, message = launched()[0], error.args[0] if isinstance(error, KeyError) else error
         print(f"error in process {process}: {message}" if process else f"error: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped; what was finished is kept", file=sys.stderr)
         return 130
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from retro_nb.common.arrays import ROOT, write_json
+from retro_nb.lab.parameters import check_parameters
 
 PACKAGES = ("torch", "faiss-cpu", "transformers", "numpy", "retro-nb")
 
@@ -82,8 +83,12 @@ def start(seed: int = 0, out_dir: str | Path = "", name: str = "notebook", devic
         name: the notebook's stem, such as "03_faiss_knn".
         device: "cpu", "cuda", "mps" …; by default a CUDA GPU if available, else the CPU. Apple's MPS is used only
             on request, because its numbers differ from those in the notebooks.
-        **config: the notebook's other parameters, recorded in metrics.json.
+        **config: the notebook's other parameters, checked (`parameters.LIMITS`) and recorded in metrics.json.
+
+    Raises:
+        ParameterError: a parameter has an impossible value. A notebook shows only the message, one line.
     """
+    check_parameters({"seed": seed, **config})
     from retro_nb.plotting import use_style  # imported here because matplotlib is slow to import
 
     random.seed(seed)

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -306,6 +307,13 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run stopped between two steps. IPython shows its message alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 @contextmanager
 def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
     """Let Ctrl-C or SIGTERM set the yielded event, and raise KeyboardInterrupt only after the block.
@@ -322,6 +330,7 @@ def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
+        print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
 
     before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -567,11 +567,14 @@ def test_going_on_with_accumulation(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "a scheduler"])
-def test_who_stops_it_gets_a_checkpoint(tmp_path, uninterrupted, number):
+def test_who_stops_it_gets_a_checkpoint(tmp_path, uninterrupted, number, capsys):
     retro, handlers = tiny_retro(**DROPOUT), [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     at_forward(retro, 9, lambda: os.kill(os.getpid(), number))  # step 7: passes 5 and 6 evaluate
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped after step 7 of \d+, saved in .*step-00000007: the same call"
+    ):
         fit(retro, tiny_data(), tiny_data(5, seed=1), eval_every=4, out_dir=tmp_path, **RUN)
+    assert "interrupt again to stop at once" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000005", "step-00000007"]
     assert read_log(tmp_path / "log.jsonl").steps == [1, 2, 3, 4, 5, 6, 7]
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
