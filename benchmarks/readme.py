@@ -30,7 +30,7 @@ LEARN = {
     "04_retro_model": "encoder and chunked cross-attention by hand; causality measured to the token",
     "05_training": "the loop by hand, then `fit`: schedule, validation, baseline, exact resume",
     "06_sampling": "temperature, top-k, top-p; live retrieval with caches; who was quoted",
-    "07_does_retrieval_help": "on, off, shuffled, baseline, oracle; a memory that is edited; source code, where retrieval pays",
+    "07_does_retrieval_help": "on, off, shuffled, baseline, oracle; a memory that is edited; where retrieval pays",
     "08_leakage": "what a chunk shares word for word with its neighbours, and what is left without it",
     "09_retrofit": "a frozen Hugging Face model learns to read; other tokenizers; when more weights look like reading",
     "10_your_own_corpus": "your texts in, a report before long work; documents that come and go without a rebuild",
