@@ -28,7 +28,7 @@ setup: $(STAMP) ## make .venv with everything installed in it (4 minutes, 2.5 GB
 tutorial: $(STAMP) ## execute notebooks 00 to 11 into runs/<time>/ (5 minutes)
 	$(PY) -m retro_nb run tutorial
 
-test: $(STAMP) ## ruff, the rooms' imports, mypy, the unit tests, every notebook under nbval (9 minutes)
+test: $(STAMP) ## ruff, the rooms' imports, mypy, the unit tests, every notebook under nbval (10 minutes)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-logo
