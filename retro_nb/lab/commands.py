@@ -273,7 +273,7 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
         history = wrapper.fit(progress=main, **_of(settings, FIT))
         if main:
             wrapper.retro.save_pretrained(out_dir)
-            _write_held_out(wrapper, settings)  # now that `fit` has not refused another corpus than at the start
+            _write_held_out(wrapper, settings)  # only now: `fit` refuses a corpus that has changed since the start
             metrics = run.save_metrics(_metrics(wrapper, history, state.num_processes))
             losses = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "valid_loss") if name in metrics)
             print(f"{metrics['steps']} steps, {losses}, in {out_dir}")

@@ -22,7 +22,7 @@ from retro_nb.store.files import Files
 from retro_nb.store.index import NO_NEIGHBOUR, Distances, Neighbours, Ranges, search
 from retro_nb.store.knn import document_ranges
 from retro_nb.store.settings import StoreSettings
-from retro_nb.store.splits import DocumentName, find_document
+from retro_nb.store.splits import DocumentName, find_documents
 from retro_nb.text.tokens import TextTokenizer
 
 
@@ -129,12 +129,12 @@ class Retriever:
         return document_ranges(self.doc_ids, self.keep_out) + named
 
     def document_ranges(self, document: DocumentName) -> list[tuple[int, int]]:
-        """Ranges [first, stop) of the chunk ids of the documents that `splits.find_document` finds.
+        """Ranges [first, stop) of the chunk ids of the documents that `splits.find_documents` finds.
 
         Raises:
             KeyError: there is no such document; the message names the closest titles.
         """
-        return [tuple(self.documents[number]["chunks"]) for number in find_document(document, self.documents)]
+        return [tuple(self.documents[number]["chunks"]) for number in find_documents([document], self.documents)]
 
     def neighbour(self, chunk: int, distance: float = float("nan")) -> Neighbour:
         """Describe a chunk of the corpus: its document, its text, its continuation."""

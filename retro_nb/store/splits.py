@@ -1,6 +1,7 @@
 """Held-out documents, and the sequences on both sides of the split."""
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -32,7 +33,7 @@ def hold_out(
 
 
 def identity(about: Mapping[str, Any]) -> dict[str, str]:
-    """What a document is known by when its corpus changes, as JSON can hold it: its title and its text's digest.
+    """Title of a document and digest of its text: they stay when its number changes with the corpus.
 
     Args:
         about: its metadata, an element of `Store.documents`.
@@ -40,30 +41,32 @@ def identity(about: Mapping[str, Any]) -> dict[str, str]:
     return {"title": about["title"], "digest": about.get("digest", "")}
 
 
-def find_document(name: DocumentName, documents: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Numbers of the documents that a name stands for: one, or several with the same title.
+def find_documents(names: Iterable[DocumentName], documents: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of the documents that these names stand for, in their order; several for a title that they share.
 
     Args:
-        name: a number, a title, or an `identity`.
+        names: numbers, titles, or what `identity` gives.
         documents: the metadata of all, `Store.documents`.
 
     Raises:
-        KeyError: there is none; the message names the closest titles.
+        KeyError: there is no such document; the message names the closest titles.
     """
-    titles = [about["title"] for about in documents]
-    if isinstance(name, Mapping):
-        found = [number for number, about in enumerate(documents) if identity(about) == dict(name)]
-    elif isinstance(name, str):
-        found = [number for number, title in enumerate(titles) if title == name]
-    else:
-        found = [int(name)] if not isinstance(name, bool) and 0 <= name < len(titles) else []
-    if found:
-        return found
-    if isinstance(name, Mapping) and name["title"] in titles:
+    known: dict[Any, list[int]] = defaultdict(list)
+    for number, about in enumerate(documents):
+        for key in (number, about["title"], tuple(identity(about).values())):
+            known[key].append(number)
+    return [number for name in names for number in _known(name, known, documents)]
+
+
+def _known(name: DocumentName, known: Mapping[Any, list[int]], documents: Sequence[Mapping[str, Any]]) -> list[int]:
+    key = (name["title"], name["digest"]) if isinstance(name, Mapping) else name
+    if key in known and not isinstance(key, bool):
+        return known[key]
+    if isinstance(name, Mapping) and name["title"] in known:
         raise KeyError(f"the text of document {name['title']!r} has changed since it was noted: put it back")
-    wanted = name["title"] if isinstance(name, Mapping) else name
-    near = difflib.get_close_matches(str(wanted), titles, n=3) or titles[:3]
-    raise KeyError(f"no document {wanted!r} among {len(titles)}; there are e.g. {near}")
+    title, titles = name["title"] if isinstance(name, Mapping) else name, [about["title"] for about in documents]
+    near = difflib.get_close_matches(str(title), titles, n=3) or titles[:3]
+    raise KeyError(f"no document {title!r} among {len(titles)}; there are e.g. {near}")
 
 
 def document_numbers(
@@ -80,7 +83,7 @@ def document_numbers(
         KeyError: there is no such document.
     """
     if isinstance(keep_out, Sequence):
-        return sorted({number for name in keep_out for number in find_document(name, documents)})
+        return sorted(set(find_documents(keep_out, documents)))
     return hold_out(np.arange(len(documents)), keep_out).tolist() if keep_out else []
 
 
