@@ -177,8 +177,8 @@ def evidence_table() -> str:
         cells = [mean_of(found[mode]) for mode in modes]
         lines.append(f"| {unit} | {' | '.join(cells)} |")
     note = (
-        f"Means over seeds (lowest to highest): {len(read_results('code')['on'])} of source code by `python "
-        f"experiments/sources.py`, three of the others by `python experiments/evidence.py`."
+        "Means of three seeds (lowest to highest), of source code by `python experiments/sources.py`, of the others by "
+        "`python experiments/evidence.py`."
     )
     return "\n".join([*lines, "", note])
 
@@ -201,9 +201,47 @@ def code_table() -> str:
         rows.append((f"the same, with {words} of their other files in the memory", None, memory))
     lines = ["| files | how many | loss against the baseline | 95 % interval |", "|---|---|---|---|"]
     for words, part, ratio in rows:
-        mean, low, high = (f"{value:+.1f} %".replace("-", "−") for value in ratio["per_cent"])
-        lines.append(f"| {words} | {_count(part)} | {mean} | {low} … {high} |".replace(">=", "≥"))
+        mean, interval = _percent(ratio).rstrip(")").split(" (")
+        lines.append(f"| {words} | {_count(part)} | {mean} | {interval} |".replace(">=", "≥"))
     return "\n".join(lines)
+
+
+CONTROLS = {
+    "retro": "RETRO, trained and read with two neighbours",
+    "baseline": "baseline: an equal number of weights (12 layers)",
+    "decoder": "RETRO's decoder without what reads (8 layers)",
+    "flops": "as many operations in training as RETRO (19 layers)",
+    "box": "a RETRO of half the size, which comes with the project",
+    "mixed": "RETRO, a fifth of the training chunks with other neighbours",
+}
+
+
+def controls_table() -> str:
+    """Source code: every model that was trained, what it has and takes, and its loss against the baseline's."""
+    found, of_controls = read_results("code"), read_results("code")["controls"]
+    lines = ["| model | weights, M | MFLOP a token in training | seeds | loss against the baseline | with the oracle |"]
+    lines.append("|---" * 6 + "|")
+    for model, words in CONTROLS.items():
+        cost, part = found["costs"][model], {"seeds": found["seeds"], "ratios": found["ratios"]}
+        part = of_controls.get(model, part)
+        of_mode = {mode: _percent(part["ratios"][mode]) for mode in ("on", "off", "oracle") if mode in part["ratios"]}
+        loss, oracle = of_mode.get("on", of_mode["off"]), of_mode.get("oracle", "").partition(" (")[0]
+        if model == "baseline":
+            loss, oracle = "0", ""
+        size, operations = cost["parameters"] / 1e6, cost["flops_a_token"]["training"] / 1e6
+        lines.append(f"| {words} | {size:.1f} | {operations:.0f} | {len(part['seeds'])} | {loss} | {oracle} |")
+    memory, runs = _percent(found["knnlm"]["ratio"]), found["knnlm"]["runs"]
+    base = " | ".join(lines[3].split(" | ")[1:3])
+    lines.append(
+        f"| kNN-LM: the baseline, and a memory of all its training tokens | {base} | {len(runs)} | {memory} | |"
+    )
+    return "\n".join(lines)
+
+
+def _percent(ratio: dict) -> str:
+    """By how much a loss is more or less than the baseline's, with its interval."""
+    mean, low, high = (f"{value:+.1f} %".replace("-0.0", "0.0").replace("-", "−") for value in ratio["per_cent"])
+    return f"{mean} ({low} … {high})"
 
 
 def _count(part: dict | None) -> str:
@@ -303,6 +341,7 @@ def main() -> None:
     text = replace_section(text, "fast", speed_section(devices))
     text = replace_section(text, "evidence", evidence_table())
     text = replace_section(text, "code", code_table())
+    text = replace_section(text, "controls", controls_table())
     text = replace_section(text, "retrofit", retrofit_table())
     growth = json.loads((RESULTS / "growth-cpu.json").read_text(encoding="utf-8"))
     text = replace_section(text, "growth", growth_table(growth))

@@ -66,6 +66,24 @@ def test_the_table_of_source_code_is_the_measured_one():
     assert f"{operations[0] / operations[1]:.1f} times the operations" in flat(README)
 
 
+def test_the_table_of_controls_is_the_measured_one():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert script["replace_section"](README, "controls", script["controls_table"]()) == README
+    code = results("code")
+    seed_0, controls = code["on"][code["seeds"].index(0)], code["controls"]
+    for model, share in (("flops", "3.1 %"), ("decoder", "6.4 %")):
+        assert controls[model]["seeds"] == [0] and f"{1 - seed_0 / controls[model]['off'][0]:.1%}" == share.replace(
+            " ", ""
+        )
+        assert f"by {share}" in flat(README)
+    box, mixed = controls["box"], controls["mixed"]
+    assert abs(box["ratios"]["on"]["per_cent"][0]) < 0.5 and box["oracle"][0] < 0.5 * box["off"][0]
+    assert mixed["oracle"][0] > 0.99 * mixed["off"][0]
+    assert code["knnlm"]["ratio"]["per_cent"][0] < 2 * code["ratios"]["on"]["per_cent"][0]
+    tokens = code["corpus"]["parts"]["train"]["tokens"]
+    assert f"{tokens / 1e6:.0f} million, {tokens * 512 * 2 / 1e9:.0f} GB as float16" in flat(README)
+
+
 def test_the_table_of_retrofit_is_the_measured_one():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
     assert script["replace_section"](README, "retrofit", script["retrofit_table"]()) == README
