@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_nb import RETRO, code, get_tokenizer
+from retro_nb import RETRO, Store, StoreSettings, code, get_tokenizer
 from retro_nb.common.arrays import ROOT
+from retro_nb.measure.evaluation import token_losses
 from retro_nb.measure.leakage import shared_runs
+from retro_nb.model.pretrained import INCLUDED
 from retro_nb.reference import documents_to_chunks_
 from retro_nb.store.chunking import special_ids
 from retro_nb.text.duplicates import near_duplicates
@@ -419,3 +421,15 @@ def test_ratios_are_of_sums_and_their_interval_is_of_the_same_documents():
     found = results.ratio((0.9 * baseline).tolist(), baseline.tolist())
     assert found["all"] == pytest.approx(0.9) and found["seeds"] == [pytest.approx(0.9)] * 3
     assert found["interval"] == [pytest.approx(0.9), pytest.approx(0.9)]
+
+
+def test_the_included_model_of_code_reads(tmp_path):
+    retro = RETRO.from_pretrained("code")
+    settings = StoreSettings(tokenizer=str(INCLUDED / "code"), seq_len=retro.seq_len)
+    store = Store.build(code(["einops"]), tmp_path, settings, progress=False)
+    document = int(np.bincount(store.dataset(2).doc_ids).argmin())
+    off, oracle = (
+        np.nanmean(token_losses(retro, store.dataset(2), [document], mode, progress=False))
+        for mode in ("off", "oracle")
+    )
+    assert off < 3 and oracle < 0.8 * off
