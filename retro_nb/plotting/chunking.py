@@ -4,13 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from retro_nb.plotting.style import COLOURS, blank, box
+from retro_nb.plotting.style import COLOURS, blank, box, subplots
 
 Span = tuple[int, int]  # characters [start, stop)
 NOTHING = "#E4E4E4"  # padding
@@ -87,7 +86,7 @@ def chunks_by_year(
     years: Sequence[int], chunks: Sequence[int], named: dict[int, str], written: tuple[int, int]
 ) -> Figure:
     """Chunks of each document against its year. `named` labels some documents; the `written` years are shaded."""
-    figure, axes = plt.subplots(figsize=(8, 3.4))
+    figure, axes = subplots(figsize=(8, 3.4))
     axes.axvspan(written[0] - 0.5, written[1] + 0.5, color=COLOURS["muted"], alpha=0.13, linewidth=0)
     axes.text(sum(written) / 2, 0.96 * max(chunks), "sent in writing", ha="center", color=COLOURS["muted"])
     axes.vlines(years, 0, chunks, color=COLOURS["chunk"], linewidth=1.4, alpha=0.75)
@@ -97,13 +96,12 @@ def chunks_by_year(
         label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable across other lines
     axes.set(xlabel="year", ylabel="chunks", ylim=(0, 1.08 * max(chunks)), title="Letters are long, speeches are short")
     axes.grid(axis="x", visible=False)
-    plt.close(figure)
     return figure
 
 
 def padding(last: Sequence[int], chunk_size: int, shares: dict[str, float]) -> Figure:
     """Tokens in the documents' last chunks, and the share of padding in several arrays."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(3, 2))
+    figure, (left, right) = subplots(1, 2, figsize=(8, 3), width_ratios=(3, 2))
     bins = np.linspace(0.5, chunk_size + 0.5, 17 if chunk_size % 16 == 0 else 9)
     left.hist(last, bins=bins, color=COLOURS["chunk"], edgecolor="white")
     left.axhline(len(last) / (len(bins) - 1), color=COLOURS["ink"], linewidth=1, linestyle="--")
@@ -115,5 +113,4 @@ def padding(last: Sequence[int], chunk_size: int, shares: dict[str, float]) -> F
     right.set_title("Short documents waste more")
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
-    plt.close(figure)
     return figure

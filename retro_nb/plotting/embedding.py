@@ -3,17 +3,17 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from jaxtyping import Float, Int
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from retro_nb.plotting.style import COLOURS, SEQUENTIAL, blank, box
+from retro_nb.plotting.style import COLOURS, GREY, SEQUENTIAL, blank, box, subplots
 
 # Special tokens in their own colours, words in the chunks' blue.
-TOKEN_COLOURS = {"[CLS]": COLOURS["neighbour"], "[SEP]": COLOURS["continuation"], "[PAD]": "#DDE3E8"}
+TOKEN_COLOURS = {"[CLS]": COLOURS["neighbour"], "[SEP]": COLOURS["continuation"], "[PAD]": GREY}
 
 
 def quotes(rows: Sequence[tuple[str, str]], heads: tuple[str, str] = ("", "")) -> HTML:
@@ -51,7 +51,7 @@ def vector_map(
     points: Float[np.ndarray, "c 2"], years: Int[np.ndarray, " c"], marked: Mapping[str, Sequence[float]], title: str
 ) -> Figure:
     """Chunk vectors in the plane, coloured in periods of 40 years, with some labelled points."""
-    figure, axes = plt.subplots(figsize=(8, 5.6))
+    figure, axes = subplots(figsize=(8, 5.6))
     periods = BoundaryNorm(range(1790, 2031, 40), 256)
     # Without antialiasing the picture takes a quarter of the bytes.
     xs, ys = points.T
@@ -62,27 +62,25 @@ def vector_map(
         axes.annotate(name, (x, y), (6, 6), textcoords="offset points", fontsize=9, bbox=frame)
     axes.set(title=title, xlabel="first principal component", ylabel="second principal component")
     figure.colorbar(dots, label="year", aspect=30)
-    plt.close(figure)
     return figure
 
 
 def similarity(cosines: Float[np.ndarray, "a b"], rows: str, columns: str, title: str) -> Figure:
     """Cosine of every chunk of one speech with every chunk of another; the highest is framed."""
-    figure, axes = plt.subplots(figsize=(6.4, 5))
+    figure, axes = subplots(figsize=(6.4, 5))
     image = axes.imshow(cosines, vmin=0, vmax=1)
     best = np.unravel_index(np.argmax(cosines), cosines.shape)
     frame: dict = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2.5}
-    axes.add_patch(plt.Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, **frame))
+    axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, **frame))
     axes.set(title=title, ylabel=f"chunk of {rows}", xlabel=f"chunk of {columns}")
     axes.grid(False)
     figure.colorbar(image, label="cosine", aspect=30)
-    plt.close(figure)
     return figure
 
 
 def distances(groups: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Figure:
     """Squared distances of pairs of chunks, one histogram of area 1 per group."""
-    figure, axes = plt.subplots()
+    figure, axes = subplots()
     top = max(float(np.quantile(values, 0.97)) for values in groups.values())
     bins = np.linspace(0, top, 80).tolist()
     for (name, values), colour in zip(groups.items(), ("neighbour", "continuation", "chunk"), strict=False):
@@ -90,18 +88,16 @@ def distances(groups: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Fi
         axes.axvline(float(np.median(values)), color=COLOURS[colour], linewidth=1, linestyle=":")
     axes.set(title=title, xlabel="squared distance d²", ylabel="density of pairs", xlim=(0, top))
     axes.legend()
-    plt.close(figure)
     return figure
 
 
 def norms(words: Int[np.ndarray, " c"], lengths: Float[np.ndarray, " c"], nearest: Float[np.ndarray, " c"]) -> Figure:
     """Length of a chunk's vector, and distance to its nearest neighbour, against its number of tokens."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
+    figure, (left, right) = subplots(1, 2, figsize=(8.4, 3.4))
     spread = np.random.default_rng(0).uniform(-0.4, 0.4, len(words))  # otherwise full chunks would lie on one line
     for axes, values, label in ((left, lengths, "length of the vector ‖v‖"), (right, nearest, "d² to the nearest")):
         axes.scatter(words + spread, values, s=6, color=COLOURS["chunk"], alpha=0.4, linewidths=0)
         axes.set(xlabel="tokens in the chunk", ylabel=label, ylim=(0, None))
     left.set_title("Short chunks have long vectors …")
     right.set_title("… and nobody near them")
-    plt.close(figure)
     return figure

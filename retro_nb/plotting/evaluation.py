@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from jaxtyping import Float
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from retro_nb.plotting.style import COLOURS, DIVERGING
+from retro_nb.plotting.style import COLOURS, DIVERGING, subplots, titled_row
 
 # The conditions under which a model is measured, and their colours.
 CONDITIONS = {
@@ -36,8 +36,8 @@ def answers(panels: Mapping[str, Mapping[str, float]], marked: Mapping[str, str]
 
     `marked` gives some words a colour, named as in COLOURS; these words are also bold.
     """
-    figure, row = plt.subplots(1, len(panels), figsize=(8, 2.5), sharex=True)
-    for axes, (name, chances) in zip(np.atleast_1d(row), panels.items(), strict=True):
+    figure, row = titled_row(panels, title, 2.5, sharex=True)
+    for axes, chances in zip(row, panels.values(), strict=True):
         rows = range(len(chances))
         axes.barh(rows, list(chances.values()), color=[COLOURS[marked.get(word, "muted")] for word in chances])
         for y, chance in enumerate(chances.values()):
@@ -47,10 +47,7 @@ def answers(panels: Mapping[str, Mapping[str, float]], marked: Mapping[str, str]
             label.set_fontweight("bold" if label.get_text() in marked else "normal")
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.25), xticks=(0, 0.5, 1), xlabel="probability")
-        axes.set_title(name, fontsize=10, fontweight="normal")
         axes.grid(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plt.close(figure)
     return figure
 
 
@@ -93,29 +90,27 @@ def attention_map(
     weights: Float[np.ndarray, "a b"], rows: Sequence[str], columns: Sequence[str], marked: int, title: str
 ) -> Figure:
     """Attention of text tokens (rows) to retrieved tokens (columns); a frame shows the `marked` column."""
-    figure, axes = plt.subplots(figsize=(8.4, 1.6 + 0.21 * len(rows)))
+    figure, axes = subplots(figsize=(8.4, 1.6 + 0.21 * len(rows)))
     image = axes.imshow(weights, vmin=0, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     frame: dict = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2}
-    axes.add_patch(plt.Rectangle((marked - 0.5, -0.5), 1, len(rows), **frame))
+    axes.add_patch(Rectangle((marked - 0.5, -0.5), 1, len(rows), **frame))
     axes.set(title=title, xlabel="retrieved token", ylabel="token that reads")
     axes.grid(False)
     figure.colorbar(image, label="weight", aspect=30, fraction=0.03)
-    plt.close(figure)
     return figure
 
 
 def rewritings(chances: Float[np.ndarray, "a a"], words: Sequence[str], title: str) -> Figure:
     """Probability of each answer (columns) for each word in the memory (rows); on the diagonal they agree."""
-    figure, axes = plt.subplots(figsize=(6.6, 5.6))
+    figure, axes = subplots(figsize=(6.6, 5.6))
     image = axes.imshow(chances, vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
     axes.set_yticks(range(len(words)), words, fontsize=7)
     axes.set(xlabel="answer", ylabel="what the memory says", title=title)
     axes.grid(False)
     figure.colorbar(image, label="probability", aspect=40, fraction=0.03)
-    plt.close(figure)
     return figure
 
 
@@ -134,8 +129,8 @@ def bars(
 
     `intervals` adds whiskers to the conditions that have one, `line` a dashed line at a value to compare with.
     """
-    figure, row = plt.subplots(1, len(panels), figsize=(8, 3.4), sharey=True)
-    for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
+    figure, row = titled_row(panels, title, 3.4, sharey=True)
+    for axes, (name, values) in zip(row, panels.items(), strict=True):
         whiskers = (intervals or {}).get(name, {})
         for x, (condition, seeds) in enumerate(values.items()):
             mean, (low, high) = float(np.mean(seeds)), whiskers.get(condition, (np.mean(seeds),) * 2)
@@ -148,22 +143,19 @@ def bars(
             axes.annotate(f"{mean:.2f}".replace("-", "−"), (x, end), (0, 3 * up), textcoords="offset points",
                           ha="center", va="bottom" if up > 0 else "top", fontsize=9)  # fmt: skip
         axes.set_xticks(range(len(values)), list(values))
-        axes.set_title(name, fontsize=10, fontweight="normal")
         axes.grid(axis="x", visible=False)
         axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
         axes.margins(y=0.12)
         if line is not None:
             axes.axhline(line[1], color=COLOURS["ink"], linestyle="--", linewidth=1)
             axes.annotate(f" {line[0]}", (1, line[1]), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    np.atleast_1d(row)[0].set_ylabel(ylabel)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plt.close(figure)
+    row[0].set_ylabel(ylabel)
     return figure
 
 
 def resampled(values: Float[np.ndarray, " any"], interval: tuple[float, float], xlabel: str, title: str) -> Figure:
     """Values of many resamplings, and the interval with most of them; a line at 0 if 0 is near."""
-    figure, axes = plt.subplots(figsize=(8, 2.8))
+    figure, axes = subplots(figsize=(8, 2.8))
     axes.hist(values, 40, color=COLOURS["model"])
     axes.axvspan(*interval, color=COLOURS["model"], alpha=0.15, linewidth=0, label="95 % of them")
     for end in interval:
@@ -173,7 +165,6 @@ def resampled(values: Float[np.ndarray, " any"], interval: tuple[float, float], 
         axes.axvline(0, color=COLOURS["neighbour"], linewidth=1.6, linestyle="--", label="no difference")
     axes.set(xlabel=xlabel, ylabel="resamplings", title=title)
     axes.legend()
-    plt.close(figure)
     return figure
 
 
@@ -181,7 +172,7 @@ def copying(
     tokens: Sequence[int], losses: Mapping[str, Sequence[Sequence[float]]], guessing: float, title: str
 ) -> Figure:
     """Loss on facts over the training tokens seen, one line per seed; a line marks half the loss of `guessing`."""
-    figure, axes = plt.subplots(figsize=(8, 3.6))
+    figure, axes = subplots(figsize=(8, 3.6))
     millions = np.asarray(tokens) / 1e6
     for condition, seeds in losses.items():
         for number, values in enumerate(seeds):
@@ -197,13 +188,12 @@ def copying(
     axes.set(xlabel="training tokens seen, millions", ylabel="nats per fact token", ylim=(0, None))
     axes.set_title(title)
     axes.legend(loc="upper right", frameon=True, edgecolor="none")
-    plt.close(figure)
     return figure
 
 
 def hit_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
     """How often chunks find their document's town, by chunk number, for one or more databases."""
-    figure, axes = plt.subplots(figsize=(8, 3))
+    figure, axes = subplots(figsize=(8, 3))
     looks = zip(("model", "neighbour", "chunk"), "os^", strict=True)
     for (name, values), (colour, shape) in zip(rates.items(), looks, strict=False):
         axes.plot(range(len(values)), values, f"{shape}-", color=COLOURS[colour], label=name)
@@ -212,7 +202,6 @@ def hit_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_title("How often is the right town among the neighbours?")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower left")
-    plt.close(figure)
     return figure
 
 
@@ -221,8 +210,8 @@ def gains(panels: Mapping[str, Mapping[str, Spread]], ylabel: str, title: str) -
 
     A dot is filled if its interval excludes 0.
     """
-    figure, row = plt.subplots(1, len(panels), figsize=(8, 3.4), sharey=True)
-    for axes, (name, groups) in zip(np.atleast_1d(row), panels.items(), strict=True):
+    figure, row = titled_row(panels, title, 3.4, sharey=True)
+    for axes, groups in zip(row, panels.values(), strict=True):
         for x, (mean, low, high) in enumerate(groups.values()):
             fill = COLOURS["model"] if low > 0 or high < 0 else "white"
             axes.plot([x, x], [low, high], "_-", color=COLOURS["model"], linewidth=1.4)
@@ -231,11 +220,8 @@ def gains(panels: Mapping[str, Mapping[str, Spread]], ylabel: str, title: str) -
         turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 6 else {}
         axes.set_xticks(range(len(groups)), list(groups), fontsize=8, **turned)
         axes.set_xlim(-0.5, len(groups) - 0.5)
-        axes.set_title(name, fontsize=10, fontweight="normal")
         axes.grid(axis="x", visible=False)
-    np.atleast_1d(row)[0].set_ylabel(ylabel)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plt.close(figure)
+    row[0].set_ylabel(ylabel)
     return figure
 
 
@@ -243,8 +229,8 @@ def sweeps(
     panels: Mapping[str, Mapping[str, Sequence[float]]], baseline: Sequence[float], ylabel: str, title: str
 ) -> Figure:
     """A measure against each of several settings: mean, and range over the seeds, with the baseline to compare."""
-    figure, row = plt.subplots(1, len(panels), figsize=(8, 3.2), sharey=True)
-    for axes, (name, values) in zip(np.atleast_1d(row), panels.items(), strict=True):
+    figure, row = titled_row([""] * len(panels), title, 3.2, sharey=True)
+    for axes, (name, values) in zip(row, panels.items(), strict=True):
         means = np.array([np.mean(seeds) for seeds in values.values()])
         ends = np.array([(min(seeds), max(seeds)) for seeds in values.values()])
         ranges = np.abs(ends.T - means)
@@ -254,9 +240,6 @@ def sweeps(
         axes.set_xticks(range(len(values)), list(values))
         axes.set(xlabel=name, xlim=(-0.5, len(values) - 0.5))
         axes.grid(axis="x", visible=False)
-    first = np.atleast_1d(row)[0]
-    first.set_ylabel(ylabel)
-    first.legend()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plt.close(figure)
+    row[0].set_ylabel(ylabel)
+    row[0].legend()
     return figure

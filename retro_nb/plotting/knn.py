@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from retro_nb.plotting.style import COLOURS
+from retro_nb.plotting.style import COLOURS, subplots
 
 WORD = re.compile(r"[^\W\d_]{5,}")  # content words: five letters or more
 
@@ -46,7 +45,7 @@ def side_by_side(question: tuple[str, str], answers: Sequence[tuple[str, str]]) 
 
 def own_by_rank(shares: Float[np.ndarray, " rank"], chance: float) -> Figure:
     """Share of chunks whose first, second, … nearest chunk is from the same speech; rank 0 is the chunk itself."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = subplots(figsize=(8, 3.2))
     axes.bar(0, shares[0], color=COLOURS["control"], label="the chunk itself")
     axes.bar(range(1, len(shares)), shares[1:], color=COLOURS["chunk"], label="another chunk of the same speech")
     axes.axhline(chance, color=COLOURS["ink"], linewidth=1.2, linestyle="--", label="if neighbours were drawn by lot")
@@ -54,13 +53,12 @@ def own_by_rank(shares: Float[np.ndarray, " rank"], chance: float) -> Figure:
     axes.set(xlabel="rank by distance", xticks=range(len(shares)))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend()
-    plt.close(figure)
     return figure
 
 
 def margins(needed: Mapping[str, Int[np.ndarray, " any"]], usual: int) -> Figure:
     """Share of chunks with too few neighbours for each margin, from the margin that each chunk needs."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = subplots(figsize=(8, 3.2))
     for (name, values), colour in zip(needed.items(), ("chunk", "neighbour"), strict=False):
         steps = np.arange(0, 31)
         axes.plot(steps, [(values > step).mean() for step in steps], color=COLOURS[colour], linewidth=2, label=name)
@@ -69,13 +67,12 @@ def margins(needed: Mapping[str, Int[np.ndarray, " any"]], usual: int) -> Figure
     axes.set(xlabel="chunks fetched beyond k", ylabel="chunks left with\nfewer than k neighbours")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend()
-    plt.close(figure)
     return figure
 
 
 def recall_against_time(trials: Sequence[Mapping[str, Any]], k: int) -> Figure:
     """Recall against search time, one line per index; each trial has index, effort, ms and recall."""
-    figure, axes = plt.subplots(figsize=(8, 4.4))
+    figure, axes = subplots(figsize=(8, 4.4))
     names = list(dict.fromkeys(trial["index"] for trial in trials))
     for name, colour in zip(names, ("ink", "chunk", "model", "neighbour", "continuation"), strict=False):
         points = [trial for trial in trials if trial["index"] == name]
@@ -90,13 +87,12 @@ def recall_against_time(trials: Sequence[Mapping[str, Any]], k: int) -> Figure:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(loc="lower right")
-    plt.close(figure)
     return figure
 
 
 def decade_map(shares: Float[np.ndarray, "a a"], decades: Sequence[int]) -> Figure:
     """Decades of chunks (rows) and of their neighbours (columns). Each row sums to 1."""
-    figure, axes = plt.subplots(figsize=(7.2, 6))
+    figure, axes = subplots(figsize=(7.2, 6))
     image = axes.imshow(shares, vmin=0)
     ticks = range(0, len(decades), 3)
     labels = [f"{decades[tick]}s" for tick in ticks]
@@ -105,7 +101,6 @@ def decade_map(shares: Float[np.ndarray, "a a"], decades: Sequence[int]) -> Figu
     axes.set(title="Each age asks its own", ylabel="a chunk of the …", xlabel="finds neighbours in the …")
     axes.grid(False)
     figure.colorbar(image, label="share of the row's neighbours", format=PercentFormatter(1, decimals=0), aspect=30)
-    plt.close(figure)
     return figure
 
 
@@ -113,7 +108,7 @@ def gaps_and_distances(
     gaps: Mapping[str, Int[np.ndarray, " any"]], distances: Mapping[str, Float[np.ndarray, " any"]]
 ) -> Figure:
     """Histograms of the years between a chunk and its neighbour, and of their squared distance."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
+    figure, (left, right) = subplots(1, 2, figsize=(8.4, 3.4))
     for axes, groups, bins in ((left, gaps, np.arange(0, 241, 10)), (right, distances, np.linspace(0, 16, 65))):
         for (name, values), colour in zip(groups.items(), ("neighbour", "muted", "chunk"), strict=False):
             axes.hist(values, bins, density=True, histtype="step", linewidth=2, color=COLOURS[colour], label=name)
@@ -121,13 +116,12 @@ def gaps_and_distances(
         axes.legend(fontsize=9)
     left.set(title="How many years apart?", xlabel="years between the two", ylabel="share of pairs")
     right.set(title="How near?", xlabel="squared distance d²")
-    plt.close(figure)
     return figure
 
 
 def hubs(times: Int[np.ndarray, " c"], lengths: Float[np.ndarray, " c"], even: float) -> Figure:
     """How often each chunk is retrieved, by rank and against the length of its vector."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
+    figure, (left, right) = subplots(1, 2, figsize=(8.4, 3.4))
     left.plot(np.sort(times)[::-1], color=COLOURS["neighbour"], linewidth=2)
     left.axhline(even, color=COLOURS["muted"], linestyle="--", linewidth=1.2, label="if all were retrieved alike")
     left.set(title="A few are found by many", xlabel="chunks, most retrieved first", ylabel="times retrieved")
@@ -136,5 +130,4 @@ def hubs(times: Int[np.ndarray, " c"], lengths: Float[np.ndarray, " c"], even: f
     right.set(title="They have short vectors", xlabel="length ‖v‖ (logarithmic)", ylabel="times retrieved")
     right.set(xscale="log", xticks=[2, 3, 4, 6, 8], xticklabels=[2, 3, 4, 6, 8])
     right.xaxis.set_minor_locator(NullLocator())
-    plt.close(figure)
     return figure

@@ -5,7 +5,6 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from jaxtyping import Float, Int
@@ -17,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from retro_nb.measure.leakage import shared_runs
 from retro_nb.measure.memory import pieces
 from retro_nb.plotting.evaluation import CONDITIONS
-from retro_nb.plotting.style import COLOURS
+from retro_nb.plotting.style import COLOURS, subplots
 from retro_nb.store.chunking import document_tokens
 from retro_nb.text.document import Document
 
@@ -44,7 +43,7 @@ def _percent(share: float, _: object = None) -> str:
 
 def overlap_histogram(overlaps: Mapping[str, Float[np.ndarray, " any"]], title: str) -> Figure:
     """Histogram of the overlap in bins of four tokens of 64, as shares of chunks on a logarithmic axis."""
-    figure, axes = plt.subplots(figsize=(8, 3.4))
+    figure, axes = subplots(figsize=(8, 3.4))
     bins = [0, *((np.arange(4, 65, 4) + 0.5) / 64)]  # up to 4 tokens, 5 to 8, 9 to 12, …
     for (name, values), (colour, line) in zip(overlaps.items(), GROUPS, strict=False):
         weights = np.full(len(values), 1 / max(len(values), 1))
@@ -58,13 +57,12 @@ def overlap_histogram(overlaps: Mapping[str, Float[np.ndarray, " any"]], title: 
     axes.xaxis.set_major_formatter(_percent)
     axes.yaxis.set_major_formatter(_percent)
     axes.legend()
-    plt.close(figure)
     return figure
 
 
 def suffix_table(lengths: Int[np.ndarray, "m r"], chunk: Sequence[str], text: Sequence[str]) -> Figure:
     """Table of common suffixes with a row for each word of the chunk; frames mark the words of the longest run."""
-    figure, axes = plt.subplots(figsize=(1 + 0.62 * len(text), 0.6 + 0.3 * len(chunk)))
+    figure, axes = subplots(figsize=(1 + 0.62 * len(text), 0.6 + 0.3 * len(chunk)))
     axes.imshow(lengths, LinearSegmentedColormap.from_list("runs", ["white", COLOURS["neighbour"]]), aspect="auto")
     i, j = np.unravel_index(lengths.argmax(), lengths.shape)
     run = [(i - back, j - back) for back in range(lengths.max())]
@@ -78,7 +76,6 @@ def suffix_table(lengths: Int[np.ndarray, "m r"], chunk: Sequence[str], text: Se
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    plt.close(figure)
     return figure
 
 
@@ -92,7 +89,7 @@ def bits_by_overlap(curve: Sequence[Mapping[str, Any]], title: str) -> Figure:
         curve: the result of `leakage.leakage_curve`.
         title: the figure's message.
     """
-    figure, (axes, below) = plt.subplots(2, 1, figsize=(8, 4.8), sharex=True, height_ratios=(3, 1))
+    figure, (axes, below) = subplots(2, 1, figsize=(8, 4.8), sharex=True, height_ratios=(3, 1))
     alphas = [point["alpha"] for point in curve]
     for name in curve[0]["bits_per_byte"]:
         bits = [point["bits_per_byte"][name] for point in curve]
@@ -106,7 +103,6 @@ def bits_by_overlap(curve: Sequence[Mapping[str, Any]], title: str) -> Figure:
     below.set_xticks(alphas)
     below.xaxis.set_major_formatter(_percent)
     below.yaxis.set_major_formatter(_percent)
-    plt.close(figure)
     return figure
 
 
@@ -124,7 +120,7 @@ def gain_by_overlap(
         title: the figure's message.
         chunks: the chunks counted at each α, as the label of the x axis.
     """
-    figure, axes = plt.subplots(figsize=(8, 3.4))
+    figure, axes = subplots(figsize=(8, 3.4))
     for (name, points), (colour, line) in zip(gains.items(), GROUPS, strict=False):
         values, low, high = np.array(points).T
         shade = CONDITIONS.get(name, COLOURS[colour])
@@ -135,7 +131,6 @@ def gain_by_overlap(
     axes.set_xticks(alphas)
     axes.xaxis.set_major_formatter(_percent)
     figure.legend(loc="outside lower right", ncols=len(gains))  # no line or band behind it
-    plt.close(figure)
     return figure
 
 

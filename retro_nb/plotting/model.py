@@ -4,7 +4,6 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import HTML
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 
 from retro_nb.model.layers import rotary
 from retro_nb.model.retro import RETRO
-from retro_nb.plotting.style import COLOURS, SEQUENTIAL, arrow, blank, box
-
-PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB", "model": "#D3EDE4", "muted": "#EDEDED"}
+from retro_nb.plotting.style import COLOURS, PALE, SEQUENTIAL, arrow, blank, box, subplots
 
 
 def ripples(changes: Mapping[str, Float[Tensor, " n"]], firsts: Sequence[int], chunk_size: int) -> Figure:
@@ -28,7 +25,7 @@ def ripples(changes: Mapping[str, Float[Tensor, " n"]], firsts: Sequence[int], c
         firsts: the first position that may move, for each panel.
         chunk_size: m; chunks are marked on the axis.
     """
-    figure, panels = plt.subplots(len(changes), 1, figsize=(8, 2.1 * len(changes)), sharex=True)
+    figure, panels = subplots(len(changes), 1, figsize=(8, 2.1 * len(changes)), sharex=True)
     for axes, (title, change), first in zip(np.atleast_1d(panels), changes.items(), firsts, strict=True):
         values = change.numpy()
         moved, still = np.flatnonzero(values), np.flatnonzero(values == 0)
@@ -45,7 +42,6 @@ def ripples(changes: Mapping[str, Float[Tensor, " n"]], firsts: Sequence[int], c
         axes.legend(loc="center left", fontsize=8, markerscale=2, frameon=True, framealpha=1, edgecolor="none")
     axes.set_xticks(range(0, len(values) + 1, chunk_size))
     axes.set_xlabel("position in the text, in tokens; one tick a chunk")
-    plt.close(figure)
     return figure
 
 
@@ -104,7 +100,7 @@ def architecture(depth: int, layers: Sequence[int]) -> Figure:
 def rotary_distances(dim: int, farthest: int = 128) -> Figure:
     """Effect of a rotary distance: the cosine of every feature pair, and their mean."""
     cos = rotary(torch.arange(farthest + 1), dim)[0, :, : dim // 2]
-    figure, (phase, decay) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1.25, 1))
+    figure, (phase, decay) = subplots(1, 2, figsize=(8, 3), width_ratios=(1.25, 1))
     figure.set_layout_engine("constrained", wspace=0.1)
     image = phase.imshow(cos.T.numpy(), aspect="auto", cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     phase.grid(False)
@@ -114,7 +110,6 @@ def rotary_distances(dim: int, farthest: int = 128) -> Figure:
     decay.plot(cos.mean(dim=1).numpy(), color=COLOURS["model"])
     decay.axhline(0, color=COLOURS["muted"], linewidth=0.8)
     decay.set(title="Together they fade", xlabel=distance, ylabel="q · k for q = k, |q| = 1", ylim=(-0.1, 1.05))
-    plt.close(figure)
     return figure
 
 
@@ -152,7 +147,7 @@ def joint_softmax(weights: Float[Tensor, "m _"], k: int, first: int = 0) -> Figu
     """Attention weights of one attending chunk over the null key and k neighbours; `first` is its first token."""
     m, columns = weights.shape
     r = (columns - 1) // k
-    figure, axes = plt.subplots(figsize=(8, 2.3))
+    figure, axes = subplots(figsize=(8, 2.3))
     image = axes.imshow(weights.detach().numpy(), aspect="auto", cmap=SEQUENTIAL, vmin=0)
     for edge in range(k):
         axes.axvline(0.5 + edge * r, color="white", linewidth=2)
@@ -165,7 +160,6 @@ def joint_softmax(weights: Float[Tensor, "m _"], k: int, first: int = 0) -> Figu
     axes.set_title("One softmax over the null key and all neighbours: every row sums to 1")
     axes.grid(False)
     figure.colorbar(image, ax=axes, label="weight")
-    plt.close(figure)
     return figure
 
 
@@ -177,7 +171,7 @@ def query_positions(positions: Mapping[str, Int[Tensor, " m"]], r: int, dim: int
         r: number of retrieved tokens per neighbour, at 0 … r−1.
         dim: number of rotated features per head.
     """
-    figure, panels = plt.subplots(1, len(positions), figsize=(8, 3), sharey=True)
+    figure, panels = subplots(1, len(positions), figsize=(8, 3), sharey=True)
     cos_k, sin_k = rotary(torch.arange(r), dim)
     for axes, (name, places) in zip(panels, positions.items(), strict=True):
         cos_q, sin_q = rotary(places, dim)
@@ -187,7 +181,6 @@ def query_positions(positions: Mapping[str, Int[Tensor, " m"]], r: int, dim: int
         axes.grid(False)
     panels[0].set_ylabel("query i of the attending chunk")
     figure.colorbar(image, ax=panels, label="match by position alone")
-    plt.close(figure)
     return figure
 
 
@@ -199,7 +192,7 @@ def causality(token: Float[Tensor, "n n"], neighbour: Float[Tensor, "l n"], chun
     n, l, m = token.shape[1], len(neighbour), chunk_size
     moved = torch.cat((token.flatten(), neighbour.flatten()))
     scale = LogNorm(moved[moved > 0].min().item(), moved.max().item())
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.6))
+    figure, panels = subplots(1, 2, figsize=(8, 3.6))
     names = ("Token j: nothing before j", "Neighbour of u: nothing before (u+1)m−1")
     for axes, matrix, name in zip(panels, (token, neighbour), names, strict=True):
         image = axes.imshow(
@@ -215,7 +208,6 @@ def causality(token: Float[Tensor, "n n"], neighbour: Float[Tensor, "l n"], chun
     starts = [(u + 1) * m - 1.5 for u in range(l)]
     panels[1].vlines(starts, np.arange(l) - 0.5, np.arange(l) + 0.5, color=COLOURS["neighbour"], linewidth=2)
     figure.colorbar(image, ax=panels, label="largest |Δ logit|")
-    plt.close(figure)
     return figure
 
 
@@ -234,7 +226,7 @@ def _parts(retro: RETRO) -> dict[str, int]:
 def parameter_shares(models: Mapping[str, RETRO]) -> Figure:
     """One bar per model, divided into its parts' shares; the numbers are millions of parameters."""
     counts = {name: _parts(retro) for name, retro in models.items()}
-    figure, axes = plt.subplots(figsize=(8, 0.55 * len(counts) + 1.3))
+    figure, axes = subplots(figsize=(8, 0.55 * len(counts) + 1.3))
     parts = list(next(iter(counts.values())))
     colours = [COLOURS[c] for c in ("chunk", "model", "neighbour", "ink")]
     for row, sizes in enumerate(counts.values()):
@@ -251,13 +243,12 @@ def parameter_shares(models: Mapping[str, RETRO]) -> Figure:
     axes.set(xlabel="share of the parameters, % (numbers: millions)", xlim=(0, 100))
     axes.set_title("The larger the decoder, the cheaper the retrieval")
     figure.legend(loc="outside lower center", ncols=len(parts), fontsize=9)
-    plt.close(figure)
     return figure
 
 
 def copying_race(losses: Mapping[str, Sequence[float]], *, m: int, l: int, v: int) -> Figure:
     """Loss of copying models, between guessing one of v tokens and copying all tokens but the first m − 1."""
-    figure, axes = plt.subplots(figsize=(8, 3))
+    figure, axes = subplots(figsize=(8, 3))
     for (name, curve), colour in zip(losses.items(), ("model", "control"), strict=False):
         axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[colour], linewidth=2, label=name)
     guess, best = math.log(v), math.log(v) * (m - 1) / (m * l)
@@ -268,5 +259,4 @@ def copying_race(losses: Mapping[str, Sequence[float]], *, m: int, l: int, v: in
     axes.set(title="Who knows its place can copy", xlabel="training step", ylabel="loss, nats per token")
     axes.set_ylim(0, None)
     axes.legend(loc="center right")
-    plt.close(figure)
     return figure

@@ -4,13 +4,13 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from retro_nb.common.arrays import ROOT, replacing
-from retro_nb.plotting.style import COLOURS, arrow, blank, box, use_style
+from retro_nb.plotting.style import COLOURS, arrow, blank, box, subplots, use_style
 
 # The picture's example: a message to Congress of 1801, and the years of its chunks' neighbours.
 CHUNKS = (
@@ -22,7 +22,7 @@ FOUND = ((("1849", 12), ("1960", 18)), (("1917", 25), ("1968", 34)))  # year, it
 DOCUMENTS = (6, 3, 8, 4, 7, 5, 6, 4, 4)  # number of cells of each document
 
 
-def _database(axes: plt.Axes, y: float) -> list[float]:
+def _database(axes: Axes, y: float) -> list[float]:
     """Draw a strip with one cell per chunk, grouped by document; return the left edge of each cell."""
     lefts, x = [], 0.1
     for chunks in DOCUMENTS:
@@ -34,7 +34,7 @@ def _database(axes: plt.Axes, y: float) -> list[float]:
     return lefts
 
 
-def _retrieve(axes: plt.Axes, chunk: float, gap: float, found: Sequence[tuple[str, int]], cells: list[float]) -> None:
+def _retrieve(axes: Axes, chunk: float, gap: float, found: Sequence[tuple[str, int]], cells: list[float]) -> None:
     """Draw the path from a chunk (at `chunk`) to the database and up to its neighbours and encoder (at `gap`)."""
     arrow(axes, (chunk, 2.72), (chunk, 2.27))
     box(axes, chunk - 0.5, 1.95, 1, 0.3, "frozen BERT", colour=COLOURS["muted"])
@@ -85,7 +85,7 @@ def _wrap(text: str) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), 44)
 
 
-def _page(axes: plt.Axes, x: float, top: float, title: str, parts: Sequence[tuple[str, str]]) -> None:
+def _page(axes: Axes, x: float, top: float, title: str, parts: Sequence[tuple[str, str]]) -> None:
     """A titled column of text 3.7 inches wide, in parts of (colour name, text) with coloured backgrounds.
 
     If there are several parts, the name of its colour is above each.
@@ -118,12 +118,11 @@ def finding(title: str, passage: str, found_in: str, text: str, continuation: st
 
 def first_steps(losses: Sequence[float], vocabulary: int) -> Figure:
     """Training loss of each step, compared with guessing at random among all tokens."""
-    figure, axes = plt.subplots(figsize=(8, 3))
+    figure, axes = subplots(figsize=(8, 3))
     axes.plot(range(1, len(losses) + 1), losses, color=COLOURS["model"], marker=".")
     axes.axhline(math.log(vocabulary), color=COLOURS["muted"], linestyle="--", linewidth=1)
     axes.annotate(f"guessing: ln {vocabulary:,}", (len(losses), math.log(vocabulary)), (0, -12), ha="right",
                   textcoords="offset points", color=COLOURS["muted"])  # fmt: skip
     axes.set(xlabel="step", ylabel="loss, nats a token", title="It learns; a few steps do not teach it English")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plt.close(figure)
     return figure

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from retro_nb.plotting.style import COLOURS, arrow, blank, box
+from retro_nb.plotting.style import COLOURS, GREY, arrow, blank, box, subplots
 
 LOOKS = {"RETROfit": ("model", "-"), "RETRO from scratch": ("chunk", "--")}
 
@@ -19,8 +18,8 @@ def anatomy(depth: int, readers: Sequence[int]) -> Figure:
     figure, axes = blank(max(depth * (width + gap), 6.0), 2.9)
     for number in range(1, depth + 1):
         x = (number - 1) * (width + gap) + 0.05
-        box(axes, x, 0.35, width, 0.45, "attention", colour="#DDE3E8")
-        box(axes, x, 1.35, width, 0.45, "feed-forward", colour="#DDE3E8")
+        box(axes, x, 0.35, width, 0.45, "attention", colour=GREY)
+        box(axes, x, 1.35, width, 0.45, "feed-forward", colour=GREY)
         axes.text(x + width / 2, 0.13, f"layer {number}", ha="center", va="center", fontsize=8, color=COLOURS["ink"])
         if number in readers:
             box(axes, x, 0.85, width, 0.45, "CCA", colour=COLOURS["model"])
@@ -35,9 +34,9 @@ def anatomy(depth: int, readers: Sequence[int]) -> Figure:
 
 def weights(frozen: Mapping[str, int], added: Mapping[str, int]) -> Figure:
     """Number of frozen weights (grey) and of added, trained weights (green)."""
-    figure, axes = plt.subplots(figsize=(8, 1.9))
+    figure, axes = subplots(figsize=(8, 1.9))
     left, total = 0, sum(frozen.values()) + sum(added.values())
-    for parts, shades in ((frozen, ("#C3CAD1", "#DDE3E8")), (added, (COLOURS["model"], "#66C4A6"))):
+    for parts, shades in ((frozen, ("#C3CAD1", GREY)), (added, (COLOURS["model"], "#66C4A6"))):
         for number, (name, count) in enumerate(parts.items()):
             axes.barh(0, count, left=left, color=shades[number % 2], edgecolor="white")
             label = f"{name}\n{count:,}"
@@ -48,7 +47,6 @@ def weights(frozen: Mapping[str, int], added: Mapping[str, int]) -> Figure:
     axes.set(ylim=(-0.5, 0.75), yticks=(), xlabel="weights", title=f"{share:.0%} of the weights are trained")
     axes.grid(False)
     axes.spines["left"].set_visible(False)
-    plt.close(figure)
     return figure
 
 
@@ -66,7 +64,7 @@ def learning(
         level: name and loss of the language model alone.
         title: the figure's title.
     """
-    figure, axes = plt.subplots(figsize=(8, 3.6))
+    figure, axes = subplots(figsize=(8, 3.6))
     for name, each in runs.items():
         colour, dashes = LOOKS[name]
         for number, run in enumerate(each):
@@ -82,5 +80,4 @@ def learning(
     axes.set(ylim=(0, 6), xlim=(0, None))
     axes.set_title(title)
     axes.legend(frameon=True, edgecolor="none")
-    plt.close(figure)
     return figure

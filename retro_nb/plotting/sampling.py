@@ -3,16 +3,13 @@
 import html
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from retro_nb.plotting.style import COLOURS
+from retro_nb.plotting.style import COLOURS, PALE, subplots, titled_row
 from retro_nb.store.retrieval import Passage
-
-PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB"}
 
 
 def page(passages: Sequence[Passage], words: int = 34) -> HTML:
@@ -38,24 +35,21 @@ def page(passages: Sequence[Passage], words: int = 34) -> HTML:
 
 def bars(words: Sequence[str], panels: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Probabilities of a few tokens, one panel per sampling method; filtered tokens are marked."""
-    figure, row = plt.subplots(1, len(panels), figsize=(8, 2.6), sharey=True)
-    for axes, (name, probabilities) in zip(np.atleast_1d(row), panels.items(), strict=True):
+    figure, row = titled_row(panels, title, 2.6, sharey=True)
+    for axes, probabilities in zip(row, panels.values(), strict=True):
         values = np.asarray(probabilities, dtype=float)
         axes.bar(range(len(values)), values, color=COLOURS["model"])
         for i in np.flatnonzero(values == 0):
             axes.text(i, 0.02, "✕", ha="center", color=COLOURS["neighbour"])
         axes.set_xticks(range(len(values)), words, rotation=45, ha="right")
-        axes.set_title(name, fontsize=10, fontweight="normal")
         axes.grid(axis="x", visible=False)
-    np.atleast_1d(row)[0].set(ylabel="probability", ylim=(0, 1.05))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plt.close(figure)
+    row[0].set(ylabel="probability", ylim=(0, 1.05))
     return figure
 
 
 def drawn(words: Sequence[str], expected: Sequence[float], shares: Sequence[float], draws: int) -> Figure:
     """Shares of tokens in many draws, beside their probabilities with two standard errors."""
-    figure, axes = plt.subplots(figsize=(8, 2.6))
+    figure, axes = subplots(figsize=(8, 2.6))
     at, p = np.arange(len(words)), np.asarray(expected, dtype=float)
     error = 2 * np.sqrt(p * (1 - p) / draws)
     axes.bar(at - 0.2, p, 0.4, yerr=error, capsize=4, color=COLOURS["muted"], label="softmax, ± 2 standard errors")
@@ -64,13 +58,12 @@ def drawn(words: Sequence[str], expected: Sequence[float], shares: Sequence[floa
     axes.set(ylabel="share", title="The argmax of noisy logits falls where softmax says")
     axes.grid(axis="x", visible=False)
     axes.legend()
-    plt.close(figure)
     return figure
 
 
 def token_times(seconds: Mapping[str, tuple[Sequence[int], Sequence[float]]], chunk_size: int) -> Figure:
     """Milliseconds per new token, by position; dotted lines show where neighbours are looked up."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = subplots(figsize=(8, 3.2))
     last = 0
     for (name, (positions, times)), colour in zip(seconds.items(), ("baseline", "model"), strict=False):
         axes.plot(positions, 1000 * np.asarray(times), ".", markersize=4, color=COLOURS[colour], label=name)
@@ -83,13 +76,12 @@ def token_times(seconds: Mapping[str, tuple[Sequence[int], Sequence[float]]], ch
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("With kept keys and values, a token costs the same wherever it stands")
     axes.legend(loc="upper left", frameon=True, edgecolor="none", markerscale=2)
-    plt.close(figure)
     return figure
 
 
 def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
     """KL divergence of the next-token distribution at every position when neighbours are replaced, in nats."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = subplots(figsize=(8, 3.2))
     n, peak = 0, 0.0
     for (name, nats), colour in zip(kl.items(), ("control", "muted", "neighbour"), strict=False):
         values, n = np.asarray(nats, dtype=float), len(nats)
@@ -103,5 +95,4 @@ def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
     axes.set(xlabel="position, one tick a chunk", ylabel="KL divergence, nats", ylim=(0, 1.3 * peak), xlim=(0, n))
     axes.set_title("Other neighbours move the next token a little, and only after the first chunk")
     axes.legend(loc="upper right")
-    plt.close(figure)
     return figure

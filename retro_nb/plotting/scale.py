@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from math import log10
 
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from retro_nb.plotting.style import COLOURS, arrow, blank, box
+from retro_nb.plotting.style import COLOURS, GREY, arrow, blank, box, subplots
 
 Number = float | int
 HUES = ("chunk", "neighbour", "model", "control", "continuation", "baseline")
@@ -41,7 +41,7 @@ def short(number: Number, unit: str = "") -> str:
 
 def recall_against_bytes(runs: Sequence[Mapping], k: int, vectors: int) -> Figure:
     """Best recall of each index against its bytes per vector; `runs` come from benchmarks/recall.py."""
-    figure, axes = plt.subplots(figsize=(8, 4.6))
+    figure, axes = subplots(figsize=(8, 4.6))
     points = []
     for run in runs:
         colour, marker = kind_of(run["index"])
@@ -59,7 +59,6 @@ def recall_against_bytes(runs: Sequence[Mapping], k: int, vectors: int) -> Figur
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_yticks([tick / 10 for tick in range(11) if lowest - 0.12 <= tick / 10 <= 1])
     label(figure, axes, points)
-    plt.close(figure)
     return figure
 
 
@@ -69,7 +68,7 @@ def kind_of(spec: str) -> tuple[str, str]:
     return next(((colour, marker) for start, colour, marker in KINDS if kept.startswith(start)), ("chunk", "o"))
 
 
-def label(figure: Figure, axes: plt.Axes, points: Sequence[tuple[Number, Number, str, str]]) -> None:
+def label(figure: Figure, axes: Axes, points: Sequence[tuple[Number, Number, str, str]]) -> None:
     """Write each mark's label beside it, where it overlaps no other mark or label."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # computes the positions
@@ -126,9 +125,9 @@ def hours_by_tokens(tokens: Sequence[Number], lines: Mapping[str, Sequence[Numbe
 
 def _growing(
     tokens: Sequence[Number], lines: Mapping[str, Sequence[Number]], levels: Mapping[str, Number]
-) -> tuple[Figure, plt.Axes]:
+) -> tuple[Figure, Axes]:
     """Lines against tokens, labelled at their right ends, and grey levels, labelled at the left."""
-    figure, axes = plt.subplots(figsize=(8, 4.8))
+    figure, axes = subplots(figsize=(8, 4.8))
     for name, level in levels.items():
         axes.axhline(level, color=COLOURS["muted"], linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
@@ -150,11 +149,10 @@ def _growing(
         where: dict = {"xycoords": ("axes fraction", "data"), "textcoords": ("axes fraction", "data"), "va": "center"}
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
         axes.annotate(name, (1, values[-1]), (1.04, end), color=colour, fontsize=9, arrowprops=line, **where)
-    plt.close(figure)
     return figure, axes
 
 
-def _decades(axes: plt.Axes) -> float:
+def _decades(axes: Axes) -> float:
     """Number of powers of ten that the y axis spans."""
     low, high = axes.get_ylim()
     return log10(high / low)
@@ -180,7 +178,7 @@ def workers(count: int) -> Figure:
         x = 0.05 + column * (width + gap)
         middle = x + width / 2
         axes.text(middle, height - 0.15, stage, ha="center", va="center", fontweight="bold", color=COLOURS["ink"])
-        box(axes, x, height - 0.72, width, 0.36, read, colour="#DDE3E8")
+        box(axes, x, height - 0.72, width, 0.36, read, colour=GREY)
         arrow(axes, (middle, height - 0.72), (middle, height - 0.95))
         for number in range(count):
             y = height - 1.15 - step * (number + 1) + 0.2

@@ -1,5 +1,6 @@
 """Style shared by all figures, and the map of the series."""
 
+from collections.abc import Collection
 from typing import Any
 
 from retro_nb.common.extras import extra
@@ -7,6 +8,7 @@ from retro_nb.common.extras import extra
 with extra("notebooks"):
     import matplotlib
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
@@ -23,6 +25,9 @@ COLOURS = {
 }
 SEQUENTIAL = "cividis"  # for values from low to high
 DIVERGING = "PuOr"  # for values around zero
+
+PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB", "model": "#D3EDE4", "muted": "#EDEDED"}
+GREY = "#DDE3E8"  # boxes that are not the subject
 
 STEPS = ["text", "chunks", "vectors", "neighbours", "RETRO", "training", "samples"]
 NOTEBOOKS = ["", "01", "02", "03", "04", "05", "06"]
@@ -55,16 +60,31 @@ def use_style() -> None:
     )
 
 
-def blank(width: float, height: float) -> tuple[Figure, plt.Axes]:
-    """A figure to draw on: no axes, one unit per inch, origin at the lower left."""
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
-    axes.axis("off")
-    plt.close(figure)  # so that it is shown once, as the value of its cell
+def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """`plt.subplots`, closed: the figure is shown once, as the value of its cell, and takes no memory after that."""
+    figure, axes = plt.subplots(rows, columns, **options)
+    plt.close(figure)
     return figure, axes
 
 
-def box(axes: plt.Axes, x: float, y: float, w: float, h: float, text: str = "", *, colour: str, **style: Any) -> None:
+def titled_row(names: Collection[str], title: str, height: float, **options: Any) -> tuple[Figure, list[Any]]:
+    """Panels side by side, each under its name, and the figure's message above all."""
+    figure, grid = subplots(1, len(names), figsize=(8, height), squeeze=False, **options)
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name, fontsize=10, fontweight="normal")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, list(grid[0])
+
+
+def blank(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure to draw on: no axes, one unit per inch, origin at the lower left."""
+    figure, axes = subplots(figsize=(width, height), layout="constrained")
+    axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
+    axes.axis("off")
+    return figure, axes
+
+
+def box(axes: Axes, x: float, y: float, w: float, h: float, text: str = "", *, colour: str, **style: Any) -> None:
     """A rounded box with its lower left corner at (x, y); `colour` fills it, and text is dark or white for contrast."""
     patch = FancyBboxPatch(
         (x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06", facecolor=colour, edgecolor="none", **style
@@ -75,7 +95,7 @@ def box(axes: plt.Axes, x: float, y: float, w: float, h: float, text: str = "", 
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", color=COLOURS["ink"] if light else "white")
 
 
-def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
     """A thin arrow from start to end."""
     look: dict = {"arrowstyle": "-|>", "mutation_scale": 10, "color": COLOURS["muted"], "linewidth": 1.2, **style}
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
@@ -93,7 +113,7 @@ def pipeline(step: str = "") -> Figure:
     figure, axes = blank(len(STEPS) * (width + gap) - gap + 0.1, 0.85)
     for i, (name, notebook) in enumerate(zip(STEPS, NOTEBOOKS, strict=True)):
         x = 0.05 + i * (width + gap)
-        box(axes, x, 0.3, width, 0.45, name, colour=COLOURS["chunk"] if step in ("", name) else "#DDE3E8")
+        box(axes, x, 0.3, width, 0.45, name, colour=COLOURS["chunk"] if step in ("", name) else GREY)
         axes.text(x + width / 2, 0.12, notebook, ha="center", va="center", fontsize=8, color=COLOURS["muted"])
         if i:
             arrow(axes, (x - gap, 0.525), (x, 0.525))

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from retro_nb.planning.costs import Step
 from retro_nb.planning.survey import Survey, as_size, as_time
-from retro_nb.plotting.style import COLOURS
+from retro_nb.plotting.style import COLOURS, subplots
 
 DOES = {"chunk": "cut into chunks", "embed": "embed", "index": "index", "search": "search neighbours"}
 LEAST = 0.01  # seconds; a shorter bar would have no length on the logarithmic axis
@@ -19,7 +18,7 @@ TICKS |= {"4 days": 4 * 86400, "40 days": 40 * 86400, "1 year": 365 * 86400, "10
 
 def lengths(found: Survey) -> Figure:
     """Histogram of document lengths, one bar per doubling; an arrow shows the longest document and its share."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = subplots(figsize=(8, 3.2))
     counts = np.array(found.lengths)
     edges = np.concatenate([[0.5], 2.0 ** np.arange(len(counts))])  # empty documents to the left of 1 character
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=COLOURS["chunk"], edgecolor="white")
@@ -43,13 +42,12 @@ def lengths(found: Survey) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    plt.close(figure)
     return figure
 
 
 def times(steps: Sequence[Step]) -> Figure:
     """Estimated time of each step as a bar, in order from the top, with its bytes on disk."""
-    figure, axes = plt.subplots(figsize=(8, 2.3))
+    figure, axes = subplots(figsize=(8, 2.3))
     seconds = [max(step.seconds, LEAST) for step in steps]
     names = [DOES[step.name] for step in steps]
     bars = axes.barh(names, seconds, left=0, color=[COLOURS[name] for name in ("chunk", "model", "muted", "neighbour")])
@@ -63,5 +61,4 @@ def times(steps: Sequence[Step]) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    plt.close(figure)
     return figure

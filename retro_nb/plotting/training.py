@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from retro_nb.plotting.style import COLOURS
+from retro_nb.plotting.style import COLOURS, subplots
 from retro_nb.training.log import History
 
 
@@ -21,7 +20,7 @@ def losses(
         title: the figure's message.
         top: end of the y axis; by default above the first loss.
     """
-    figure, axes = plt.subplots(figsize=(8, 3.6))
+    figure, axes = subplots(figsize=(8, 3.6))
     colours = [COLOURS["model"], COLOURS["baseline"], COLOURS["control"]]
     sizes = (9, 5, 3)  # later dots are smaller, so that equal losses hide none
     for (name, history), colour, size in zip(histories.items(), colours, sizes, strict=False):
@@ -39,13 +38,12 @@ def losses(
     low, high = axes.get_ylim()
     axes.set(xlabel="step", ylabel="loss, nats per word piece", title=title, ylim=(low - 0.3, top or high))
     axes.legend(loc="upper right" if top else "center right")
-    plt.close(figure)
     return figure
 
 
 def schedule(rates: Sequence[float], warmup_steps: int) -> Figure:
     """Learning rate of every step from step 1; the end of the warm-up and the last rate are marked."""
-    figure, axes = plt.subplots(figsize=(8, 2.8))
+    figure, axes = subplots(figsize=(8, 2.8))
     steps = range(1, len(rates) + 1)
     axes.plot(steps, rates, color=COLOURS["model"])
     for step, words in ((warmup_steps, "peak"), (len(rates), "a tenth of it")):
@@ -53,13 +51,12 @@ def schedule(rates: Sequence[float], warmup_steps: int) -> Figure:
         axes.annotate(words, (step, rates[step - 1]), (8, 4), textcoords="offset points", va="bottom", ha="left")
     axes.set(xlabel="step", ylabel="learning rate", ylim=(0, max(rates) * 1.15), xlim=(0, len(rates) * 1.14))
     axes.set_title(f"{warmup_steps} steps up a line, then half a cosine down")
-    plt.close(figure)
     return figure
 
 
 def step_time(seconds: Mapping[str, float]) -> Figure:
     """Time of one step by phase (phase -> seconds) as one bar, with shares."""
-    figure, axes = plt.subplots(figsize=(8, 1.7))
+    figure, axes = subplots(figsize=(8, 1.7))
     total, left = sum(seconds.values()), 0.0
     for (name, spent), colour in zip(seconds.items(), ("chunk", "model", "neighbour", "continuation"), strict=False):
         axes.barh(0, spent, left=left, color=COLOURS[colour], label=f"{name}  {100 * spent / total:.0f} %")
@@ -69,5 +66,4 @@ def step_time(seconds: Mapping[str, float]) -> Figure:
     axes.set_title(f"{longest.capitalize()} takes most of a step")
     axes.grid(False)
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45), fontsize=9)
-    plt.close(figure)
     return figure

@@ -1,12 +1,11 @@
 """Figure of notebook 10: chunks whose neighbours change when a document is added or removed."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float, Integer
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from retro_nb.plotting.style import COLOURS
+from retro_nb.plotting.style import COLOURS, subplots
 
 DOT = {"s": 60, "zorder": 3, "linewidths": 0}
 
@@ -17,7 +16,7 @@ def who_searches(
     """Chunks as points. Left: a new chunk, and circles around the others out to their last neighbours. Right: a removed
     chunk, with arrows from the chunks that had it as a neighbour. Chunks to search again are vermilion.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2))
+    figure, (left, right) = subplots(1, 2, figsize=(8, 4.2))
     reach = np.linalg.norm(points - points[found[:, -1]], axis=1)
     nearer, had = np.linalg.norm(points - new, axis=1) < reach, (found == gone).any(axis=1)
     for axes, again, title in ((left, nearer, "One comes"), (right, had, "One goes")):
@@ -42,5 +41,4 @@ def who_searches(
     edge = 0.12 * (high - low).max()
     for axes in (left, right):
         axes.set(xlim=(low[0] - edge, high[0] + edge), ylim=(low[1] - edge, high[1] + edge))
-    plt.close(figure)
     return figure
