@@ -171,12 +171,16 @@ def to_jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else os.fspath(x)))
 
 
+def write_text(path: PathLike, text: str) -> None:
+    """Write a text in UTF-8, atomically."""
+    # A file name that is not UTF-8 holds lone surrogates: they become \\udcxx, which JSON reads back.
+    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, explain_write_errors(Path(path)):
+        file.write(text)
+
+
 def write_json(path: PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    path = Path(path)
-    # A file name that is not UTF-8 holds lone surrogates: they become \\udcxx, which JSON reads back.
-    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, explain_write_errors(path):
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:

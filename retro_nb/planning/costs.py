@@ -121,18 +121,23 @@ def index_seconds(spec: str, count: int, dim: int, rates: Rates) -> float:
     """Seconds to train, fill and write a Flat or IVF… index. HNSW is not modelled and takes far longer."""
     lists = lists_of(spec, dim)
     trained_on = min(count, max(TRAINING_POINTS_PER_LIST * lists, BLOCK))
-    comparisons = lists * (KMEANS_ROUNDS * trained_on + count)
-    comparisons += GROUP * count if lists else 0  # exact neighbours, to choose the number of lists to read
+    compared = lists * (KMEANS_ROUNDS * trained_on + count)
+    compared += GROUP * count if lists else 0  # exact neighbours, to choose the number of lists to read
     slow, index = 0, _empty(spec, dim)
     if isinstance(innermost(index), faiss.IndexIVFPQ):
         slow = PQ_CENTROIDS * (PQ_ROUNDS * min(count, PQ_CENTROIDS**2) + count)
-    return comparisons / rates.comparisons + slow / rates.listed + index_bytes(spec, count, dim) / rates.indexed
+    return compared / rates.comparisons + slow / rates.listed + index_bytes(spec, count, dim) / rates.indexed
+
+
+def comparisons(count: int, lists: int, probed: int = PROBED) -> float:
+    """Vectors compared with a query: all; with an inverted file, the lists' centres and the vectors in some lists."""
+    return lists + count * min(1.0, probed / lists) if lists else float(count)
 
 
 def search_seconds(spec: str, count: int, dim: int, pairs: int, rates: Rates) -> float:
     """Seconds to find the neighbours of every chunk, without `max_similarity`, which requests more neighbours."""
     if lists := lists_of(spec, dim):
-        return count * (lists + count * min(1, PROBED / lists)) / rates.listed
+        return count * comparisons(count, lists) / rates.listed
     return count / rates.queries + pairs / rates.comparisons
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retro_nb.common.arrays import ROOT, PathLike
-from retro_nb.planning.costs import HEADER, index_bytes
+from retro_nb.planning.costs import HEADER, PROBED, comparisons, index_bytes
 from retro_nb.store.chunking import MOST_CHUNKS
 from retro_nb.store.index import choose_index
 
@@ -130,21 +130,15 @@ class Plan:
         """Hours to embed all chunks on `gpus` GPUs of this rate each, if they share the work without loss."""
         return self.chunks / (chunks_per_second * gpus) / 3600
 
-    def comparisons(self, nprobe: int = 64) -> float:
+    def comparisons(self, nprobe: int = PROBED) -> float:
         """Vectors compared with a query: all; with an inverted file, the lists' centres and those in `nprobe` lists."""
-        if not self.lists:
-            return float(self.chunks)
-        return self.lists + self.chunks * min(1.0, nprobe / self.lists)
+        return comparisons(self.chunks, self.lists, nprobe)
 
-    def flops_per_query(self, nprobe: int = 64) -> float:
-        """Floating-point operations of a query: 2·d per comparison. (PQ does one look-up per byte instead.)"""
-        return 2 * self.dim * self.comparisons(nprobe)
-
-    def query_seconds(self, comparisons_per_second: float | int, nprobe: int = 64) -> float:
+    def query_seconds(self, comparisons_per_second: float | int, nprobe: int = PROBED) -> float:
         """Seconds per query at this rate, with queries in batches."""
         return self.comparisons(nprobe) / comparisons_per_second
 
-    def neighbour_hours(self, comparisons_per_second: float | int, nprobe: int = 64, machines: int = 1) -> float:
+    def neighbour_hours(self, comparisons_per_second: float | int, nprobe: int = PROBED, machines: int = 1) -> float:
         """Hours to find the neighbours of all chunks; each machine has its own index and a share of the queries."""
         return self.chunks * self.query_seconds(comparisons_per_second, nprobe) / machines / 3600
 

@@ -8,7 +8,7 @@ takes on this machine (`planning.costs`).
 
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
@@ -288,19 +288,18 @@ def _about_machine(s: Survey) -> Iterator[str]:
 
 def as_size(size: float | int) -> str:
     """Format bytes as "512 bytes", "1.5 kB", "37 GB"; units are powers of 1000."""
-    unit = next((unit for unit in ("kB", "MB", "GB") if size < 999.5 * UNITS[unit]), "TB")
-    if size < 1000:
-        return f"{size:.0f} bytes"
-    amount = size / UNITS[unit]
-    return f"{amount:,.0f} {unit}" if amount >= 9.95 else f"{amount:.1f} {unit}"
+    return f"{size:.0f} bytes" if size < 1000 else _amount(size, 999.5, ("kB", "MB", "GB", "TB"))
 
 
 def as_time(seconds: float | int) -> str:
     """Format seconds as "1.5 s", "37 min", "4.2 h", "12 days"."""
-    if 0 < seconds < 0.05:
-        return "< 0.1 s"
-    unit = next((unit for unit in ("s", "min", "h") if seconds < 99.5 * UNITS[unit]), "days")
-    amount = seconds / UNITS[unit]
+    return "< 0.1 s" if 0 < seconds < 0.05 else _amount(seconds, 99.5, ("s", "min", "h", "days"))
+
+
+def _amount(value: float | int, most: float, units: Sequence[str]) -> str:
+    """The value in the first unit that leaves less than `most` of it, else in the last one."""
+    unit = next((unit for unit in units if value < most * UNITS[unit]), units[-1])
+    amount = value / UNITS[unit]
     return f"{amount:,.0f} {unit}" if amount >= 9.95 else f"{amount:.1f} {unit}"
 
 

@@ -76,20 +76,10 @@ def near_duplicates(
     """
     if gram < 1 or not 0 < at_least <= 1:
         raise ValueError(f"runs of {gram} tokens, similarity {at_least}: pass 1 or more, and above 0 up to 1")
-    return near_duplicate_sets([grams_of(tokens, gram) for tokens in documents], among, at_least=at_least)
-
-
-def near_duplicate_sets(
-    grams: Sequence[Grams], among: Collection[int] | None = None, *, at_least: float = JACCARD
-) -> list[Pair]:
-    """Like `near_duplicates`, for documents already hashed by `grams_of`."""
-    wanted = np.ones(len(grams), bool)
-    if among is not None:
-        wanted[:] = False
-        wanted[list(among)] = True
-    sizes = np.array([len(each) for each in grams], np.int64)
-    found = []
-    for number, others in _candidates(grams, sizes, at_least):
+    grams, found = [grams_of(tokens, gram) for tokens in documents], []
+    wanted = np.full(len(grams), among is None)
+    wanted[list(among or ())] = True
+    for number, others in _candidates(grams, at_least):
         others = others if wanted[number] else others[wanted[others]]
         for other in others.tolist():
             similarity = jaccard(grams[number], grams[other])
@@ -107,8 +97,7 @@ def repeating(documents: Sequence[Integer[np.ndarray, " _"]], seconds: float | i
     end = time.monotonic() + seconds
     found: list[int] = []
     grams = [grams_of(tokens) for tokens in documents]
-    sizes = np.array([len(each) for each in grams], np.int64)
-    for number, others in _candidates(grams, sizes, JACCARD):
+    for number, others in _candidates(grams, JACCARD):
         if time.monotonic() > end:
             return found, max(1, number)
         if any(jaccard(grams[number], grams[other]) >= JACCARD for other in others.tolist()):
@@ -116,10 +105,9 @@ def repeating(documents: Sequence[Integer[np.ndarray, " _"]], seconds: float | i
     return found, len(documents)
 
 
-def _candidates(
-    grams: Sequence[Grams], sizes: Int[np.ndarray, " e"], at_least: float
-) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
+def _candidates(grams: Sequence[Grams], at_least: float) -> Iterator[tuple[int, Int[np.ndarray, " _"]]]:
     """(document, earlier documents that may be as similar), by the prefix filter and by the sizes."""
+    sizes = np.array([len(each) for each in grams], np.int64)
     prefixes = _prefixes(grams, at_least)
     members = np.concatenate([*prefixes, np.empty(0, np.uint64)])
     owners = np.repeat(np.arange(len(grams)), [len(each) for each in prefixes])
