@@ -21,6 +21,7 @@ from retro_nb.store.chunking import special_ids, store_tokenizer, write_chunks
 from retro_nb.store.dataset import closing_id, knn_to_retrieved_chunks
 from retro_nb.store.embedding import embedding_dim, write_vectors
 from retro_nb.store.files import INDEX, Files
+from retro_nb.store.index import read_index
 from retro_nb.store.knn import AT_A_TIME, index_vectors, write_neighbours
 from retro_nb.store.retrieval import nearest_chunks
 from retro_nb.store.settings import StoreSettings
@@ -178,7 +179,8 @@ def chunks_to_index_and_embed(
         max_index_memory_usage=max_index_memory_usage,
         current_memory_available=current_memory_available,
     )
-    return index_vectors(files, settings, **again), open_array(files.vectors)
+    index_vectors(files, settings, **again)
+    return read_index(files.index), open_array(files.vectors)
 
 
 def chunks_to_precalculated_knn_(

@@ -39,7 +39,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import faiss
@@ -49,22 +48,12 @@ from tokenizers import Tokenizer
 
 from retro_nb.common.arrays import PathLike, ResumableRows, open_array, read_note, to_jsonable, write_json
 from retro_nb.common.extras import extra
-from retro_nb.common.manifest import cached
 from retro_nb.store.chunking import ChunkedDocument, chunk_document, read_documents, store_tokenizer, write_chunks
-from retro_nb.store.embedding import (
-    begin_block,
-    check_vectors,
-    embedding_dim,
-    embedding_settings,
-    embedding_stats,
-    sizes_on,
-)
-from retro_nb.store.files import Files, knn_path
+from retro_nb.store.embedding import begin_block, check_vectors, sizes_on, write_vectors
+from retro_nb.store.files import Files
 from retro_nb.store.index import (
     BLOCK,
-    Ranges,
-    build_index,
-    lists_path,
+    Vectors,
     merge_on_disk,
     read_index,
     rows_of,
@@ -75,11 +64,10 @@ from retro_nb.store.knn import (
     AT_A_TIME,
     choose_spec,
     document_ranges,
-    fill_neighbours,
     index_settings,
-    index_stats,
-    knn_settings,
+    index_vectors,
     neighbours,
+    write_neighbours,
 )
 from retro_nb.store.settings import StoreSettings
 from retro_nb.store.splits import document_numbers
@@ -344,15 +332,13 @@ def build_store(
     files = Files.of(Path(folder).resolve())
     tokenizer = choose_tokenizer(settings, documents, folder, progress)
     with cluster(workers, address, progress=progress):
-        stats = _chunk(documents, files, replace(settings, tokenizer=tokenizer), workers)
-        _embed(files, stats["chunks"], settings, workers)
-        _index(files, choose_spec(stats["chunks"], embedding_dim(settings.bert), **settings.of_index()), workers)
-        kept_out = document_numbers(settings.keep_out, read_documents(files.chunks))
-        exclude = document_ranges(open_array(files.doc_ids), kept_out)
-        _search(files, settings.knn, exclude, settings.max_similarity, workers)
+        _chunk(documents, files, replace(settings, tokenizer=tokenizer), workers)
+        _embed(files, settings, workers)
+        _index(files, settings, workers)
+        _search(files, settings, document_numbers(settings.keep_out, read_documents(files.chunks)), workers)
 
 
-def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: int) -> dict:
+def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: int) -> None:
     tokenizer = settings.cutter
 
     def cut() -> Iterator[ChunkedDocument]:
@@ -363,7 +349,7 @@ def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: in
         for handful in _results(_Chunk, arguments, items, workers, in_order=True):
             yield from handful
 
-    return write_chunks(documents, files, settings, cut=cut)
+    write_chunks(documents, files, settings, cut=cut)
 
 
 def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], arguments: dict, workers: int) -> None:
@@ -373,37 +359,29 @@ def _write_blocks(rows: ResumableRows, block: int, worker: type[_Worker], argume
         rows.write(slice(start, stop), values)
 
 
-def _embed(files: Files, count: int, settings: StoreSettings, workers: int) -> None:
+def _embed(files: Files, settings: StoreSettings, workers: int) -> None:
     import ray
 
-    path, bert, dim = files.vectors, settings.bert, embedding_dim(settings.bert)
-    described = embedding_settings(files.chunks, count, bert, settings.use_cls_repr)
-    device = torch.device("cuda") if ray.cluster_resources().get("GPU", 0) else torch.device("cpu")
+    device = torch.device("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
+    arguments = {"chunks_path": files.chunks, "bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
 
-    def build() -> dict:
-        rows = ResumableRows(path, (count, dim), np.float32, described)
-        arguments = {"chunks_path": files.chunks, "bert": bert, "use_cls_repr": settings.use_cls_repr}
+    def fill(rows: ResumableRows) -> None:
         _write_blocks(rows, sizes_on(device).block, _Embed, arguments, workers)
-        rows.finish()
-        return embedding_stats(count, dim, device)
 
-    cached(path, described, build)
+    write_vectors(files.chunks, files.vectors, settings, fill=fill, device=device)
 
 
-def _index(files: Files, spec: str, workers: int) -> None:
+def _index(files: Files, settings: StoreSettings, workers: int) -> None:
     """Train on a sample, let workers fill shards and merge them; an index without inverted lists is filled here."""
-    path, shards = files.index, files.index.with_name("shards")
-    vectors, settings = open_array(files.vectors), index_settings(files.vectors, spec)
+    shards = files.index.with_name("shards")
 
-    def build() -> dict:
-        started = perf_counter()
-        if "IVF" in spec:
-            merge_on_disk(*_shards(shards, files.vectors, spec, workers), vectors, path)
-        else:
-            write_index(build_index(vectors, spec), path)
-        return index_stats(path, spec, len(vectors), started)
+    def merge(vectors: Vectors, spec: str) -> None:
+        merge_on_disk(*_shards(shards, files.vectors, spec, workers), vectors, files.index)
 
-    cached(path, settings, build, files=(lists_path(path),) if "IVF" in spec else ())
+    if "IVF" in choose_spec(*open_array(files.vectors).shape, **settings.of_index()):
+        index_vectors(files, settings, write=merge, separate_lists=True)
+    else:
+        index_vectors(files, settings, progress=False)
     shutil.rmtree(shards, ignore_errors=True)
 
 
@@ -427,13 +405,12 @@ def _shards(folder: Path, vectors_path: Path, spec: str, workers: int) -> tuple[
     return read_index(folder / TRAINED), [_shard(folder, start) for start in starts]
 
 
-def _search(files: Files, k: int, exclude: Ranges, max_similarity: float | int | None, workers: int) -> None:
-    options: dict[str, Any] = {"exclude": exclude, "max_similarity": max_similarity}
+def _search(files: Files, settings: StoreSettings, kept_out: list[int], workers: int) -> None:
+    exclude = document_ranges(open_array(files.doc_ids), kept_out)
+    options: dict[str, Any] = {"exclude": exclude, "max_similarity": settings.max_similarity}
     paths = {"index_path": files.index, "vectors_path": files.vectors, "doc_ids_path": files.doc_ids}
 
-    def fill(rows: ResumableRows) -> None:
-        _write_blocks(rows, AT_A_TIME, _Search, {**paths, "k": k, "options": options}, workers)
+    def fill(rows: ResumableRows, _: Any) -> None:
+        _write_blocks(rows, AT_A_TIME, _Search, {**paths, "k": settings.knn, "options": options}, workers)
 
-    settings = knn_settings(files.index, files.doc_ids, k, max_similarity)
-    index, vectors, doc_ids = read_index(files.index, mapped=True), open_array(files.vectors), open_array(files.doc_ids)
-    fill_neighbours(knn_path(files.chunks, exclude), fill, settings, index, vectors, doc_ids, **options)
+    write_neighbours(files, settings, kept_out, fill=fill)

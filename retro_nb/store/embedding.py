@@ -321,10 +321,10 @@ def _begin_block(
     if vectors.device.type != "cuda":
         return vectors.numpy
     fetched = vectors.to("cpu", non_blocking=True)
-    there = torch.cuda.current_stream(vectors.device).record_event()
+    copied = torch.cuda.current_stream(vectors.device).record_event()
 
     def wait() -> np.ndarray:
-        there.synchronize()
+        copied.synchronize()
         return fetched.numpy()
 
     return wait
@@ -368,17 +368,13 @@ def embedding_settings(
     }
 
 
-def embedding_stats(num_chunks: int, dim: int, device: torch.device) -> dict:
-    """Statistics of vectors for the manifest: their number, their width, and the dtype of the computation."""
-    return {"rows": num_chunks, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
-
-
 def write_vectors(
     chunks_path: Path,
     vectors_path: Path,
     settings: StoreSettings,
     *,
     shape: tuple[int, int] | None = None,
+    fill: Callable[[ResumableRows], None] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     force_reprocess: bool = False,
@@ -394,6 +390,7 @@ def write_vectors(
         chunks_path, vectors_path: the file to read and the file to write.
         settings: the store's; its `bert` and `use_cls_repr` are used.
         shape: shape of the chunk array, (c, m + 1); only a raw memory map, as the reference writes, needs it.
+        fill: writes all missing rows, if the caller embeds them.
         batch_size: chunks per forward pass; the device's if left out (`sizes_on`).
         device: where to embed; see `bert_embed`.
 
@@ -406,31 +403,48 @@ def write_vectors(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: pass 1 or more")
-    bert, device = settings.bert, torch.device(device or best_device())
-    chunks, tokenizer = open_array(chunks_path, shape=shape), store_tokenizer(chunks_path, bert)
-    count, dim, sizes = len(chunks), embedding_dim(bert), sizes_on(device)
-    options: dict[str, Any] = {"use_cls_repr": settings.use_cls_repr, "bert": bert, "device": device}
-    described = embedding_settings(chunks_path, count, bert, settings.use_cls_repr)
+    chunks, device = open_array(chunks_path, shape=shape), torch.device(device or best_device())
+    count, dim = len(chunks), embedding_dim(settings.bert)
+    described = embedding_settings(chunks_path, count, settings.bert, settings.use_cls_repr)
 
-    def store(rows: ResumableRows, block: slice, vectors: np.ndarray) -> None:
+    def build() -> dict:
+        rows = ResumableRows(vectors_path, (count, dim), np.float32, described, shared=fill is None)
+        if fill:
+            fill(rows)
+        else:
+            _embed_blocks(rows, chunks, chunks_path, settings, batch_size, device, progress)
+        rows.finish()
+        return {"rows": count, "dim": dim, "dtype": str(best_dtype(device)).removeprefix("torch.")}
+
+    return cached(vectors_path, described, build, force_reprocess=force_reprocess, shared=fill is None)
+
+
+def _embed_blocks(
+    rows: ResumableRows,
+    chunks: Integer[np.ndarray, "c m_plus_1"],
+    chunks_path: Path,
+    settings: StoreSettings,
+    batch_size: int | None,
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Embed and write this process's share of the missing rows; a thread writes while the next block is embedded."""
+    bert, sizes = settings.bert, sizes_on(device)
+    options: dict[str, Any] = {"use_cls_repr": settings.use_cls_repr, "bert": bert, "device": device}
+    tokenizer, blocks, writes = store_tokenizer(chunks_path, bert), list(rows.blocks(sizes.block)), deque[Future]()
+    total, hidden = sum(block.stop - block.start for block in blocks), not progress or launched()[0] > 0
+
+    def write(block: slice, fetch: Callable[[], np.ndarray]) -> None:
+        vectors = fetch()
         check_vectors(vectors, block.start, chunks_path)
         rows.write(block, vectors)
 
-    def build() -> dict:
-        rows = ResumableRows(vectors_path, (count, dim), np.float32, described, shared=True)
-        blocks = list(rows.blocks(sizes.block))
-        writes: deque[Future[None]] = deque()
-        total, hidden = sum(block.stop - block.start for block in blocks), not progress or launched()[0] > 0
-        bar = tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden)
-        with bar, ThreadPoolExecutor(1) as writer:
-            for block in blocks:
-                vectors = begin_block(chunks[block, :-1], tokenizer, batch_size, bar.update, **options)
-                writes.append(writer.submit(lambda block, vectors: store(rows, block, vectors()), block, vectors))
-                if len(writes) > sizes.ahead:
-                    writes.popleft().result()
-            for write in writes:
-                write.result()
-        rows.finish()
-        return embedding_stats(count, dim, device)
-
-    return cached(vectors_path, described, build, force_reprocess=force_reprocess, shared=True)
+    bar = tqdm(total=total, desc="embedding", unit=" chunks", disable=hidden)
+    with bar, ThreadPoolExecutor(1) as writer:
+        for block in blocks:
+            fetch = begin_block(chunks[block, :-1], tokenizer, batch_size, bar.update, **options)
+            writes.append(writer.submit(write, block, fetch))
+            if len(writes) > sizes.ahead:
+                writes.popleft().result()
+        for each in writes:
+            each.result()

@@ -55,12 +55,12 @@ def list_entries(lists: faiss.InvertedLists, number: int, size: int) -> tuple[np
 
 def comparing_pays(index: faiss.Index, added: int) -> bool:
     """Whether comparing a chunk with the added ones shows if its neighbours change, and costs less than a search."""
-    index = faiss.downcast_index(index)
     if is_exact(index):
         return True
-    if type(index) is not faiss.IndexIVFFlat:  # other indices compute other distances
+    lists = faiss.downcast_index(index)  # valid while `index` is kept
+    if type(lists) is not faiss.IndexIVFFlat:  # other indices compute other distances
         return False
-    return added * index.nlist <= index.nprobe * index.ntotal
+    return added * lists.nlist <= lists.nprobe * lists.ntotal
 
 
 def renumber(

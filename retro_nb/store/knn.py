@@ -169,20 +169,40 @@ def measure_recall(
 
 
 def index_vectors(
-    files: Files, settings: StoreSettings, *, force_reprocess: bool = False, progress: bool = True
-) -> faiss.Index:
-    """Index a store's vectors on disk, unless it is done, and return the index: row i of the vectors has id i in it."""
-    vectors = open_array(files.vectors)
+    files: Files,
+    settings: StoreSettings,
+    *,
+    write: Callable[[Vectors, str], None] | None = None,
+    separate_lists: bool = False,
+    force_reprocess: bool = False,
+    progress: bool = True,
+) -> None:
+    """Index a store's vectors on disk, unless it is done: row i of the vectors has id i in the index.
+
+    Args:
+        files, settings: the store's; `settings.of_index()` chooses the index.
+        write: makes the index of these vectors and this factory string at `files.index`, if the caller makes it.
+        separate_lists: `write` stores the inverted lists in a file beside it.
+        force_reprocess: build in any case.
+        progress: show a progress bar.
+    """
+    vectors, lists = open_array(files.vectors), lists_path(files.index)
     spec = choose_spec(*vectors.shape, **settings.of_index())
 
     def build() -> dict:
         started = time.perf_counter()
-        write_index(build_index(vectors, spec, progress=progress), files.index)
-        lists_path(files.index).unlink(missing_ok=True)  # of an index that a cluster built
-        return index_stats(files.index, spec, len(vectors), started)
+        if write:
+            write(vectors, spec)
+        else:
+            write_index(build_index(vectors, spec, progress=progress), files.index)
+        if not separate_lists:
+            lists.unlink(missing_ok=True)  # of an index that a cluster built
+        size = sum(file.stat().st_size for file in index_files(files.index))
+        seconds = time.perf_counter() - started
+        return {"index": spec, "vectors": len(vectors), "bytes": size, "seconds": seconds}
 
-    cached(files.index, index_settings(files.vectors, spec), build, force_reprocess=force_reprocess)
-    return read_index(files.index)
+    described, beside = index_settings(files.vectors, spec), (lists,) if separate_lists else ()
+    cached(files.index, described, build, files=beside, force_reprocess=force_reprocess)
 
 
 def choose_spec(
@@ -202,17 +222,12 @@ def index_settings(embeddings_path: PathLike, spec: str) -> dict:
     return {"embeddings": array_key(embeddings_path), "index": spec}
 
 
-def index_stats(path: Path, spec: str, count: int, started: float) -> dict:
-    """Statistics of an index for the manifest: its kind, number of vectors, bytes, and seconds since `started`."""
-    size = sum(file.stat().st_size for file in index_files(path))
-    return {"index": spec, "vectors": count, "bytes": size, "seconds": time.perf_counter() - started}
-
-
 def write_neighbours(
     files: Files,
     settings: StoreSettings,
     keep_out: Sequence[int] = (),
     *,
+    fill: Callable[[ResumableRows, Callable[..., Neighbours]], None] | None = None,
     rows_at_a_time: int = AT_A_TIME,
     force_reprocess: bool = False,
     progress: bool = True,
@@ -225,80 +240,56 @@ def write_neighbours(
     Args:
         files, settings: the store's; its `knn` and `max_similarity` are used.
         keep_out: numbers of documents outside the database: they get neighbours, but are never retrieved.
+        fill: writes all missing rows, if the caller finds them. It may call its second argument, `neighbours` of this
+            store, with rows.
         rows_at_a_time: chunks searched and saved together.
         force_reprocess: search in any case.
+        progress: show a progress bar.
     """
-    index, vectors = read_index(files.index), open_array(files.vectors)
+    index, vectors = read_index(files.index, mapped=True), open_array(files.vectors)
     doc_ids = open_array(files.doc_ids, shape=(len(vectors),))
-    exclude, k, limit = document_ranges(doc_ids, keep_out), settings.knn, settings.max_similarity
+    exclude, k = document_ranges(doc_ids, keep_out), settings.knn
     path = knn_path(files.chunks, exclude)
-    without: dict[str, Any] = {"exclude": exclude, "max_similarity": limit}
-
-    def fill(rows: ResumableRows) -> None:
-        hidden = not progress
-        with tqdm(total=len(vectors), initial=rows.done, desc="searching", unit=" chunks", disable=hidden) as bar:
-            for block in rows.blocks(rows_at_a_time):
-                part = range(block.start, block.stop)
-                rows.write(block, neighbours(index, vectors, doc_ids, k, rows=part, **without))
-                bar.update(len(part))
-
-    described = knn_settings(files.index, files.doc_ids, k, limit)
-    fill_neighbours(path, fill, described, index, vectors, doc_ids, force_reprocess=force_reprocess, **without)
-    return path
-
-
-def knn_settings(
-    index_path: PathLike, doc_ids_memmap_path: PathLike, k: int, max_similarity: float | int | None
-) -> dict:
-    """Everything that the neighbours of chunks depend on, as recorded in the manifest."""
-    return {
-        "index": array_key(index_path),
-        "doc_ids": file_record(doc_ids_memmap_path),
-        "k": k,
-        "max_similarity": max_similarity,
-    }
-
-
-def fill_neighbours(
-    path: Path,
-    fill: Callable[[ResumableRows], None],
-    settings: dict,
-    index: faiss.Index,
-    vectors: Vectors,
-    doc_ids: Int[np.ndarray, " c"],
-    *,
-    exclude: Ranges = (),
-    max_similarity: float | int | None = None,
-    force_reprocess: bool = False,
-) -> dict:
-    """Store the neighbours of every chunk, as `fill` finds them, unless they are already stored.
-
-    Args:
-        path: the file to write.
-        fill: writes all missing rows.
-        settings: from `knn_settings`.
-        index, vectors, doc_ids, exclude, max_similarity: what `fill` searches; recall is measured on it.
-        force_reprocess: rebuild in any case.
-
-    Returns:
-        `k`, `recall` (at k), `missing` neighbours, `seconds`.
-    """
+    without: dict[str, Any] = {"exclude": exclude, "max_similarity": settings.max_similarity}
+    find = partial(neighbours, index, vectors, doc_ids, k, **without)
 
     def build() -> dict:
-        started, k = time.perf_counter(), settings["k"]
-        rows = ResumableRows(path, (len(vectors), k), np.int32, settings)
-        fill(rows)
+        started, rows = time.perf_counter(), ResumableRows(path, (len(vectors), k), np.int32, described)
+        if fill:
+            fill(rows, find)
+        else:
+            search_blocks(rows, find, rows_at_a_time, progress)
         rows.finish()
         found = open_array(path)
-        measured = partial(measure_recall, exclude=exclude, max_similarity=max_similarity)
         return {
             "k": k,
-            "recall": 1.0 if is_exact(index) else measured(vectors, doc_ids, found),
+            "recall": 1.0 if is_exact(index) else measure_recall(vectors, doc_ids, found, **without),
             "missing": int((found < 0).sum()),
             "seconds": time.perf_counter() - started,
         }
 
-    return cached(path, settings, build, force_reprocess=force_reprocess)
+    described = {
+        "index": array_key(files.index),
+        "doc_ids": file_record(files.doc_ids),
+        "k": k,
+        "max_similarity": settings.max_similarity,
+    }
+    cached(path, described, build, force_reprocess=force_reprocess)
+    return path
+
+
+def search_blocks(
+    rows: ResumableRows,
+    find: Callable[..., Neighbours],
+    size: int,
+    progress: bool,
+    chunks: Int[np.ndarray, " n"] | None = None,
+) -> None:
+    """Find and write the missing rows, `size` at a time; row i is that of chunk i, or of `chunks[i]`."""
+    with tqdm(total=rows.shape[0], initial=rows.done, desc="searching", unit=" chunks", disable=not progress) as bar:
+        for block in rows.blocks(size):
+            rows.write(block, find(rows=range(block.start, block.stop) if chunks is None else chunks[block]))
+            bar.update(block.stop - block.start)
 
 
 def knn_stats(chunk_memmap_path: PathLike, index_file: str = INDEX, exclude: Ranges = ()) -> dict:

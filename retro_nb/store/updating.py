@@ -15,14 +15,12 @@ import os
 import shutil
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from filelock import FileLock
@@ -61,25 +59,10 @@ from retro_nb.store.chunking import (
     write_chunks,
 )
 from retro_nb.store.embedding import bert_fingerprint, embedding_settings, write_vectors
-from retro_nb.store.files import CHUNKS, DOC_IDS, INDEX, NEIGHBOURS, VECTORS, Files, companion
-from retro_nb.store.index import (
-    BLOCK,
-    Vectors,
-    build_index,
-    innermost,
-    read_index,
-    write_index,
-)
+from retro_nb.store.files import CHUNKS, INDEX, NEIGHBOURS, VECTORS, Files, companion
+from retro_nb.store.index import BLOCK, Neighbours, Vectors, build_index, innermost, read_index, write_index
 from retro_nb.store.index_edits import EDITABLE, comparing_pays, edit_lists, may_be_nearer, renumber
-from retro_nb.store.knn import (
-    AT_A_TIME,
-    choose_spec,
-    fill_neighbours,
-    index_settings,
-    index_stats,
-    knn_settings,
-    neighbours,
-)
+from retro_nb.store.knn import AT_A_TIME, index_vectors, search_blocks, write_neighbours
 from retro_nb.store.settings import StoreSettings
 from retro_nb.text.document import Corpus, Document
 from retro_nb.text.tokens import get_tokenizer
@@ -165,7 +148,9 @@ def update_store(
     bert: PathLike | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-    **index_options: Any,
+    index: str | None = None,
+    max_index_memory_usage: str | int | None = None,
+    current_memory_available: str | int | None = None,
 ) -> Update:
     """Update a built store after documents of its corpus were removed or added.
 
@@ -180,8 +165,8 @@ def update_store(
         bert: the BERT that embedded the store; it also embeds new texts.
         device: where to embed; see `bert_embed`.
         progress: show progress bars.
-        **index_options: `index`, `max_index_memory_usage`, `current_memory_available` as at the build. An inverted
-            file of the same kind is edited; if the kind changes as the corpus grows, it is trained and searched again.
+        index, max_index_memory_usage, current_memory_available: as at the build. An inverted file of the same kind is
+            edited; if the kind changes as the corpus grows, it is trained and searched again.
 
     Returns:
         What was done; `str()` of it is a sentence.
@@ -203,8 +188,13 @@ def update_store(
         broadcast()  # the others wait
         new = _chunk(old, documents, staging, progress)
         _embed(old, new, bert, device, progress)
-        index = _index(old, new, index_options, progress)
-        searched = _search(old, new, index, progress)
+        settings = StoreSettings(
+            index=index,
+            max_index_memory_usage=max_index_memory_usage,
+            current_memory_available=current_memory_available,
+        )
+        _index(old, new, settings, progress)
+        searched = _search(old, new, progress)
         broadcast()  # wait until all processes have seen that everything is built
         if launched()[0] == 0:
             replace_store(folder, old.searches())
@@ -381,61 +371,49 @@ def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | s
     cached(new.folder / VECTORS, embedding_settings(whole, len(chunks), bert, cls), join)
 
 
-def _index(old: _Old, new: _New, options: dict[str, Any], progress: bool) -> faiss.Index:
-    """Write and return the index of all vectors; an inverted file of the same kind keeps its centroids and effort."""
-    path, vectors = new.folder / INDEX, open_array(new.folder / VECTORS)
-    spec = choose_spec(*vectors.shape, **options)
+def _index(old: _Old, new: _New, settings: StoreSettings, progress: bool) -> None:
+    """Write the index of all vectors; an inverted file of the same kind keeps its centroids and effort."""
 
-    def build() -> dict:
-        started, same = perf_counter(), spec == old.settings[INDEX]["index"]
-        index = read_index(old.folder / INDEX) if same else None
+    def write(vectors: Vectors, spec: str) -> None:
+        index = read_index(old.folder / INDEX) if spec == old.settings[INDEX]["index"] else None
         if index is not None and type(innermost(index)) in EDITABLE:
             edit_lists(index, new.was, vectors)
         else:
             index = build_index(vectors, spec, progress=progress)
-        write_index(index, path)
-        return index_stats(path, spec, len(vectors), started)
+        write_index(index, new.folder / INDEX)
 
-    cached(path, index_settings(new.folder / VECTORS, spec), build)
-    return read_index(path)
+    index_vectors(Files.of(new.folder), settings, write=write)
 
 
 # neighbours
 
 
-def _search(old: _Old, new: _New, index: faiss.Index, progress: bool) -> int:
+def _search(old: _Old, new: _New, progress: bool) -> int:
     """Write the neighbours of all chunks; return the number of chunks that had to be searched."""
-    vectors, doc_ids = open_array(new.folder / VECTORS), open_array(new.folder / DOC_IDS)
-    k, most = (old.settings[NEIGHBOURS][name] for name in ("k", "max_similarity"))
-    settings = knn_settings(new.folder / INDEX, new.folder / DOC_IDS, k, most)
-    searched = new.folder / "searched.npy"
+    searched, settings = new.folder / "searched.npy", old.settings[NEIGHBOURS]
 
-    def fill(rows: ResumableRows) -> None:
-        found, todo = _taken_over(old, new, index, vectors)
-        which = {"rows": hashlib.sha256(todo.tobytes()).hexdigest()}
-        part = ResumableRows(searched, (len(todo), k), np.int32, settings | which)
-        with tqdm(total=len(todo), initial=part.done, desc="searching", unit=" chunks", disable=not progress) as bar:
-            for block in part.blocks(AT_A_TIME):
-                part.write(block, neighbours(index, vectors, doc_ids, k, rows=todo[block], max_similarity=most))
-                bar.update(block.stop - block.start)
+    def fill(rows: ResumableRows, find: Callable[..., Neighbours]) -> None:
+        found, todo = _taken_over(old, new)
+        which = rows.settings["settings"] | {"rows": hashlib.sha256(todo.tobytes()).hexdigest()}
+        part = ResumableRows(searched, (len(todo), settings["k"]), np.int32, which)
+        search_blocks(part, find, AT_A_TIME, progress, todo)
         part.finish()
         found[todo] = open_array(searched)
         for block in rows.blocks(BLOCK):
             rows.write(block, found[block])
 
-    fill_neighbours(new.folder / NEIGHBOURS, fill, settings, index, vectors, doc_ids, max_similarity=most)
+    options = StoreSettings(knn=settings["k"], max_similarity=settings["max_similarity"])
+    write_neighbours(Files.of(new.folder), options, fill=fill)
     return len(open_array(searched))
 
 
-def _taken_over(
-    old: _Old, new: _New, index: faiss.Index, vectors: Vectors
-) -> tuple[Int32[np.ndarray, "c k"], Int64[np.ndarray, " n"]]:
+def _taken_over(old: _Old, new: _New) -> tuple[Int32[np.ndarray, "c k"], Int64[np.ndarray, " n"]]:
     """Previous neighbours under their new numbers, and the chunks whose neighbours have to be searched."""
     found, lost = renumber(open_array(old.folder / NEIGHBOURS), new.was)
-    added = np.flatnonzero(new.was < 0)
-    todo = (new.was < 0) | lost
-    same = old.settings[INDEX]["index"] == read_manifest(new.folder)[INDEX]["settings"]["index"]
-    if same and comparing_pays(index, len(added)):
+    added, todo = np.flatnonzero(new.was < 0), (new.was < 0) | lost
+    same_kind = old.settings[INDEX]["index"] == read_manifest(new.folder)[INDEX]["settings"]["index"]
+    if same_kind and comparing_pays(read_index(new.folder / INDEX, mapped=True), len(added)):
+        vectors = open_array(new.folder / VECTORS)
         todo[~todo] = may_be_nearer(vectors, found, np.flatnonzero(~todo), added)
     else:
         todo[:] = True

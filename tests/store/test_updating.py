@@ -25,7 +25,7 @@ from retro_nb.common.launch import launched
 from retro_nb.common.manifest import array_key, intact, read_manifest, replace_store
 from retro_nb.model.retro import RETRO
 from retro_nb.reference import chunks_to_precalculated_knn_, documents_to_chunks_
-from retro_nb.store import embedding, updating
+from retro_nb.store import embedding, knn, updating
 from retro_nb.store import index as index_module
 from retro_nb.store.chunking import read_documents
 from retro_nb.store.embedding import Sizes
@@ -354,8 +354,10 @@ def test_only_what_may_have_changed_is_searched(tmp_path, bert, monkeypatch):
     work, after = tmp_path / "work", [*texts[:7], *texts[8:], text(99, 24)]
     build(Corpus(*texts), work, bert)
     found, docs = open_array(work / "chunks.knn.npy").copy(), open_array(work / "doc_ids.npy").copy()
-    asked, search = [], updating.neighbours
-    monkeypatch.setattr(updating, "neighbours", lambda *args, rows, **_: asked.extend(rows) or search(*args, rows=rows))
+    asked, search = [], knn.neighbours
+    monkeypatch.setattr(
+        knn, "neighbours", lambda *args, rows, **options: asked.extend(rows) or search(*args, rows=rows, **options)
+    )
     done = update(Corpus(*after), work, bert)
     now, distances = open_array(work / "doc_ids.npy"), distances_of(work)
     new = np.flatnonzero(now == 19)
@@ -850,7 +852,7 @@ def child(folder: Path, bert: Path):
         return sums_of_words(model, ids, *args)
 
     if launched()[0] == 1:  # it is late
-        updating.choose_spec = lambda *args: time.sleep(1) or choose_spec(*args)
+        knn.choose_spec = lambda *args, **options: time.sleep(1) or choose_spec(*args, **options)
     embedding._vectors = counted
     for documents in (CHANGED, CHANGED, Corpus(*TEXTS[:5]), Corpus(*TEXTS[3:5])):
         said.append([str(update(documents, folder, bert)), sum(passes)])
