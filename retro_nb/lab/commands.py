@@ -8,7 +8,6 @@ and some of the corpora's. A YAML file holds them flat, `name: value`.
 embedding and training, and the first alone does the rest.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 
-from retro_nb.common.arrays import ROOT, replacing, to_jsonable, write_json
+from retro_nb.common.arrays import ROOT, read_json, to_jsonable, write_json
 from retro_nb.common.devices import best_device
 from retro_nb.lab.lesson import Run
 from retro_nb.lab.settings import (
@@ -33,6 +31,7 @@ from retro_nb.lab.settings import (
     read_yaml,
     refuse_unknown,
     sentences,
+    write_yaml,
 )
 from retro_nb.measure.evaluation import bytes_of_chunks, evaluate
 from retro_nb.model.retro import RETRO
@@ -42,7 +41,6 @@ from retro_nb.store.settings import StoreSettings
 from retro_nb.store.splits import document_numbers, identity
 from retro_nb.store.store import Store
 from retro_nb.text.opening import NAMED, OPTIONS, as_corpus, recognise
-from retro_nb.text.tokens import PAD_ID, get_tokenizer
 from retro_nb.training.log import History
 from retro_nb.training.runs import FREE_SETTINGS, check_settings, only_run
 from retro_nb.training.training import fit
@@ -80,6 +78,7 @@ FIT = parameters(TrainingWrapper.fit, "valid_share")
 FIT |= parameters(fit, without=("retro", "train", "valid", "measure", "progress"))
 BUILD = CORPUS | DATABASE | parameters(RETRO, "max_seq_len")
 TRAIN = CORPUS | DATABASE | MODEL | FIT
+KNOWN = {"build": BUILD, "train": TRAIN}
 HELD_OUT = "held_out.json"  # beside settings.yaml
 MAY_CHANGE = {*FREE_SETTINGS, "out_dir", "work_dir"}  # when a run goes on
 
@@ -108,7 +107,7 @@ def explain_settings(command: str) -> str:
         ("the model", MODEL, (RETRO,)),
         ("the training", FIT, (TrainingWrapper.fit, fit)),
     )
-    left, text = dict({"build": BUILD, "train": TRAIN}[command]), ""
+    left, text = dict(KNOWN[command]), ""
     for title, group, functions in groups:
         if own := {name: left.pop(name) for name in group if name in left}:
             text += f"\n{title}:\n{explain(own, ABOUT | sentences(*functions))}\n"
@@ -123,7 +122,7 @@ def choose_settings(command: str, file: Path | None = None, given: dict[str, Any
     Raises:
         ValueError: an unknown name, with the closest known one, or a value of another type.
     """
-    known, given = {"build": BUILD, "train": TRAIN}[command], given or {}
+    known, given = KNOWN[command], given or {}
     values = {} if file is None else read_yaml(file)
     refuse_unknown(values, TRAIN, str(file), "train")
     refuse_unknown(given, known, "-p", command)
@@ -131,21 +130,13 @@ def choose_settings(command: str, file: Path | None = None, given: dict[str, Any
     settings = {name: parameter.default for name, parameter in known.items()} | read_as_declared(values, known)
     _check_corpus(settings)
     if command == "train":
-        settings |= {name: value for name, value in _vocabulary(settings).items() if name not in values}
+        vocabulary = zip(("num_tokens", "pad_id"), _store_settings(settings).vocabulary, strict=True)
+        settings |= {name: number for name, number in vocabulary if name not in values}
         if (settings["steps"] is None) == (settings["epochs"] is None):
             raise ValueError("how long? Pass either steps or epochs, e.g. -p steps 1000")
         stem = "train" if file is None else file.stem
         settings["out_dir"] = settings["out_dir"] or str(ROOT / "runs" / stem)
     return to_jsonable(settings)  # as it comes back from settings.yaml
-
-
-def _vocabulary(settings: Settings) -> dict[str, int]:
-    """Vocabulary size and padding id of the model, from the tokenizer."""
-    named = settings["tokenizer"]
-    if isinstance(named, int):  # still to be trained
-        return {"num_tokens": named, "pad_id": PAD_ID}
-    tokenizer = get_tokenizer(settings["bert"] if named is None else named)
-    return {"num_tokens": tokenizer.size, "pad_id": tokenizer.ids.pad}
 
 
 def _check_corpus(settings: Settings) -> None:
@@ -194,8 +185,8 @@ def choose_corpus(settings: Settings) -> tuple[Any, Path]:
 
 
 def _store_settings(settings: Settings) -> StoreSettings:
-    same = {each.name for each in fields(StoreSettings)} & settings.keys()
-    return StoreSettings(seq_len=settings["max_seq_len"], **{name: settings[name] for name in same})
+    shared = {each.name for each in fields(StoreSettings)} & settings.keys()
+    return StoreSettings(seq_len=settings["max_seq_len"], **{name: settings[name] for name in shared})
 
 
 def _wrap(retro: RETRO, settings: Settings, progress: bool) -> TrainingWrapper:
@@ -269,7 +260,7 @@ def train(settings: Settings) -> tuple[TrainingWrapper, History]:
         wrapper = _wrap(RETRO(**_of(settings, MODEL)), settings, main)
         if main:
             print(wrapper.store, flush=True)
-            _write_settings(settings)
+            write_yaml(out_dir / "settings.yaml", settings)
         history = wrapper.fit(progress=main, **_of(settings, FIT))
         if main:
             wrapper.retro.save_pretrained(out_dir)
@@ -341,13 +332,6 @@ def _check_same_run(settings: Settings) -> None:
             )
 
 
-def _write_settings(settings: Settings) -> None:
-    out_dir = Path(settings["out_dir"])
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with replacing(out_dir / "settings.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
 def _write_held_out(wrapper: TrainingWrapper, settings: Settings) -> None:
     """Note the documents that are held out of training and of the database: numbers move when a corpus changes."""
     documents, held_out = wrapper.store.documents, wrapper.held_out(settings["valid_share"], settings["seed"])
@@ -363,7 +347,7 @@ def _read_held_out(folder: Path) -> dict[str, list[dict[str, str]]]:
             f"{file} is missing: it names the documents that the run held out. If the corpus is still the same, "
             f"run the same `train` again, which writes it and trains nothing twice"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def _metrics(wrapper: TrainingWrapper, history: History, processes: int) -> dict[str, Any]:

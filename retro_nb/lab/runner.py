@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from tqdm import tqdm
 
 from retro_nb.common.extras import extra
@@ -33,8 +32,8 @@ with extra("notebooks"):
     import nbformat
     from IPython.core.inputtransformer2 import TransformerManager
 
-from retro_nb.common.arrays import ROOT, replacing, write_json
-from retro_nb.lab.settings import parse_as, read_annotation, read_yaml, refuse_unknown
+from retro_nb.common.arrays import ROOT, write_json, write_text
+from retro_nb.lab.settings import read_annotation, read_value, read_yaml, refuse_unknown, write_yaml
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 RUNS = ROOT / "runs"
@@ -114,13 +113,7 @@ class Parameter:
         Raises:
             ValueError: the value cannot be cast, or the type is unknown.
         """
-        kind = self.kind()
-        try:
-            return parse_as(value, kind)
-        except ValueError:
-            raise ValueError(
-                f"parameter {self.name}: cannot read {value!r:.80} as declared: {self} in {self.notebook.name}"
-            ) from None
+        return read_value(self.name, value, self.kind(), f"{self} in {self.notebook.name}")
 
 
 def declared(notebook: Path) -> dict[str, Parameter]:
@@ -287,9 +280,8 @@ def execute(
         parameters: declared in the notebook and cast to its types, as `choose_parameters` returns them.
         progress: called with the number of finished cells.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = folder / "parameters.yaml"
-    chosen.write_text(yaml.safe_dump(parameters, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_yaml(chosen, parameters)
     out_dir = ["-r", "out_dir", str(folder)] if "out_dir" in declared(notebook) else []
     result = _papermill(notebook, folder, ["-f", str(chosen), *out_dir], progress)
     with suppress(FileNotFoundError):
@@ -333,7 +325,8 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a metric is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -346,7 +339,7 @@ def results_table(results: Sequence[Result], name: Callable[[str], str] = str) -
     """
     rows = []
     for result in results:
-        numbers = [f"{key} {_text(value)}" for key, value in result.metrics.items() if _is_number(value)]
+        numbers = [f"{key} {_text(value)}" for key, value in result.metrics.items() if is_number(value)]
         row = {"notebook": name(result.notebook), "status": result.status, "seconds": result.seconds}
         row |= {"MB": result.peak_mb, "metrics": ", ".join(numbers[:3]) or _text(result.error)[:60]}
         rows.append(row)
@@ -370,9 +363,7 @@ def write_index(folder: Path, results: Sequence[Result]) -> None:
         beside = (folder / f"{stem}.ipynb").exists()
         return f"[{stem}]({'' if beside else stem + '/'}{stem}.ipynb)"
 
-    with replacing(folder / "index.md") as temporary:
-        text = INDEX.format(name=folder.name, table=results_table(results, link))
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "index.md", INDEX.format(name=folder.name, table=results_table(results, link)))
 
 
 def run(

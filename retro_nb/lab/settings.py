@@ -22,6 +22,8 @@ from typing import Any, Union, get_args, get_origin
 import docstring_parser
 import yaml
 
+from retro_nb.common.arrays import PathLike, write_text
+
 MOST_BYTES = 10**6  # of a YAML file
 MOST_VALUES = 10**5  # in it, an alias counting as all that it stands for
 DEEPEST = 30  # lists and mappings within one another
@@ -187,6 +189,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_yaml(path: PathLike, settings: dict[str, Any]) -> None:
+    """Write settings as `name: value` lines, atomically."""
+    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
 # settings of functions
 
 Parameters = dict[str, inspect.Parameter]
@@ -231,10 +238,16 @@ def read_as_declared(values: dict[str, Any], declared: Parameters) -> dict[str, 
     Raises:
         ValueError: a value cannot be read as one.
     """
-    read = {}
-    for name, value in values.items():
-        try:
-            read[name] = parse_as(value, declared[name].annotation)
-        except ValueError:
-            raise ValueError(f"parameter {name}: cannot read {value!r:.80} as declared: {declared[name]}") from None
-    return read
+    return {name: read_value(name, value, declared[name].annotation, declared[name]) for name, value in values.items()}
+
+
+def read_value(name: str, value: Any, kind: Any, declaration: object) -> Any:
+    """A parameter's value as its declared type.
+
+    Raises:
+        ValueError: it cannot be read as one; the message has the declaration.
+    """
+    try:
+        return parse_as(value, kind)
+    except ValueError:
+        raise ValueError(f"parameter {name}: cannot read {value!r:.80} as declared: {declaration}") from None

@@ -27,11 +27,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from retro_nb.common.arrays import read_json, replacing
+from retro_nb.common.arrays import read_json, replacing, write_text, writing
 from retro_nb.common.digests import digest
 from retro_nb.common.extras import extra
 from retro_nb.lab import runner
-from retro_nb.lab.runner import Result, choose_parameters, execute, find_notebooks, markdown_table
+from retro_nb.lab.runner import Result, choose_parameters, execute, find_notebooks, is_number, markdown_table
 from retro_nb.lab.settings import read_yaml
 
 with extra("notebooks"):
@@ -118,16 +118,14 @@ def run_sweep(path: Path) -> tuple[Path, list[Result]]:
                 shutil.rmtree(folder, ignore_errors=True)
                 result = execute(sweep.notebook, folder, point, lambda _: bar.update(0))  # keeps the clock running
             value = result.metrics.get(sweep.metric)
-            if result.status == "done" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if result.status == "done" and not is_number(value):
                 known = ", ".join(result.metrics) or "none"
                 result.status, result.error = "failed", f"no number {sweep.metric!r} in its metrics: {known}"
             results.append(result)
     folder = runner.RUNS / f"sweep-{sweep.name}"
     _write_points(sweep, results, folder / "points.csv")
     summary = summarise(sweep, results)
-    with replacing(folder / "table.md") as temporary:
-        text = f"# {sweep.name}: {sweep.metric}\n\n{markdown_table(summary)}\n"
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "table.md", f"# {sweep.name}: {sweep.metric}\n\n{markdown_table(summary)}\n")
     with replacing(folder / "plot.png") as temporary:
         draw(sweep, summary).savefig(temporary, format="png", dpi=120)
     return folder, results
@@ -135,7 +133,7 @@ def run_sweep(path: Path) -> tuple[Path, list[Result]]:
 
 def _write_points(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
     columns = [*sweep.axes, sweep.metric, "status", "seconds", "peak_mb", "error"]
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with writing(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         for point, result in zip(sweep.points, results, strict=True):
@@ -171,7 +169,7 @@ def draw(sweep: Sweep, summary: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     values = [row[sweep.x] for row in summary]
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numeric = all(map(is_number, values))
     labels = list(dict.fromkeys(map(str, values)))
     others = [name for name in sweep.axes if name not in (sweep.x, "seed")]
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -6,7 +6,7 @@ from typing import Any
 
 from retro_nb.common.arrays import PathLike
 from retro_nb.store.splits import DocumentName
-from retro_nb.text.tokens import TextTokenizer, get_tokenizer
+from retro_nb.text.tokens import PAD_ID, TextTokenizer, get_tokenizer
 
 
 def check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None) -> None:
@@ -80,6 +80,13 @@ class StoreSettings:
         if isinstance(self.tokenizer, int):
             raise ValueError(f"tokenizer {self.tokenizer}: one of that size must be trained first, by Store.build")
         return get_tokenizer(self.bert if self.tokenizer is None else self.tokenizer)
+
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """Number of ids and the padding id of the tokenizer, also of one that is still to be trained."""
+        if isinstance(self.tokenizer, int):
+            return self.tokenizer, PAD_ID
+        return self.cutter.size, self.cutter.ids.pad
 
     def of_chunks(self) -> dict[str, Any]:
         """The settings for cutting chunks, without the tokenizer."""
