@@ -225,14 +225,14 @@ def fact_tokens(
 
     For a fact of several tokens, only the first is marked. `tokenizer` is the one of the chunk array.
     """
-    told = np.zeros((len(doc_ids), m), dtype=bool)
+    mask = np.zeros((len(doc_ids), m), dtype=bool)
     for number, document in enumerate(corpus):
         spans = np.concatenate([tokens.spans for tokens in document_tokens(document.text, tokenizer=tokenizer)])
         # The first token that ends after the fact's start; it may start earlier, with the space.
         places = np.searchsorted(spans[:, 1], [start for start, _ in document.facts], side="right")
         first = np.searchsorted(doc_ids, number)
-        told[first + places // m, places % m] = True
-    return told
+        mask[first + places // m, places % m] = True
+    return mask
 
 
 def found_twins(knns: Int[np.ndarray, "c k"], doc_ids: Int[np.ndarray, " c"]) -> Bool[np.ndarray, " c"]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from retro_nb.common.arrays import ROOT
+from retro_nb.common.arrays import SOURCE
 
-RESULTS = ROOT / "experiments" / "results"
+RESULTS = SOURCE / "experiments" / "results"
 
 
 def results(corpus: str) -> dict[str, Any]:
@@ -42,6 +42,6 @@ def chunk_results(corpus: str) -> dict[str, Shaped[np.ndarray, "..."]]:
 def _path(name: str) -> Path:
     path = RESULTS / name
     if not path.is_file():
-        there = ", ".join(sorted(file.name for file in RESULTS.glob("*"))) or "nothing"
-        raise FileNotFoundError(f"{name} is not in {RESULTS}, which holds {there}: experiments/evidence.py writes it")
+        found = ", ".join(sorted(file.name for file in RESULTS.glob("*"))) or "nothing"
+        raise FileNotFoundError(f"{name} is not in {RESULTS}, which holds {found}: experiments/evidence.py writes it")
     return path

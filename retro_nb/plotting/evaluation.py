@@ -51,25 +51,34 @@ def answers(panels: Mapping[str, Mapping[str, float]], marked: Mapping[str, str]
     return figure
 
 
-def coloured(pieces: Sequence[str], on: Float[np.ndarray, " n"], off: Float[np.ndarray, " n"]) -> HTML:
+def coloured(
+    pieces: Sequence[str], on: Float[np.ndarray, " n"], off: Float[np.ndarray, " n"], *, font: str = "inherit"
+) -> HTML:
     """A text with tokens in bold purple if neighbours made them likelier, in slanted orange if less likely.
 
     Args:
         pieces: the text of each token, with the white space that follows it.
         on, off: loss of each token with and without neighbours, in nats; NaN where it is not predicted.
+        font: CSS font family; "monospace" for code.
     """
     parts = []
     for piece, with_them, without in zip(pieces, on.tolist(), off.tolist(), strict=True):
         word, gain = piece.rstrip(), without - with_them
-        text, space = escape(word), escape(piece[len(word) :])
+        text, space = escape(word), _indented(piece[len(word) :])
         if not np.isnan(gain):
             before, after = np.exp(-without), np.exp(-with_them)
-            told = f"{without:.2f} nats without, {with_them:.2f} with; p {before:.1%} → {after:.1%}"
+            hint = f"{without:.2f} nats without, {with_them:.2f} with; p {before:.1%} → {after:.1%}"
             tag = "b" if gain >= TELLING else "i" if gain <= -TELLING else "span"
-            text = f'<{tag} title="{told}" style="background:{_shade(gain)}">{text}</{tag}>'
+            text = f'<{tag} title="{hint}" style="background:{_shade(gain)}">{text}</{tag}>'
         parts.append(text + space)
-    around = "white-space:pre-wrap;line-height:1.7;max-width:50em;color:#222"
+    around = f"white-space:pre-wrap;line-height:1.7;max-width:50em;color:#222;font-family:{font}"
     return HTML(f'{_legend()}<div style="{around}">{"".join(parts)}</div>')
+
+
+def _indented(space: str) -> str:
+    """White space in HTML, kept by nbconvert, which strips the beginnings of lines."""
+    first, *lines = space.split("\n")
+    return first + "".join("<br>" + line.replace(" ", "&nbsp;") for line in lines)
 
 
 def _shade(gain: float) -> str:

@@ -171,8 +171,8 @@ def shared_text(chunk: Extract, neighbours: Sequence[Extract], whole: int = 0) -
     right = _shaded(best.words, back, [chunk.title] * len(back), longest)
     head = '<th style="text-align:left; width:50%">{}</th>'
     cell = '<td style="text-align:left; vertical-align:top; line-height:1.7">{}</td>'
-    told = f"{whole} tokens in a row, of which {longest} are shown" if whole > longest else f"{longest} tokens in a row"
-    heads = head.format(escape(chunk.title)) + head.format(f"{escape(best.title)}, {told}")
+    run = f"{max(whole, longest)} tokens in a row" + (f", of which {longest} are shown" if whole > longest else "")
+    heads = head.format(escape(chunk.title)) + head.format(f"{escape(best.title)}, {run}")
     return HTML(f"<table><tr>{heads}</tr><tr>{cell.format(left)}{cell.format(right)}</tr></table>{_legend()}")
 
 
@@ -182,9 +182,9 @@ def longest_shared(new: Document, old: Document) -> HTML:
     lengths = shared_runs(ids, [others])
     first, length = int(lengths.argmax()), int(lengths.max())
     run = ids[first : first + length]
-    again = int((sliding_window_view(others, length) == run).all(axis=1).argmax())
+    place = int((sliding_window_view(others, length) == run).all(axis=1).argmax())
     count = min(max(64, length + 14), 160)  # starts six tokens before the run, but after [CLS]
-    chunk, neighbour = (extract(*side, count) for side in ((new, max(first - 6, 1)), (old, max(again - 6, 1))))
+    chunk, neighbour = (extract(*side, count) for side in ((new, max(first - 6, 1)), (old, max(place - 6, 1))))
     return shared_text(chunk, [neighbour], length)
 
 

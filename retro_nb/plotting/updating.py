@@ -19,11 +19,11 @@ def who_searches(
     figure, (left, right) = subplots(1, 2, figsize=(8, 4.2))
     reach = np.linalg.norm(points - points[found[:, -1]], axis=1)
     nearer, had = np.linalg.norm(points - new, axis=1) < reach, (found == gone).any(axis=1)
-    for axes, again, title in ((left, nearer, "One comes"), (right, had, "One goes")):
-        colours = np.where(again, COLOURS["neighbour"], COLOURS["chunk"])
+    for axes, affected, title in ((left, nearer, "One comes"), (right, had, "One goes")):
+        colours = np.where(affected, COLOURS["neighbour"], COLOURS["chunk"])
         stay = np.arange(len(points)) != gone if axes is right else slice(None)
         axes.scatter(*points[stay].T, color=colours[stay], **DOT)
-        axes.set(title=f"{title}: {again.sum()} of {len(colours[stay])} search again", xticks=(), yticks=())
+        axes.set(title=f"{title}: {affected.sum()} of {len(colours[stay])} search again", xticks=(), yticks=())
         axes.set_aspect("equal")
         axes.grid(False)
         axes.spines[:].set_visible(False)

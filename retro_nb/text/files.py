@@ -150,8 +150,8 @@ def _summary(left_out: Mapping[str, str]) -> str:
     groups: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         groups.setdefault(reason, []).append(name)
-    told = (f"{len(names)} {reason} ({names[0]!r}{', …' if names[1:] else ''})" for reason, names in groups.items())
-    return f"files left out: {', '.join(told)}"
+    parts = (f"{len(names)} {reason} ({names[0]!r}{', …' if names[1:] else ''})" for reason, names in groups.items())
+    return f"files left out: {', '.join(parts)}"
 
 
 def write_texts(texts: Mapping[str, str], folder: PathLike) -> None:

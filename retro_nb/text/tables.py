@@ -27,16 +27,16 @@ SPLIT = re.compile(r"(?:^|/)(?:partial-)?(train|validation|valid|val|dev|test)(?
 CHOICE = ("name", "data_dir", "data_files", "revision")  # options of `load_dataset` that select the data
 
 
-def _columns(where: object, there: Sequence[str], text_field: str, title_field: str) -> list[str]:
+def _columns(where: object, existing: Sequence[str], text_field: str, title_field: str) -> list[str]:
     """The columns to read: that of the texts, and that of the titles if it exists.
 
     Raises ValueError for a missing column, listing the existing ones. Only "title", the default of `title_field`, may
     be missing.
     """
     for argument, field in {"text_field": text_field, "title_field": title_field}.items():
-        if field not in there and (argument, field) != ("title_field", "title"):
-            raise ValueError(f"{where} has no column {field!r}, but {', '.join(there)}: pass {argument}=…")
-    return [field for field in dict.fromkeys((text_field, title_field)) if field in there]
+        if field not in existing and (argument, field) != ("title_field", "title"):
+            raise ValueError(f"{where} has no column {field!r}, but {', '.join(existing)}: pass {argument}=…")
+    return [field for field in dict.fromkeys((text_field, title_field)) if field in existing]
 
 
 def _document(record: dict, fields: tuple[str, str], name: str, row: int, replaced: int = 0) -> Document:
