@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,18 +24,16 @@ from retro_nb.common.launch import broadcast, launched
 PathLike = str | os.PathLike
 
 
-def _root() -> Path:
-    if home := os.environ.get("RETRO_NB_HOME"):
-        return Path(home)
-    checkout = Path(__file__).resolve().parents[2]
-    return checkout if (checkout / "pyproject.toml").exists() else Path.home() / ".cache" / "retro_nb"
-
-
-ROOT = _root()  # the checkout, or a cache folder when the package is installed on its own
+_CLONE = Path(__file__).resolve().parents[2]
+# What comes with the project is read here: the clone, or a cache folder when the package is installed on its own.
+SOURCE = _CLONE if (_CLONE / "pyproject.toml").exists() else Path.home() / ".cache" / "retro_nb"
+ROOT = Path(os.environ.get("RETRO_NB_HOME") or SOURCE)  # what is built and run is written here
 WORK = ROOT / "data" / "work"
 # Of a larger file, only evenly spaced blocks of this total size are read: a terabyte at every start would take hours.
 CHECKSUM_LIMIT = 2**30
 CHECKSUM_BLOCK = 2**22
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 # names and records of files
@@ -97,16 +96,36 @@ def read_note(path: PathLike) -> Any:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Around a write to `path`: turn a bare "No space left on device" into an error with the file and a remedy."""
+    """Around a write to `path`: turn a bare "No space left on device" into an error with file, free space and remedy.
+
+    An error that has them already is passed on.
+    """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
+        if hasattr(error, "explained"):
+            raise
+        explained = OSError(
             error.errno or errno.EIO,
-            f"could not write {path}: {reason}. What was there before is untouched; free some space, or "
-            f"choose another folder, and run again: finished work is kept",
-        ) from error
+            f"could not write {path}: {error.strerror or error}. What was there before is untouched; "
+            f"{_mend(path, error.errno)}, and run again: finished work is kept",
+        )
+        explained.explained = True  # type: ignore[attr-defined]
+        raise explained from error
+
+
+def _mend(path: Path, number: int | None) -> str:
+    if number in READ_ONLY:
+        return where_to_write(path)
+    folder = next((each for each in path.absolute().parents if each.is_dir()), Path())
+    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free: free some space, or choose another folder"
+
+
+def where_to_write(path: PathLike) -> str:
+    """What to do about a path that may not be written."""
+    inside_root = Path(path).absolute().is_relative_to(ROOT.absolute())
+    own = ": the environment variable RETRO_NB_HOME names one for data/work and runs" if inside_root else ""
+    return f"choose a folder that you may write{own}"
 
 
 def settle(path: PathLike) -> None:
@@ -152,18 +171,33 @@ def replacing(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """Like `replacing`, with the temporary file open."""
+    """Like `replacing`, with the temporary file open. A full disk in the block is one that this file has met.
+
+    A block that writes other files too explains its own errors (`explain_write_errors`).
+    """
     path = Path(path)
     with replacing(path) as temporary:
         with explain_write_errors(path):
             file = open(temporary, mode, **options)
         try:
-            yield file
-            with explain_write_errors(path):
+            with _explain_full_disk(path):
+                yield file
                 file.flush()
         finally:
             with suppress(OSError):  # closing tries again to write what a full disk did not take
                 file.close()
+
+
+@contextmanager
+def _explain_full_disk(path: Path) -> Iterator[None]:
+    """Like `explain_write_errors`, where the block also does other things than writing to `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            with explain_write_errors(path):
+                raise
+        raise
 
 
 def to_jsonable(value: Any) -> Any:
@@ -174,7 +208,7 @@ def to_jsonable(value: Any) -> Any:
 def write_text(path: PathLike, text: str) -> None:
     """Write a text in UTF-8, atomically."""
     # A file name that is not UTF-8 holds lone surrogates: they become \\udcxx, which JSON reads back.
-    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file, explain_write_errors(Path(path)):
+    with writing(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 
@@ -207,7 +241,6 @@ class ArrayWriter:
         self._writing = writing(self.path)
         self._file = self._writing.__enter__()
         self._file.write(_header(self.dtype, (0, *self.row_shape)))
-        self._start = self._file.tell()
         return self
 
     def append(self, rows: np.ndarray) -> None:
@@ -295,7 +328,7 @@ class ResumableRows:
         self._note(b"0" * self.shape[0])
 
     def _note(self, rows: bytes) -> None:
-        with writing(self.progress) as file, explain_write_errors(self.progress):
+        with writing(self.progress) as file:
             file.write(self.about + rows)
 
     def blocks(self, block: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from retro_nb.common.arrays import PathLike, file_record, inside, read_json, to_jsonable, write_json
+from retro_nb.common.arrays import PathLike, file_record, inside, read_json, to_jsonable, where_to_write, write_json
 from retro_nb.common.digests import digest
 from retro_nb.common.launch import broadcast, launched
 
@@ -46,8 +46,8 @@ def check_writable(folder: PathLike) -> None:
     except OSError as error:
         raise PermissionError(
             error.errno,
-            f"the work folder {folder} has to be built but cannot be written ({error.strerror}): build it "
-            f"where you may write, with the same settings, or pass another work_dir",
+            f"the work folder {folder} has to be built but cannot be written ({error.strerror}): pass another "
+            f"work_dir, with the same settings; {where_to_write(folder)}",
         ) from error
 
 

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from retro_nb.common.arrays import ROOT, PathLike, replacing, write_json
+from retro_nb.common.arrays import SOURCE, PathLike, replacing, write_json
 
 Model = TypeVar("Model", bound="Saveable")
-INCLUDED = ROOT / "data" / "checkpoints"  # models included in the project
+INCLUDED = SOURCE / "data" / "checkpoints"  # models included in the project
 
 # Regular expressions from the names of retro-pytorch's parameters to ours.
 RETRO_PYTORCH_NAMES = [

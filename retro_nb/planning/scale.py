@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retro_nb.common.arrays import ROOT, PathLike
+from retro_nb.common.arrays import SOURCE, PathLike
 from retro_nb.planning.costs import HEADER, PROBED, comparisons, index_bytes
 from retro_nb.store.chunking import MOST_CHUNKS
 from retro_nb.store.index import choose_index
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = SOURCE / "benchmarks" / "results"
 
 
 class Figure(NamedTuple):

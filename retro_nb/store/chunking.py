@@ -245,8 +245,7 @@ class _ChunkFiles:
             titles = writing(self.documents_path, "w", encoding="utf-8", errors="backslashreplace")
             self._titles = stack.enter_context(titles)
             rules = stack.enter_context(writing(self.tokenizer_path, "w", encoding="utf-8"))
-            with explain_write_errors(self.tokenizer_path):
-                rules.write(self.tokenizer.backend.to_str())
+            rules.write(self.tokenizer.backend.to_str())
             self._stack = stack.pop_all()
         return self
 

@@ -35,7 +35,7 @@ from retro_nb.common.arrays import (
     read_note,
     to_jsonable,
     write_json,
-    writing,
+    write_text,
 )
 from retro_nb.common.launch import broadcast, launched
 from retro_nb.common.manifest import (
@@ -345,8 +345,7 @@ def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | s
         with ArrayWriter(part, chunks.dtype, chunks.shape[1:]) as file:
             for rows in np.array_split(fresh, -(-len(fresh) // BLOCK)):
                 file.append(chunks[rows])
-        with writing(companion(part, "tokenizer.json"), "w", encoding="utf-8") as rules:
-            rules.write(tokenizer.backend.to_str())
+        write_text(companion(part, "tokenizer.json"), tokenizer.backend.to_str())
         return {"special_ids": special_ids(whole)._asdict()}
 
     embedded = old.vectors[:0]

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -91,7 +92,7 @@ def full_disk(limit):
 
 def write_array_on_full_disk(path, limit):
     full_disk(limit)
-    with pytest.raises(OSError, match=r"could not write .*a\.npy: File too large") as caught:
+    with pytest.raises(OSError, match=r"could not write .*a\.npy: File too large.*[\d,]+ MB are free") as caught:
         with ArrayWriter(path, np.int32) as writer:
             writer.append(np.arange(1000))
     assert caught.value.errno == errno.EFBIG
@@ -857,3 +858,43 @@ def test_a_replaced_store_leaves_no_note_of_the_old_one(tmp_path):
     (tmp_path / "square.npy.progress").write_text("left by a kill")
     replace_store(tmp_path)
     assert files_in(tmp_path) == {"square.npy", "cube.npy", "manifest.json"} and square(tmp_path, 4)[1] is False
+
+
+# folders
+
+
+@pytest.mark.parametrize("write", [lambda path: write_json(path, {}), lambda path: check_writable(path.parent)])
+def test_a_folder_that_may_not_be_written_is_named_with_the_setting_that_moves_the_projects_own(
+    tmp_path, monkeypatch, write
+):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match=rf"{tmp_path}.*Read-only.*choose a folder that you may write") as elsewhere:
+        write(tmp_path / "work" / "a.json")
+    monkeypatch.setattr(arrays, "ROOT", tmp_path)
+    with pytest.raises(OSError, match=rf"{tmp_path}.*RETRO_NB_HOME") as own:
+        write(tmp_path / "work" / "a.json")
+    assert "MB are free" not in str(own.value) and "RETRO_NB_HOME" not in str(elsewhere.value)
+
+
+def write_plainly_on_full_disk(path):
+    full_disk(100)
+    with pytest.raises(OSError, match=r"could not write .*a\.txt: File too large.*MB are free"):
+        with arrays.writing(path, "w") as file:  # whose caller explains nothing
+            file.write("x" * 10**6)
+    with pytest.raises(ConnectionResetError, match=r"^\[Errno 104\] of a network$"), arrays.writing(path, "w"):
+        raise OSError(errno.ECONNRESET, "of a network")  # that is no matter of this file
+
+
+def test_a_full_disk_is_explained_whoever_writes_and_other_errors_are_left(tmp_path, run_apart):
+    assert run_apart(write_plainly_on_full_disk, tmp_path / "a.txt") == [0] and not files_in(tmp_path)
+
+
+def test_another_home_moves_what_is_written_and_not_what_comes_with_the_project(tmp_path):
+    lines = "from retro_nb import RETRO, WORK; from retro_nb.measure.results import results\n"
+    lines += "RETRO.from_pretrained('speeches'); results('almanac'); print(WORK)"
+    environment = os.environ | {"RETRO_NB_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "home" / "data" / "work"), done.stderr
