@@ -168,18 +168,18 @@ def chunks_to_index_and_embed(
         The index and the vectors (read-only): row i of the vectors has id i in the index.
     """
     files = _beside(chunk_memmap_path, index_file)
-    again: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
+    options: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
     chunks_to_embeddings_(
         num_chunks=num_chunks, chunks_memmap_path=files.chunks, embeddings_memmap_path=files.vectors,
         chunk_size=chunk_size, embed_dim=embed_dim, batch_size=chunks_to_embeddings_batch_size,
-        use_cls_repr=use_cls_repr, bert=bert, **again,
+        use_cls_repr=use_cls_repr, bert=bert, **options,
     )  # fmt: skip
     settings = StoreSettings(
         index=index,
         max_index_memory_usage=max_index_memory_usage,
         current_memory_available=current_memory_available,
     )
-    index_vectors(files, settings, **again)
+    index_vectors(files, settings, **options)
     return read_index(files.index), open_array(files.vectors)
 
 
@@ -221,13 +221,13 @@ def chunks_to_precalculated_knn_(
         raise ValueError(f"num_nearest_neighbors {num_nearest_neighbors}: ask for 1 or more")
     settings = StoreSettings(knn=num_nearest_neighbors, max_similarity=max_similarity)
     open_array(doc_ids_memmap_path, shape=(num_chunks,))
-    again: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
+    options: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
     index, _ = chunks_to_index_and_embed(
         num_chunks=num_chunks, chunk_size=chunk_size, chunk_memmap_path=chunk_memmap_path, index_file=index_file,
-        **again, **index_kwargs,
+        **options, **index_kwargs,
     )  # fmt: skip
     files = _beside(chunk_memmap_path, index_file, doc_ids_memmap_path)
-    return write_neighbours(files, settings, keep_out, rows_at_a_time=max_rows_per_file, **again), index
+    return write_neighbours(files, settings, keep_out, rows_at_a_time=max_rows_per_file, **options), index
 
 
 def _beside(chunks: PathLike, index_file: str, doc_ids: PathLike | None = None) -> Files:

@@ -329,15 +329,9 @@ def write_chunks(
         remarks.extend(noticed)
         return {**stats, "vocabulary": tokenizer.size, "special_ids": tokenizer.ids._asdict()}
 
-    described = chunk_settings(documents, settings)
-    stats = cached(
-        files.chunks,
-        described,
-        build,
-        files=(files.seqs, files.doc_ids, *(companion(files.chunks, kind) for kind in COMPANIONS)),
-        # A bare iterable cannot say whether it is still the same corpus.
-        force_reprocess=force_reprocess or described["corpus"] is None,
-    )
+    described, others = chunk_settings(documents, settings), [companion(files.chunks, kind) for kind in COMPANIONS]
+    force = force_reprocess or described["corpus"] is None  # a bare iterable cannot say whether it has changed
+    stats = cached(files.chunks, described, build, files=(files.seqs, files.doc_ids, *others), force_reprocess=force)
     for remark in remarks:  # warned here, so that stacklevel names the line that calls our caller
         warnings.warn(remark, stacklevel=3)
     return stats

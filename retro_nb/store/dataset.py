@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from retro_nb.common.arrays import PathLike, open_array
 from retro_nb.store.chunking import special_ids, store_fingerprint
 from retro_nb.store.index import NO_NEIGHBOUR
+from retro_nb.store.settings import check_sizes
 from retro_nb.text.tokens import EOS_ID, PAD_ID, SpecialIds
 
 
@@ -130,9 +131,7 @@ class RETRODataset(Dataset):
         add_continuations: bool = True,
     ) -> None:
         super().__init__()
-        if seq_len % chunk_size:
-            nearest = max(1, round(seq_len / chunk_size)) * chunk_size
-            raise ValueError(f"seq_len {seq_len} is not a multiple of chunk_size {chunk_size}: take {nearest}, say")
+        check_sizes(chunk_size, seq_len)
         self.num_chunks, self.chunk_size, self.num_sequences = num_chunks, chunk_size, num_sequences
         self.seq_num_chunks, self.num_neighbors = seq_len // chunk_size, num_neighbors
         ids, self.tokenizer_fingerprint = special_ids(chunk_memmap_path), store_fingerprint(chunk_memmap_path)

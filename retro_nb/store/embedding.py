@@ -296,40 +296,6 @@ def _batches(lengths: list[int], longest: int, size: int) -> Iterator[slice]:
 
 
 @torch.inference_mode()
-def _begin_block(
-    model: "BertModel",
-    framed: Int[Tensor, "b n"],
-    pad_id: int,
-    batch_size: int,
-    cls: bool,
-    on_batch: Callable[[int], Any],
-) -> Callable[[], np.ndarray]:
-    """Start embedding framed chunks; the returned function gives the vectors, and waits for a GPU if necessary.
-
-    Chunks of similar length share a batch, so that there is hardly any padding. `on_batch` is passed each batch's
-    size.
-    """
-    _check_ids(model.config, framed.shape[1], int(framed.min()), int(framed.max()))
-    sizes, order = (framed != pad_id).sum(dim=1).sort(stable=True)
-    framed, lengths, parts = send(framed[order], model.device), sizes.tolist(), []
-    for batch in _batches(lengths, framed.shape[1], batch_size):
-        shortest, longest = lengths[batch.start], lengths[batch.stop - 1]
-        ids = framed[batch, :longest]
-        parts.append(_vectors(model, ids, None if shortest == longest else ids != pad_id, cls))
-        on_batch(len(ids))
-    vectors = torch.cat(parts)[send(order.argsort(), model.device)]
-    if vectors.device.type != "cuda":
-        return vectors.numpy
-    fetched = vectors.to("cpu", non_blocking=True)
-    copied = torch.cuda.current_stream(vectors.device).record_event()
-
-    def wait() -> np.ndarray:
-        copied.synchronize()
-        return fetched.numpy()
-
-    return wait
-
-
 def begin_block(
     chunks: Integer[np.ndarray, "c m"],
     tokenizer: TextTokenizer,
@@ -342,6 +308,8 @@ def begin_block(
 ) -> Callable[[], np.ndarray]:
     """Start embedding a store's chunks; the returned function gives the vectors, and waits for a GPU if necessary.
 
+    Chunks of similar length share a batch, so that there is hardly any padding.
+
     Args:
         chunks: token ids of a block of chunks.
         tokenizer: the tokenizer of these ids.
@@ -349,10 +317,28 @@ def begin_block(
         on_batch: called with the number of chunks in each batch.
         use_cls_repr, bert, device: see `embed_chunks`.
     """
-    device = torch.device(device or best_device())
-    frames = frames_for_bert(torch.from_numpy(chunks.astype(np.int32)), tokenizer, bert=bert)
-    batch = batch_size or sizes_on(device).batch
-    return _begin_block(get_bert(bert, device), frames, get_tokenizer(bert).ids.pad, batch, use_cls_repr, on_batch)
+    device, pad_id = torch.device(device or best_device()), get_tokenizer(bert).ids.pad
+    framed = frames_for_bert(torch.from_numpy(chunks.astype(np.int32)), tokenizer, bert=bert)
+    model = get_bert(bert, device)
+    _check_ids(model.config, framed.shape[1], int(framed.min()), int(framed.max()))
+    sizes, order = (framed != pad_id).sum(dim=1).sort(stable=True)
+    framed, lengths, parts = send(framed[order], model.device), sizes.tolist(), []
+    for batch in _batches(lengths, framed.shape[1], batch_size or sizes_on(device).batch):
+        shortest, longest = lengths[batch.start], lengths[batch.stop - 1]
+        ids = framed[batch, :longest]
+        parts.append(_vectors(model, ids, None if shortest == longest else ids != pad_id, use_cls_repr))
+        on_batch(len(ids))
+    vectors = torch.cat(parts)[send(order.argsort(), model.device)]
+    if vectors.device.type != "cuda":
+        return vectors.numpy
+    fetched = vectors.to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(vectors.device).record_event()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return fetched.numpy()
+
+    return wait
 
 
 def embedding_settings(

@@ -8,6 +8,9 @@ from retro_nb.common.arrays import PathLike
 from retro_nb.store.splits import DocumentName
 from retro_nb.text.tokens import PAD_ID, TextTokenizer, get_tokenizer
 
+OF_CHUNKS = ("chunk_size", "seq_len", "max_chunks", "max_seqs")  # what the chunks depend on, without the tokenizer
+OF_INDEX = ("index", "max_index_memory_usage", "current_memory_available")  # what chooses the index
+
 
 def check_sizes(chunk_size: int, seq_len: int, max_chunks: int | None = None, max_seqs: int | None = None) -> None:
     """Raise ValueError for sizes that no store can have."""
@@ -90,9 +93,8 @@ class StoreSettings:
 
     def of_chunks(self) -> dict[str, Any]:
         """The settings for cutting chunks, without the tokenizer."""
-        return {name: getattr(self, name) for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
+        return {name: getattr(self, name) for name in OF_CHUNKS}
 
     def of_index(self) -> dict[str, Any]:
         """The settings for choosing the index."""
-        names = ("index", "max_index_memory_usage", "current_memory_available")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in OF_INDEX}

@@ -34,7 +34,7 @@ from retro_nb.store.files import Files, knn_path
 from retro_nb.store.index import read_index
 from retro_nb.store.knn import document_ranges, index_vectors, knn_stats, write_neighbours
 from retro_nb.store.retrieval import Retriever
-from retro_nb.store.settings import StoreSettings
+from retro_nb.store.settings import OF_CHUNKS, StoreSettings
 from retro_nb.store.splits import DocumentName, document_numbers
 from retro_nb.store.updating import Update, mismatch, reason_to_rebuild, update_store
 from retro_nb.text.document import Document
@@ -52,7 +52,7 @@ def choose_tokenizer(
     """
     read_manifest(folder)  # one of a newer format is refused before anything is trained
     if not isinstance(settings.tokenizer, int):
-        return get_tokenizer(settings.bert if settings.tokenizer is None else settings.tokenizer)
+        return settings.cutter
     if isinstance(documents, Iterator):
         raise ValueError(f"a {type(documents).__name__} can be read only once: pass a list, or a tokenizer's folder")
     folder, size = Path(folder) / "tokenizer", settings.tokenizer
@@ -126,10 +126,10 @@ class Store:
             _follow(corpus, folder, settings, progress)
         write_chunks(corpus, files, settings, progress=progress)
         kept_out = document_numbers(settings.keep_out, read_documents(files.chunks))
-        again: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
-        write_vectors(files.chunks, files.vectors, settings, batch_size=batch_size, **again)
-        index_vectors(files, settings, **again)
-        write_neighbours(files, settings, kept_out, **again)
+        options: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
+        write_vectors(files.chunks, files.vectors, settings, batch_size=batch_size, **options)
+        index_vectors(files, settings, **options)
+        write_neighbours(files, settings, kept_out, **options)
         return cls(files, settings, kept_out)
 
     @classmethod
@@ -158,10 +158,10 @@ class Store:
         exclude = document_ranges(open_array(files.doc_ids), kept_out)
         found = knn_path(files.chunks, exclude).name
         if found not in arrays:
-            there = sorted(name for name in arrays if name.startswith(f"{files.chunks.stem}.knn"))
+            present = sorted(name for name in arrays if name.startswith(f"{files.chunks.stem}.knn"))
             raise FileNotFoundError(
-                f"{folder} has no neighbours that leave out the documents {kept_out} ({found}), but {there}: pass the "
-                f"keep_out that it was built with"
+                f"{folder} has no neighbours that leave out the documents {kept_out} ({found}), but {present}: "
+                f"pass the keep_out that it was built with"
             )
         chunks, vectors, index, neighbours = (
             arrays[name]["settings"] for name in (files.chunks.name, files.vectors.name, files.index.name, found)
@@ -173,9 +173,8 @@ class Store:
             raise ValueError(f"the store in {folder} has lost its tokenizer ({chunks['tokenizer']}): build it again")
         if reason := mismatch(folder, found):
             raise ValueError(f"the store in {folder}: {reason}. Build it again with Store.build")
-        sizes = {name: chunks[name] for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
         settings = StoreSettings(
-            **sizes, knn=neighbours["k"], tokenizer=tokenizer, bert=bert,
+            **{name: chunks[name] for name in OF_CHUNKS}, knn=neighbours["k"], tokenizer=tokenizer, bert=bert,
             use_cls_repr=vectors["pooling"] == "cls", index=index["index"],
             max_similarity=neighbours["max_similarity"], keep_out=kept_out,
         )  # fmt: skip

@@ -63,7 +63,7 @@ from retro_nb.store.files import CHUNKS, INDEX, NEIGHBOURS, VECTORS, Files, comp
 from retro_nb.store.index import BLOCK, Neighbours, Vectors, build_index, innermost, read_index, write_index
 from retro_nb.store.index_edits import EDITABLE, comparing_pays, edit_lists, may_be_nearer, renumber
 from retro_nb.store.knn import AT_A_TIME, index_vectors, search_blocks, write_neighbours
-from retro_nb.store.settings import StoreSettings
+from retro_nb.store.settings import OF_CHUNKS, StoreSettings
 from retro_nb.text.document import Corpus, Document
 from retro_nb.text.tokens import get_tokenizer
 
@@ -286,19 +286,19 @@ def _chunk(old: _Old, documents: Corpus, staging: Path, progress: bool) -> _New:
 
     def cut() -> Iterator[ChunkedDocument]:
         for document in tqdm(documents, desc="reading", unit=" documents", disable=not progress):
-            if same := old.by_digest.get(text_digest(document.text)):
-                yield old.chunked(same[0], describe_document(document), document.replaced)
+            if known := old.by_digest.get(text_digest(document.text)):
+                yield old.chunked(known[0], describe_document(document), document.replaced)
             else:
                 yield chunk_document(document, settings["chunk_size"], tokenizer)
 
-    sizes = {name: settings[name] for name in ("chunk_size", "seq_len", "max_chunks", "max_seqs")}
-    write_chunks(documents, Files.of(staging), StoreSettings(**sizes, tokenizer=tokenizer), cut=cut)
+    sizes = StoreSettings(**{name: settings[name] for name in OF_CHUNKS}, tokenizer=tokenizer)
+    write_chunks(documents, Files.of(staging), sizes, cut=cut)
     found = read_documents(staging / CHUNKS)
     kept = _kept(old.by_digest, [about["digest"] for about in found])
     origin, was = (np.full(found[-1]["chunks"][1], -1, np.int64) for _ in range(2))
     for about in found:
-        if same := old.by_digest.get(about["digest"]):
-            origin[slice(*about["chunks"])] = np.arange(*old.documents[same[0]]["chunks"])
+        if known := old.by_digest.get(about["digest"]):
+            origin[slice(*about["chunks"])] = np.arange(*old.documents[known[0]]["chunks"])
     for now, before in kept:
         rows = slice(*found[now]["chunks"])
         origin[rows] = was[rows] = np.arange(*old.documents[before]["chunks"])
@@ -352,9 +352,9 @@ def _embed(old: _Old, new: _New, bert: PathLike | None, device: torch.device | s
     if len(fresh):
         settings = {"chunks": array_key(whole), "tokenizer": tokenizer.fingerprint}
         cached(part, settings, pick, files=(companion(part, "tokenizer.json"),))
-        where, how = companion(part, "embedded.npy"), StoreSettings(bert=bert, use_cls_repr=cls)
-        write_vectors(part, where, how, device=device, progress=progress)
-        embedded = open_array(where)
+        path, options = companion(part, "embedded.npy"), StoreSettings(bert=bert, use_cls_repr=cls)
+        write_vectors(part, path, options, device=device, progress=progress)
+        embedded = open_array(path)
 
     def join() -> dict:
         with ArrayWriter(new.folder / VECTORS, np.float32, old.vectors.shape[1:]) as file:
