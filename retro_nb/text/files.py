@@ -22,10 +22,15 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+GZIP = b"\x1f\x8b"  # the beginning of a packed file
 MEGABYTE = 2**20
 TEXTS = ("**/*.txt", "**/*.md")  # patterns of the texts of a folder, if no other is passed
+ENDINGS = (".txt", ".md")  # of these, also in capitals
 BACKUPS = ("~", ".bak", ".orig", ".swp", ".tmp")
+INSTALLED = {"node_modules", "site-packages", "__pycache__"}  # folders with libraries' readmes and licences
 FOLDER = "a folder"
+SPLITS = {"train", "validation", "valid", "val", "dev", "test"}  # of a dataset, as folders or files are named
+MOST_KINDS = 8  # of files left out that are listed
 
 
 def decode_text(data: bytes, encoding: str = "utf-8") -> tuple[str, int]:
@@ -66,13 +71,15 @@ def _mend(text: str) -> tuple[str, int]:
 class text_folder:
     """The text files of a folder, in order of their relative paths, which without suffix are also their titles.
 
-    A byte order mark is dropped. Undecodable bytes and NULs become U+FFFD and are counted in `Document.replaced`. An
-    empty file is a Document with an empty text. The files are listed once, at construction, and opened one at a time.
+    Without a glob these are all files that end in .txt or .md, in small letters or capitals. A byte order mark is
+    dropped. Undecodable bytes and NULs become U+FFFD and are counted in `Document.replaced`. An empty file is a
+    Document with an empty text. The files are listed once, at construction, and opened one at a time.
 
     Left out, with a warning, is what no one means as text: hidden files and folders (names that begin with a dot, such
-    as .git or .ipynb_checkpoints), __MACOSX, editors' backups, and what is no regular file, such as a pipe, whose
-    reading might never end. A pattern that names hidden files or backups itself ("**/.notes/*.txt", "*.bak") finds
-    them.
+    as .git or .ipynb_checkpoints), __MACOSX, installed libraries, editors' backups, links to folders, and what is no
+    regular file, such as a pipe, whose reading might never end. A pattern that names hidden files or backups itself
+    ("**/.notes/*.txt", "*.bak") finds them. Without a glob, the warning also counts the files with other endings. A
+    training set and a test set in one folder are read, with a warning.
 
     glob      a pattern, or several
     encoding  a name that Python knows; None to detect it file by file: UTF-16 or UTF-32 by a byte order mark, UTF-8
@@ -91,19 +98,20 @@ class text_folder:
         if not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file: pass the folder that holds it, or a .jsonl file")
         _check_encoding(encoding)
-        reasons: dict[str, str | None] = {}
-        for pattern in [glob] if isinstance(glob, str) else glob:
-            for path in self.folder.glob(pattern):
-                name = path.relative_to(self.folder).as_posix()
-                if reasons.get(name, FOLDER) is not None:  # what one pattern leaves out, another may ask for
-                    reasons[name] = _reason_to_leave_out(self.folder, name, pattern)
-        self._paths = sorted(name for name, reason in reasons.items() if reason is None)
-        left_out = {name: reason for name, reason in sorted(reasons.items()) if reason and reason != FOLDER}
-        if left_out:
-            warnings.warn(f"{self.folder}: {_summary(left_out)}", stacklevel=2)
+        usual = glob == TEXTS
+        self._paths, left_out = choose_files(self.folder, ENDINGS if usual else (), "**/*" if usual else glob)
         if not self._paths:
-            but = ", but those left out" if left_out else ""
-            raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}{but}: pass e.g. '**/*.rst'")
+            found = f" (it has {left_out})" if left_out else ""
+            raise FileNotFoundError(f"no file in {self.folder} matches glob {glob!r}{found}: pass e.g. '**/*.rst'")
+        if left_out:
+            warnings.warn(f"{self.folder}: files left out: {left_out}", stacklevel=2)
+        splits = {part for name in self._paths for part in Path(name.lower()).with_suffix("").parts} & SPLITS
+        if usual and "train" in splits and len(splits) > 1:
+            warnings.warn(
+                f"{self.folder} has files of the splits {', '.join(sorted(splits))}, and all get into one database: to "
+                f"take one split, pass its folder, or a glob such as '**/train/**/*.txt'",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -129,29 +137,51 @@ class text_folder:
         return {"corpus": "text_folder", "documents": len(self), "files": files} | encoding
 
 
+def choose_files(folder: Path, endings: Sequence[str], glob: str | Sequence[str] = "**/*") -> tuple[list[str], str]:
+    """The files of a folder that a corpus reads, and a line on those that it leaves out.
+
+    Args:
+        folder: where to look.
+        endings: of the files wanted, in small letters; none for all that the glob matches.
+        glob: a pattern, or several.
+
+    Returns:
+        Paths relative to the folder, in order; and the files left out, counted by the reason, "" for none.
+    """
+    reasons: dict[str, str | None] = {}
+    for pattern in [glob] if isinstance(glob, str) else glob:
+        for path in folder.glob(pattern):
+            name = path.relative_to(folder).as_posix()
+            if reasons.get(name, FOLDER) is not None:  # what one pattern leaves out, another may ask for
+                reasons[name] = _reason_to_leave_out(folder, name, pattern)
+                if reasons[name] is None and endings and not name.lower().endswith(tuple(endings)):
+                    reasons[name] = ascii(path.suffix.lower())[1:-1] or "without an ending"
+    groups: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        if reason not in (None, FOLDER):
+            groups.setdefault(str(reason), []).append(name)
+    largest = sorted(groups.items(), key=lambda group: -len(group[1]))
+    parts = [f"{len(names)} {reason} ({names[0]!r}{', …' if names[1:] else ''})" for reason, names in largest]
+    parts[MOST_KINDS:] = ["…"] if parts[MOST_KINDS:] else []
+    return sorted(name for name, reason in reasons.items() if reason is None), ", ".join(parts)
+
+
 def _reason_to_leave_out(folder: Path, name: str, pattern: str) -> str | None:
     """Why a file that this pattern matches is no text of a corpus; None if it is one, or is asked for by its kind."""
     path, whole = Path(name), folder / name
     if whole.is_dir():
-        return FOLDER
+        return "a link to a folder" if whole.is_symlink() else FOLDER
     asked = any(part.startswith((".", "[.]")) for part in Path(pattern).parts)
     if not asked and any(part.startswith(".") and not part.startswith("..") for part in path.parts):
         return "hidden"
     if "__MACOSX" in path.parts:
         return "left by an archiver of macOS"
+    if not INSTALLED.isdisjoint(path.parts):
+        return "of an installed library"
     backup = path.name.endswith(BACKUPS) or (path.name.startswith("#") and path.name.endswith("#"))
     if backup and not pattern.endswith((*BACKUPS, "#")):
         return "an editor's backup"
     return None if whole.is_file() or not whole.exists() else "no regular file"  # a broken link is an error
-
-
-def _summary(left_out: Mapping[str, str]) -> str:
-    """Which files were left out, and why."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        groups.setdefault(reason, []).append(name)
-    parts = (f"{len(names)} {reason} ({names[0]!r}{', …' if names[1:] else ''})" for reason, names in groups.items())
-    return f"files left out: {', '.join(parts)}"
 
 
 def write_texts(texts: Mapping[str, str], folder: PathLike) -> None:
@@ -183,8 +213,8 @@ class jsonl:
     A null is an empty text, as in tables. The title is the value under `title_field`, or "line N" without one; the
     source is "file.jsonl:N". Bytes that are not UTF-8 become U+FFFD and are counted, as in `text_folder`.
 
-    Raises FileNotFoundError if the file does not exist. Iterating raises ValueError, naming file and line, for a line
-    that is not a JSON object or has no text.
+    Raises FileNotFoundError if the file does not exist, ValueError if it is UTF-16, or not packed despite its name.
+    Iterating raises ValueError, naming file and line, for a line that is not a JSON object or has no text.
     """
 
     def __init__(self, path: PathLike, text_field: str = "text", title_field: str = "title") -> None:
@@ -192,6 +222,12 @@ class jsonl:
         self._start, self._stop, self._line = 0, None, 1  # bytes to read (None: to the end), first line's number
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is not a file: pass the path of a .jsonl file")
+        with open(self.path, "rb") as file:
+            start = file.read(4)
+        if self._packed and start[:2] != GZIP:
+            raise ValueError(f"{self.path} is not packed by gzip: fetch it again, or take .gz from its name")
+        if encoding := next((MARKS[mark] for mark in MARKS if start.startswith(mark)), None):
+            raise ValueError(f"{self.path} is {encoding.upper()}: convert it to UTF-8, the encoding of .jsonl files")
 
     def __iter__(self) -> Iterator[Document]:
         number = self._line
@@ -205,9 +241,7 @@ class jsonl:
                         break
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 where = f"{self.path}, after line {number}"
-                raise ValueError(
-                    f"{where}: damaged or cut ({error}): fetch it again, or unpack what is there"
-                ) from None
+                raise ValueError(f"{where}: damaged or cut ({error}): fetch it again, or unpack the rest") from None
 
     def _open(self) -> BufferedReader | gzip.GzipFile:
         return gzip.open(self.path) if self._packed else open(self.path, "rb")
@@ -283,6 +317,7 @@ def record_document(
     text = "" if text_field in row and row[text_field] is None else row.get(text_field)
     if not isinstance(text, str):
         found = f"the fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+        found = found if text is None else f"{text!r:.40} ({type(text).__name__})"
         raise ValueError(f"{where}: no text under {text_field!r}, but {found}: pass text_field=…")
     title = row.get(title_field)
     title, _ = _mend(untitled if title is None else str(title))

@@ -17,7 +17,7 @@ from retro_nb.common.arrays import WORK
 from retro_nb.common.digests import digest
 from retro_nb.text.almanac import almanac
 from retro_nb.text.docstrings import docstrings
-from retro_nb.text.files import TEXTS, jsonl, text_folder
+from retro_nb.text.files import ENDINGS, TEXTS, choose_files, jsonl, text_folder
 from retro_nb.text.sources import code
 from retro_nb.text.speeches import speeches
 from retro_nb.text.tables import hf_dataset, parquet, saved_to_disk
@@ -119,7 +119,9 @@ def _file(path: Path) -> partial:
     if path.suffix.lower() == ".parquet":
         return partial(parquet, path)
     if path.exists():
-        raise NotADirectoryError(f"{path} is a file, neither .jsonl nor .parquet: pass the folder that holds it")
+        texts = path.suffix.lower() in ENDINGS
+        mend = "pass the folder that holds it" if texts else "pass hf_dataset(…), which reads more kinds, or convert it"
+        raise NotADirectoryError(f"{path} is a file, neither .jsonl nor .parquet: {mend}")
     close = difflib.get_close_matches(str(path), NAMED, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise FileNotFoundError(
@@ -132,6 +134,6 @@ def _folder(folder: Path, glob: str | Sequence[str] | None) -> partial:
         return partial(hf_dataset, folder)
     patterns = [glob] if isinstance(glob, str) else glob or ()
     texts = any(True for pattern in patterns for _ in folder.glob(pattern))
-    if not texts and any(True for _ in folder.glob("**/*.parquet")):
+    if not texts and choose_files(folder, (".parquet",))[0]:
         return partial(parquet, folder)
     return partial(text_folder, folder, TEXTS if glob is None else glob)

@@ -8,6 +8,7 @@ datasets.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 from retro_nb.common.digests import digest
 from retro_nb.common.extras import extra
 from retro_nb.text.document import Document, check_count, part_of
-from retro_nb.text.files import MEGABYTE, decode_text, record_document
+from retro_nb.text.files import MEGABYTE, choose_files, decode_text, record_document
 
+# With a buffer, a column is read page by page; without one, a whole row group at once.
+READING: dict[str, Any] = {"buffer_size": MEGABYTE, "pre_buffer": False, "page_checksum_verification": True}
 BATCH_ROWS, BATCH_BYTES = 1000, 4 * MEGABYTE  # in memory at a time: 1000 rows, fewer if they are long
 
 # "data/train-00000-of-00002.parquet", "validation.parquet", "partial-test/0000.parquet"
@@ -79,26 +82,33 @@ class parquet:
     def __init__(self, path: str | Path, text_field: str = "text", title_field: str = "title") -> None:
         self.path, self.text_field, self.title_field = Path(path), text_field, title_field
         self._folder = self.path if self.path.is_dir() else self.path.parent
-        paths = sorted(self.path.glob("**/*.parquet")) if self.path.is_dir() else [self.path]
-        if not paths or not paths[0].exists():
-            raise FileNotFoundError(f"{self.path} is no .parquet file and no folder of them: pass one or the other")
-        self._names = [path.relative_to(self._folder).as_posix() for path in paths]
+        self._names, left_out = [self.path.name], ""
+        if self.path.is_dir():
+            self._names, left_out = choose_files(self.path, (".parquet",))
+        if not self._names or not self.path.exists():
+            found = f" (it has {left_out})" if left_out else ""
+            raise FileNotFoundError(f"{self.path} is no .parquet file and no folder of them{found}: pass either")
+        if left_out:
+            warnings.warn(f"{self.path}: files left out: {left_out}", stacklevel=2)
         _check_one_split(self.path, self._names)
         # For each row group of each file: (rows, bytes of the texts).
-        self._groups = [self._row_groups(path) for path in paths]
+        self._groups = [self._row_groups(self._folder / name) for name in self._names]
         self._first, self._stop = 0, sum(rows for groups in self._groups for rows, _ in groups)
 
     def _row_groups(self, path: Path) -> list[tuple[int, int]]:
         """Check one file by its footer -> (rows, bytes of the texts) of each row group."""
         with extra("data"):  # here and below: only reading tables needs it
             import pyarrow.parquet as pq
-            from pyarrow import ArrowInvalid
+            from pyarrow import ArrowException
 
         try:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-        except ArrowInvalid as error:
-            raise ValueError(f"{path} is no parquet file ({error}): pass one, or a folder without others") from None
+        except FileNotFoundError:
+            raise
+        except (ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} is no parquet file ({reason}): pass one, or a folder without others") from None
         _columns(path, schema.names, self.text_field, self.title_field)
         kind = schema.field(self.text_field).type
         if not _holds_text(kind):
@@ -120,6 +130,7 @@ class parquet:
         """Documents of those rows of one file that lie in first … stop - 1."""
         with extra("data"):
             import pyarrow.parquet as pq
+            from pyarrow import ArrowException
 
         edges = pairwise([0, *accumulate(rows for rows, _ in groups)])
         wanted = {number: begin for number, (begin, end) in enumerate(edges) if max(first, begin) < min(stop, end)}
@@ -128,15 +139,19 @@ class parquet:
         row = min(wanted.values())
         longest = max(groups[number][1] / groups[number][0] for number in wanted)  # bytes per row of a group
         size = max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(longest, 1))))
-        # With a buffer, a column is read page by page; without one, a whole row group at once.
-        with pq.ParquetFile(self._folder / name, buffer_size=MEGABYTE, pre_buffer=False) as file:
+        with pq.ParquetFile(self._folder / name, **READING) as file:
             columns = _columns(name, file.schema_arrow.names, self.text_field, self.title_field)
-            for batch in file.iter_batches(size, row_groups=list(wanted), columns=columns, use_threads=False):
-                skipped = max(0, first - row)
-                yield from self._documents(name, row + skipped, batch[skipped : stop - row])
-                row += len(batch)
-                if row >= stop:
-                    break
+            batches = file.iter_batches(size, row_groups=list(wanted), columns=columns, use_threads=False)
+            try:
+                for batch in batches:
+                    skipped = max(0, first - row)
+                    yield from self._documents(name, row + skipped, batch[skipped : stop - row])
+                    row += len(batch)
+                    if row >= stop:
+                        break
+            except (ArrowException, OSError) as error:
+                where = f"{self._folder / name}, after row {row}"
+                raise ValueError(f"{where}: damaged ({' '.join(str(error).split())}): fetch it again") from None
 
     def _documents(self, name: str, row: int, batch: Any) -> Iterator[Document]:
         """Documents of a record batch; its first row has number `row` in the file."""

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+import warnings
 
 import pytest
 
@@ -163,3 +165,65 @@ def test_names_that_only_look_like_splits_are_read(tmp_path):
         path.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"text": ["One."]}), path)
     assert len(parquet(tmp_path)) == 4
+
+
+def write(folder, *names) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("The tower stands by the river.")
+
+
+def test_a_folders_other_files_are_counted_by_their_endings(tmp_path):
+    write(tmp_path, "a.txt", "B.TXT", "c.Md", "d.pdf", "e.PDF", "LICENSE", "deep/f.r\x1b[31mst", ".git/g")
+    with pytest.warns(UserWarning) as warned:
+        assert titles(text_folder(tmp_path)) == ["B", "a", "c"]
+    (line,) = (str(each.message) for each in warned)
+    for part in ("2 .pdf ('d.pdf', …)", "1 without an ending ('LICENSE')", "1 hidden ('.git/g')", r"1 .r\x1b[31mst"):
+        assert part in line
+    assert "\x1b" not in line and "\n" not in line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert titles(text_folder(tmp_path, "*.pdf")) == ["d"], "who names a pattern has chosen"
+
+
+def test_installed_libraries_and_links_to_folders_are_left_out_and_named(tmp_path):
+    write(tmp_path, "mine/a.txt", "mine/node_modules/left-pad/README.md", "mine/venv/site-packages/x/top_level.txt")
+    write(tmp_path, "elsewhere/b.txt")
+    (tmp_path / "mine" / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match=r"2 of an installed library .*1 a link to a folder \('more'\)"):
+        assert titles(text_folder(tmp_path / "mine")) == ["a"]
+
+
+def test_a_folder_without_texts_says_what_it_has(tmp_path):
+    write(tmp_path, "a.jsonl", "b.jsonl", "c.csv")
+    with pytest.raises(FileNotFoundError, match=r"it has 2 \.jsonl \('a\.jsonl', …\), 1 \.csv"):
+        open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("train/a.txt", "test/b.txt"), ("train.txt", "valid.txt", "test.txt")])
+def test_texts_of_several_splits_are_not_read_silently(tmp_path, names):
+    write(tmp_path, *names)
+    with pytest.warns(UserWarning, match="files of the splits test, train"):
+        assert len(text_folder(tmp_path)) == len(names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(text_folder(tmp_path, "**/*.txt")) == len(names), "who names a pattern has chosen"
+        write(tmp_path / "other", "training/a.txt", "test/b.txt", "dev/c.txt")
+        assert len(text_folder(tmp_path / "other")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.gz", b'{"text": "Not packed."}\n', "is not packed by gzip"),
+        ("a.jsonl.gz", b"", "is not packed by gzip"),
+        ("a.jsonl", '{"text": "One."}\n'.encode("utf-16"), "is UTF-16: convert it to UTF-8"),
+        ("a.jsonl", b'{"text": 5}\n', r"line 1: no text under 'text', but 5 \(int\)"),
+        ("a.csv", b"text\none\n", r"convert it"),
+        ("a.txt", b"one", "pass the folder that holds it"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_is_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises((ValueError, NotADirectoryError), match=rf"{re.escape(name)}.*{message}"):
+        list(open_corpus(tmp_path / name))

@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -293,7 +295,7 @@ def test_columns_of_a_dataset_are_checked(rows):
         ValueError, match=r"dataset, row 0: no text under 'text', but the fields \['body'\]: pass text_f"
     ):
         list(hf_dataset(unknown))
-    with pytest.raises(ValueError, match="dataset, row 0: no text under 'number', but the fields"):
+    with pytest.raises(ValueError, match=r"dataset, row 0: no text under 'number', but 1 \(int\)"):
         list(hf_dataset(rows, text_field="number"))
     with pytest.raises(ValueError, match="revision: a Dataset is loaded already, leave them out"):
         hf_dataset(rows, revision="main")
@@ -360,3 +362,33 @@ def test_without_a_network_it_says_what_to_do():
 def test_datasets_is_imported_only_by_whom_it_serves(table):
     program = f"import sys, retro_nb; list(retro_nb.parquet({str(table)!r})); print('datasets' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+def test_a_damaged_table_names_its_file_and_its_row(tmp_path, compression):
+    path = tmp_path / "my.parquet"
+    table = pa.table({"text": [f"text number {number}" for number in range(3000)]})
+    pq.write_table(table, path, compression=compression, row_group_size=500, write_page_checksum=True)
+    whole = path.read_bytes()
+    assert len(list(parquet(path))) == 3000
+    for place in np.random.default_rng(0).integers(4, len(whole) * 9 // 10, 40).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        try:
+            texts = [document.text for document in parquet(path)]
+        except ValueError as error:
+            assert re.search(r"my\.parquet(, after row \d+: damaged| is no parquet file)", str(error))
+        else:
+            assert texts == table["text"].to_pylist(), "a byte that does not matter"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"my\.parquet is no parquet file"):
+        parquet(path)
+
+
+def test_a_folder_of_tables_leaves_out_what_nobody_means(table, tmp_path):
+    for name in ("in/A.PARQUET", "in/.ipynb_checkpoints/A-checkpoint.parquet", "in/__MACOSX/A.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(table, tmp_path / name)
+    with pytest.warns(UserWarning, match=r"1 hidden .*1 left by an archiver"):
+        assert len(parquet(tmp_path / "in")) == len(parquet(table))
