@@ -335,7 +335,9 @@ def build_store(
         _chunk(documents, files, replace(settings, tokenizer=tokenizer), workers)
         _embed(files, settings, workers)
         _index(files, settings, workers)
-        _search(files, settings, document_numbers(settings.keep_out, read_documents(files.chunks)), workers)
+        _search(
+            files, settings, document_numbers(settings.keep_out, read_documents(files.chunks), files.kept_out), workers
+        )
 
 
 def _chunk(documents: Corpus, files: Files, settings: StoreSettings, workers: int) -> None:

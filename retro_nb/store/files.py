@@ -46,6 +46,11 @@ class Files:
         return companion(self.chunks, "embedded.npy")
 
     @property
+    def kept_out(self) -> Path:
+        """Path of the note of the documents that are kept out (`splits.document_numbers`)."""
+        return companion(self.chunks, "kept_out.json")
+
+    @property
     def index(self) -> Path:
         """Path of the index."""
         return self.chunks.parent / self.index_name

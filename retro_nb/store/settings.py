@@ -46,7 +46,8 @@ class StoreSettings:
             cost of exactness.
         max_similarity: leaves out neighbours with a cosine above this (near-duplicates).
         keep_out: documents that are never retrieved: their titles, numbers or identities (`splits.identity`), or a
-            share that `splits.hold_out` draws. Numbers and draws mean other documents when the corpus changes.
+            share that `splits.hold_out` draws. The store notes which documents these were: when the corpus changes, a
+            share keeps the same documents out, and numbers that mean others now are refused.
         max_chunks, max_seqs: stop before the first document that would exceed either.
 
     Raises:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from retro_nb.common.arrays import PathLike, open_array, to_jsonable
-from retro_nb.common.launch import broadcast
+from retro_nb.common.launch import broadcast, launched
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.store.chunking import chunk_settings, read_documents, store_tokenizer, write_chunks
 from retro_nb.store.dataset import RETRODataset
@@ -35,7 +35,7 @@ from retro_nb.store.index import read_index
 from retro_nb.store.knn import document_ranges, index_vectors, knn_stats, write_neighbours
 from retro_nb.store.retrieval import Retriever
 from retro_nb.store.settings import OF_CHUNKS, StoreSettings
-from retro_nb.store.splits import DocumentName, document_numbers
+from retro_nb.store.splits import DocumentName, document_numbers, find_again, identity, note_documents
 from retro_nb.store.updating import Update, mismatch, reason_to_rebuild, update_store
 from retro_nb.text.document import Document
 from retro_nb.text.opening import open_corpus
@@ -103,8 +103,8 @@ class Store:
         """Build the missing parts of a corpus's store: chunk, embed, index and search.
 
         Parts built with the same settings are reused; REPROCESS=1 in the environment rebuilds everything. If only the
-        corpus has changed, only its new documents are embedded (`update`), unless documents are kept out or `files`
-        are passed. Processes launched together share the work, and each must call this.
+        corpus has changed, only its new documents are embedded (`update`), unless `files` are passed. Processes
+        launched together share the work, and each must call this.
 
         Args:
             documents: a corpus, or a name or path that `opening.open_corpus` knows; or any iterable of `Document`,
@@ -117,15 +117,20 @@ class Store:
             progress: show progress bars.
 
         Raises:
-            ValueError: a setting is out of range, or no document has a token.
+            ValueError: a setting is out of range, no document has a token, or numbers in `keep_out` no longer stand
+                for the documents that they stood for.
             OSError: a file cannot be written; what was there is untouched.
         """
         corpus, settings, files = open_corpus(documents), settings or StoreSettings(), files or Files.of(folder)
         settings = replace(settings, tokenizer=choose_tokenizer(settings, corpus, folder, progress))
+        _note_kept_out(files, settings.keep_out)
         if files == Files.of(folder):
             _follow(corpus, folder, settings, progress)
         write_chunks(corpus, files, settings, progress=progress)
-        kept_out = document_numbers(settings.keep_out, read_documents(files.chunks))
+        chunked = read_documents(files.chunks)
+        kept_out = document_numbers(settings.keep_out, chunked, files.kept_out)
+        if launched()[0] == 0:
+            note_documents(files.kept_out, settings.keep_out, kept_out, chunked)
         options: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
         write_vectors(files.chunks, files.vectors, settings, batch_size=batch_size, **options)
         index_vectors(files, settings, **options)
@@ -154,7 +159,7 @@ class Store:
         arrays = read_manifest(folder)
         if missing := [each.name for each in (files.chunks, files.vectors, files.index) if each.name not in arrays]:
             raise FileNotFoundError(f"{folder} holds no whole store: its manifest has no record of {missing[0]}")
-        kept_out = document_numbers(keep_out, read_documents(files.chunks))
+        kept_out = document_numbers(keep_out, read_documents(files.chunks), files.kept_out)
         exclude = document_ranges(open_array(files.doc_ids), kept_out)
         found = knn_path(files.chunks, exclude).name
         if found not in arrays:
@@ -258,16 +263,31 @@ class Store:
         Datasets, retrievers and wrappers made before hold the old arrays: make them again.
 
         Raises:
-            ValueError: the store keeps documents out or its files have other names (call `Store.build` instead), or
-                it cannot be updated.
+            ValueError: its files have other names (call `Store.build` instead), or it cannot be updated.
         """
-        if self.kept_out or self.files != Files.of(self.folder):
-            how = "keeps documents out" if self.kept_out else "has files of other names"
-            raise ValueError(f"the store in {self.folder} {how}: call Store.build with the new corpus")
+        if self.files != Files.of(self.folder):
+            raise ValueError(
+                f"the store in {self.folder} has files of other names: call Store.build with the new corpus"
+            )
+        kept_out = [identity(self.documents[number]) for number in self.kept_out]
         options = {"bert": self.settings.bert, "progress": progress, **self.settings.of_index()}
         done = update_store(documents, self.folder, **options)
+        self.kept_out = find_again(kept_out, self.documents)
+        write_neighbours(self.files, self.settings, self.kept_out, progress=progress)
         self._read()
-        return done
+        return replace(done, searched=self.stats["chunks"]) if self.kept_out else done
+
+
+def _note_kept_out(files: Files, keep_out: float | int | Sequence[DocumentName]) -> None:
+    """Note the documents of a store that an earlier version built, which noted none, before its corpus changes."""
+    try:
+        documents = read_documents(files.chunks)
+        numbers = document_numbers(keep_out, documents, files.kept_out)
+        found = knn_path(files.chunks, document_ranges(open_array(files.doc_ids), numbers))
+    except (OSError, ValueError, KeyError):  # there is no store yet, or it kept no such documents out
+        return
+    if launched()[0] == 0 and found.name in read_manifest(found.parent):
+        note_documents(files.kept_out, keep_out, numbers, documents)
 
 
 def _check_k(k: Any) -> None:
@@ -279,15 +299,16 @@ def _follow(documents: Any, folder: PathLike, settings: StoreSettings, progress:
     """Update an existing store if only its corpus has changed; else leave it to be built."""
     folder, name = Path(folder), Files.of(folder).chunks.name
     wanted = chunk_settings(documents, settings)
-    how: dict[str, Any] = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
+    embedding: dict[str, Any] = {"bert": settings.bert, "use_cls_repr": settings.use_cls_repr}
 
     def changed() -> bool:
         finish_replacement(folder)
         recorded = read_manifest(folder).get(name, {}).get("settings", {}).get("corpus")
         if recorded in (None, to_jsonable(wanted["corpus"])) or reprocess_requested():
             return False
-        return reason_to_rebuild(documents, folder, **how, settings=wanted) is None
+        return reason_to_rebuild(documents, folder, **embedding, settings=wanted) is None
 
     if broadcast(changed()):
         update = update_store(documents, folder, bert=settings.bert, progress=progress, **settings.of_index())
-        warnings.warn(f"the corpus has changed: {update}", stacklevel=4)
+        more = "; neighbours without the documents that are kept out are searched anew" if settings.keep_out else ""
+        warnings.warn(f"the corpus has changed: {update}{more}", stacklevel=4)

@@ -89,16 +89,17 @@ def mismatch(folder: PathLike, neighbours: str = NEIGHBOURS) -> str | None:
 
     Args:
         folder: the store's; its manifest has a record of each array.
-        neighbours: name of the array of neighbours.
+        neighbours: name of the array of neighbours, if the store has it.
     """
     folder = Path(folder)
     was = {name: record["settings"] for name, record in read_manifest(folder).items()}
-    for name, source, needed in (
-        (VECTORS, CHUNKS, "chunks"), (INDEX, VECTORS, "embeddings"), (neighbours, INDEX, "index")
-    ):  # fmt: skip
+    steps = [(VECTORS, CHUNKS, "chunks"), (INDEX, VECTORS, "embeddings")]
+    steps += [(neighbours, INDEX, "index")] if neighbours in was else []
+    for name, source, needed in steps:
         if not intact(folder / source) or was[name][needed] != array_key(folder / source):
             return f"{source} is not what {name} was made from"
-    return None if intact(folder / neighbours) else f"{neighbours} is truncated or corrupt"
+    last = steps[-1][0]
+    return None if intact(folder / last) else f"{last} is truncated or corrupt"
 
 
 def reason_to_rebuild(
@@ -121,7 +122,7 @@ def reason_to_rebuild(
     folder = Path(folder)
     finish_replacement(folder)
     was = {name: record["settings"] for name, record in read_manifest(folder).items()}
-    if missing := [name for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS) if name not in was]:
+    if missing := [name for name in (CHUNKS, VECTORS, INDEX) if name not in was]:
         return f"it has no record of {missing[0]}"
     if not isinstance(documents, Corpus):
         return "the documents have no fingerprint, by which a store knows what it was made from"
@@ -157,7 +158,7 @@ def update_store(
     `TrainingWrapper` and `python -m retro_nb build` do this automatically when only the corpus has changed. It needs as
     much free disk space as the store takes. A document that changed its place counts as removed and added, but is not
     embedded again. Neighbours for databases that keep documents out (`keep_out`) are dropped, and searched again at
-    their next use. A stopped update resumes at the next call.
+    their next use (by `Store.build` or `Store.update`). A stopped update resumes at the next call.
 
     Args:
         documents: the corpus as it is now.
@@ -194,7 +195,7 @@ def update_store(
             current_memory_available=current_memory_available,
         )
         _index(old, new, settings, progress)
-        searched = _search(old, new, progress)
+        searched = _search(old, new, progress) if NEIGHBOURS in old.arrays else 0
         broadcast()  # wait until all processes have seen that everything is built
         if launched()[0] == 0:
             replace_store(folder, old.searches())
@@ -223,7 +224,7 @@ def _begin(old: "_Old", documents: Corpus, staging: Path) -> None:
     if staging.is_symlink():  # it came with the store: `update_store` makes no links
         staging.unlink()
     read_manifest(staging)
-    files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS)]
+    files = [old.arrays[name]["files"] for name in (CHUNKS, VECTORS, INDEX, NEIGHBOURS) if name in old.arrays]
     note, about = staging / "begun.json", to_jsonable({"from": files, "to": documents.fingerprint()})
     if read_note(note) != about or any(path.is_symlink() for path in staging.rglob("*")):
         if staging.exists():
@@ -255,7 +256,7 @@ class _Old:
 
     def searches(self) -> list[str]:
         """Names of the neighbour arrays found with its index, including those of databases that keep documents out."""
-        index = self.settings[NEIGHBOURS]["index"]
+        index = array_key(self.folder / INDEX)
         return [name for name, settings in self.settings.items() if settings.get("index") == index]
 
 

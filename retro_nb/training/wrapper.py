@@ -50,7 +50,7 @@ class TrainingWrapper(nn.Module):
             index and neighbours are stored beside the first.
         max_chunks, max_seqs: stop before the document that would exceed them; None for no limit.
         keep_out: documents that the database leaves out, so that nothing retrieves them: their titles or numbers, or
-            a share of all, drawn by `splits.hold_out`. Numbers and draws mean other documents when the corpus changes.
+            a share of all, drawn by `splits.hold_out` (see `StoreSettings` for a corpus that changes).
             `fit` validates on them unless it is given a `valid_share`.
         knn_extra_neighbors: the reference's margin for same-document exclusion; unused, since exclusion is exact here.
         processed_stats_json_path: file for `.stats`; None writes none.

@@ -1,5 +1,6 @@
 """The store as an object: what it builds is what its parts build, it opens without its corpus, and it follows it."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from retro_nb import RETRO, Store, StoreSettings, TrainingWrapper
 from retro_nb.common.manifest import read_manifest
 from retro_nb.reference import documents_to_chunks_
+from retro_nb.store import embedding
 from retro_nb.store.files import Files
 from retro_nb.store.index import exact_search
 from retro_nb.store.knn import own_ranges
@@ -97,8 +99,95 @@ def test_documents_that_are_kept_out_are_nobodys_neighbour(corpus, settings, tmp
     assert np.array_equal(opened.neighbours, found)
     with pytest.raises(FileNotFoundError, match=r"leave out the documents \[\].*pass the keep_out"):
         Store.open(store.folder, bert=settings.bert)
-    with pytest.raises(ValueError, match="keeps documents out"):
-        store.update(corpus)
+
+
+def of(store):
+    """Titles of the documents that are kept out, after a check that nothing retrieves them."""
+    found, doc_ids = np.array(store.neighbours), np.array(store.doc_ids)
+    assert not np.isin(doc_ids[found[found >= 0]], store.kept_out).any()
+    return [store.documents[number]["title"] for number in store.kept_out]
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """Numbers of chunks that the BERT was given, in order."""
+    counts, vectors = [], embedding._vectors
+    monkeypatch.setattr(
+        embedding, "_vectors", lambda model, ids, *args: counts.append(len(ids)) or vectors(model, ids, *args)
+    )
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore:building", "ignore:the corpus has changed")
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "of an earlier version"])
+def test_a_share_stays_with_its_documents_when_the_corpus_changes(settings, tmp_path, embedded, noted):
+    folder, texts = tmp_path / "texts", dict(TEXTS)
+    share = replace(settings, keep_out=0.34)
+
+    def build(texts):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_texts(texts, folder)
+        embedded.clear()
+        return Store.build(text_folder(folder), tmp_path / "store", share, progress=False)
+
+    store = build(texts)
+    first, second = of(store)
+    if not noted:
+        store.files.kept_out.unlink()
+    texts = {f"-{number}": f"Another text, number {number}, comes before all. " for number in range(3)} | texts
+    store = build(texts)
+    assert of(store) == [first, second] and sum(embedded) == sum(
+        about["chunks"][1] - about["chunks"][0] for about in store.documents if about["title"].startswith("-")
+    ), "only the new ones are embedded"
+    assert of(Store.open(store.folder, bert=settings.bert, keep_out=0.34)) == [first, second]
+    # a text that is edited, or has another name, is still the same to whoever was trained without it; one may go
+    texts[first] += "And a gate. "
+    texts["renamed"] = texts.pop(second)
+    assert of(build(texts)) == [first, "renamed"]
+    without = {name: text for name, text in texts.items() if name != first}
+    assert of(build(without)) == ["renamed"]
+    assert of(build(texts)) == [first, "renamed"], "it has come back"
+    with pytest.raises(
+        ValueError, match=rf"none of the .* that the share 0\.34 .*delete .*{store.files.kept_out.name}"
+    ):
+        build({"a": "nothing of all this", "b": "nor is this"})
+
+
+@pytest.mark.filterwarnings("ignore:building", "ignore:the corpus has changed")
+def test_numbers_that_stand_for_other_documents_are_refused(corpus, settings, tmp_path):
+    kept = replace(settings, keep_out=[1, 4])
+    assert of(Store.build(corpus, tmp_path / "store", kept, progress=False)) == ["1", "4"]
+    (tmp_path / "texts" / "-.txt").write_text("A text that comes before all. ")
+    corpus = text_folder(tmp_path / "texts")
+    with pytest.raises(ValueError, match=r"keep_out \[1, 4\]: document 1 was '1' .* now it is '0'.*titles"):
+        Store.build(corpus, tmp_path / "store", kept, progress=False)
+    store = Store.build(corpus, tmp_path / "store", replace(settings, keep_out=["1", "4"]), progress=False)
+    assert of(store) == ["1", "4"] and store.kept_out == [2, 5]
+
+
+@pytest.mark.filterwarnings("ignore:building")
+def test_a_store_that_keeps_documents_out_follows_its_corpus(corpus, settings, tmp_path, embedded):
+    store = Store.build(corpus, tmp_path / "store", replace(settings, keep_out=["1", "4"]), progress=False)
+    embedded.clear()
+    (tmp_path / "texts" / "-.txt").write_text("A text that comes before all. ")
+    corpus = text_folder(tmp_path / "texts")
+    done = store.update(corpus, progress=False)
+    assert (
+        (done.kept, done.added, done.embedded) == (6, 1, sum(embedded))
+        and sum(embedded) == 1
+        and done.searched == store.stats["chunks"]
+    )
+    fresh = Store.build(corpus, tmp_path / "fresh", replace(settings, keep_out=["1", "4"]), progress=False)
+    assert of(store) == of(fresh) == ["1", "4"] and np.array_equal(store.neighbours, fresh.neighbours)
+    assert store.stats["chunks"] == fresh.stats["chunks"] and len(store.dataset()) == len(fresh.dataset())
+
+
+def test_a_note_of_other_content_is_named(corpus, settings, tmp_path):
+    store = Store.build(corpus, tmp_path / "store", replace(settings, keep_out=0.34), progress=False)
+    for content in ("{", "[]", '{"0.34": [1]}', '{"0.34": 1}'):
+        store.files.kept_out.write_text(content)
+        with pytest.raises(ValueError, match=r"chunks\.kept_out\.json"):
+            Store.open(store.folder, bert=settings.bert, keep_out=0.34)
 
 
 def test_recall_leaves_out_what_the_database_leaves_out(corpus, settings, tmp_path):
