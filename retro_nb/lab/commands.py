@@ -347,7 +347,14 @@ def _read_held_out(folder: Path) -> dict[str, list[dict[str, str]]]:
             f"{file} is missing: it names the documents that the run held out. If the corpus is still the same, "
             f"run the same `train` again, which writes it and trains nothing twice"
         )
-    return read_json(file)
+    noted = read_json(file)
+    try:
+        return {name: [identity(each) for each in noted[name]] for name in ("documents", "kept_out")}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} does not hold titles and digests of documents ({error!r}): run the same `train` again, which "
+            f"writes it and trains nothing twice"
+        ) from error
 
 
 def _metrics(wrapper: TrainingWrapper, history: History, processes: int) -> dict[str, Any]:

@@ -224,14 +224,26 @@ def fact_tokens(
     """Mask of the tokens in the chunk array that tell a fact of the almanac, whose documents record the facts' places.
 
     For a fact of several tokens, only the first is marked. `tokenizer` is the one of the chunk array.
+
+    Raises:
+        ValueError: the chunk array is of another corpus, by its numbers of documents and of each one's chunks.
     """
     mask = np.zeros((len(doc_ids), m), dtype=bool)
+    number = -1
     for number, document in enumerate(corpus):
         spans = np.concatenate([tokens.spans for tokens in document_tokens(document.text, tokenizer=tokenizer)])
         # The first token that ends after the fact's start; it may start earlier, with the space.
         places = np.searchsorted(spans[:, 1], [start for start, _ in document.facts], side="right")
-        first = np.searchsorted(doc_ids, number)
+        first, stop = np.searchsorted(doc_ids, [number, number + 1]).tolist()
+        chunks = math.ceil((len(spans) - 1) / m)
+        if document.facts and chunks != stop - first:
+            raise ValueError(
+                f"document {number}, {document.title!r}, has {chunks} chunks of {m} tokens, but the chunk array has "
+                f"{stop - first}: pass the corpus and the tokenizer that it was built with"
+            )
         mask[first + places // m, places % m] = True
+    if len(doc_ids) and doc_ids[-1] > number:
+        raise ValueError(f"{number + 1} documents, but the chunk array has {doc_ids[-1] + 1}: pass the whole corpus")
     return mask
 
 

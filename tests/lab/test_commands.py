@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -328,6 +329,14 @@ def test_a_baseline_with_other_documents_is_refused(finished, tmp_path, capsys):
     (other / "held_out.json").write_text(json.dumps(noted | {"documents": noted["documents"][1:]}))
     assert main(["evaluate", str(out), "--baseline", str(other)]) == 2
     assert "held out other documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("noted", ["[]", '{"documents": [3]}', '{"documents": [], "kept_out": [{"name": "a"}]}', "{"])
+def test_a_damaged_note_of_what_was_held_out_is_refused_by_name(finished, tmp_path, noted, capsys):
+    other = shutil.copytree(finished[1], tmp_path / "other")
+    (other / "held_out.json").write_text(noted)
+    assert main(["evaluate", str(other)]) == 2
+    assert re.search(r"held_out\.json (does not hold titles and|is truncated or corrupt)", capsys.readouterr().err)
 
 
 def test_nothing_was_held_out(finished, capsys):

@@ -268,6 +268,19 @@ def test_facts_are_found_among_the_tokens(tmp_path):
         assert words == [document.text[start:stop].lower() for start, stop in document.facts]
 
 
+@pytest.mark.parametrize("other", [almanac(towns=3, seed=6, facts=9), almanac(towns=2, seed=5, facts=9)])
+def test_facts_are_not_looked_for_in_another_corpus(tmp_path, other):
+    """Documents are known by their numbers, so the chunks of another corpus would be marked."""
+    towns = almanac(towns=3, seed=5, facts=9)
+    paths = {f"{name}_memmap_path": tmp_path / f"{name}.npy" for name in ("chunks", "seqs", "doc_ids")}
+    documents_to_chunks_(towns, **paths, chunk_size=M, seq_len=N, progress=False)
+    doc_ids = np.load(tmp_path / "doc_ids.npy")
+    with pytest.raises(ValueError, match=r"pass the (whole )?corpus"):
+        fact_tokens(other, doc_ids, M)
+    with pytest.raises(ValueError, match=r"document \d, .* chunks of \d+ tokens, but the chunk array has \d+"):
+        fact_tokens(towns, doc_ids, 2 * M)
+
+
 @pytest.mark.parametrize("trimmed", [True, False])
 @pytest.mark.parametrize("kind", ["bpe", "llama3", "llama2"])
 def test_of_a_fact_of_several_tokens_the_first_is_found(tmp_path, tokenizers, kind, trimmed):
