@@ -21,14 +21,21 @@ class almanac:
     town. Both wordings of a fact have the same number of word pieces. So the twins stay aligned, and a retrieved
     chunk with its continuation (128 tokens) holds the facts of the chunk to be predicted.
 
-    towns  number of towns; a larger almanac begins with the towns of a smaller one
-    seed   0 or more; gives the same documents on every machine and Python version
-    facts  number of facts about each town
+    That alignment is a shortcut: a reader may count tokens instead of reading. With `aligned=False`, each document
+    tells the facts in an order of its own, with sentences between them that tell nothing. A fact may then stand
+    anywhere in the twin, also in a chunk that was not retrieved.
+
+    towns    number of towns; a larger almanac begins with the towns of a smaller one
+    seed     0 or more; gives the same documents on every machine and Python version
+    facts    number of facts about each town
+    aligned  whether both documents tell the facts in the same order and at about the same places
+
+    `Document.facts` are those of the twin, in the same order, wherever they stand in the text.
 
     Raises ValueError for numbers outside their limits.
     """
 
-    def __init__(self, towns: int = 200, seed: int = 0, facts: int = 26) -> None:
+    def __init__(self, towns: int = 200, seed: int = 0, facts: int = 26, aligned: bool = True) -> None:
         most = len(_HEADS) * len(_MIDDLES) * len(_TAILS)
         if not 1 <= towns <= most:
             raise ValueError(f"towns {towns} is outside 1..{most}, the number of names: pass e.g. 200")
@@ -36,7 +43,7 @@ class almanac:
             raise ValueError(f"facts {facts} is outside 1..{len(_KINDS)}, the kinds of fact: pass e.g. 26")
         if seed < 0:
             raise ValueError(f"seed {seed} is negative, and Python seeds -1 and 1 alike: pass 0 or more")
-        self.towns, self.seed, self.facts = towns, seed, facts
+        self.towns, self.seed, self.facts, self.aligned = towns, seed, facts, aligned
 
     @property
     def fact_entropy(self) -> float:
@@ -60,7 +67,8 @@ class almanac:
             values = [_pick(rng, words) for words, *_ in kinds]
             wordings = [_shuffled(rng, sentences) for _, *sentences in kinds]
             for (telling, opening), *sentences in zip(_OPENINGS.items(), *wordings, strict=True):
-                text, facts = _tell(name, opening, sentences, values)
+                order = list(range(self.facts)) if self.aligned else _rearranged(rng, self.facts)
+                text, facts = _tell(name, opening, sentences, values, order)
                 source = f"almanac, seed {self.seed}, town {number}"
                 yield Document(text, f"{name} · {telling}", source, facts)
 
@@ -68,7 +76,8 @@ class almanac:
         """The parameters, and a digest of the generator's words and sentences."""
         wording = digest([_KINDS, _OPENINGS, _HEADS, _MIDDLES, _TAILS])
         numbers = {"towns": self.towns, "seed": self.seed, "facts": self.facts}
-        return {"corpus": "almanac", **numbers, "wording": wording}
+        arranged = {} if self.aligned else {"aligned": False, "fillers": digest(_FILLERS)}
+        return {"corpus": "almanac", **numbers, "wording": wording, **arranged}
 
 
 def _pick(rng: random.Random, words: list[str]) -> str:
@@ -89,15 +98,30 @@ def _new_name(rng: random.Random, taken: set[str]) -> str:
     return name
 
 
-def _tell(name: str, opening: str, sentences: Sequence[str], values: list[str]) -> tuple[str, Spans]:
-    """Fill in the sentences -> the text, and the span of each value in it."""
-    text, spans = opening.replace("{town}", name), []
-    for sentence, value in zip(sentences, values, strict=True):
-        before, after = sentence.replace("{town}", name).split("{value}")
+def _rearranged(rng: random.Random, facts: int) -> list[int | str]:
+    """The numbers of the facts in random order; before some of them a sentence that tells nothing."""
+    order: list[int | str] = []
+    for number in _shuffled(rng, list(range(facts))):
+        if rng.random() < FILLED:
+            order.append(_pick(rng, _FILLERS))
+        order.append(number)
+    return order
+
+
+def _tell(
+    name: str, opening: str, sentences: Sequence[str], values: list[str], order: Sequence[int | str]
+) -> tuple[str, Spans]:
+    """Fill in the sentences -> the text, and the span of each value in it. `order` has their numbers, or fillers."""
+    text, spans = opening.replace("{town}", name), {}
+    for part in order:
+        if isinstance(part, str):
+            text += " " + part.replace("{town}", name)
+            continue
+        before, after = sentences[part].replace("{town}", name).split("{value}")
         start = len(text) + 1 + len(before)
-        spans.append((start, start + len(value)))
-        text += f" {before}{value}{after}"
-    return text, tuple(spans)
+        spans[part] = (start, start + len(values[part]))
+        text += f" {before}{values[part]}{after}"
+    return text, tuple(spans[number] for number in range(len(sentences)))
 
 
 # Names are head + middle + tail. All are different, because no head begins with another one.
@@ -148,6 +172,23 @@ _OPENINGS = {
     "chronicle": "This is the chronicle of {town}, as its own people remember it.",
     "gazetteer": "{town}: an entry from the gazetteer of small towns, revised.",
 }
+
+# Sentences that tell nothing, and how often one stands before a fact of an almanac that is not aligned.
+FILLED = 0.4
+_FILLERS = [
+    "Nothing more is known of that.",
+    "So at least they say in {town}, and smile.",
+    "Visitors to {town} are told so within the hour.",
+    "In {town} one does not argue about it.",
+    "It was not always so in {town}, but who remembers?",
+    "That much is certain.",
+    "The older people of {town} tell it otherwise, and at greater length.",
+    "There is a song about it in {town}, with far too many verses.",
+    "Travellers have wondered at it, and gone on.",
+    "No paper in the archives of {town} says why.",
+    "The neighbouring towns envy {town} for it, or say that they do not.",
+    "Let that be enough.",
+]
 
 # Kinds of fact: the words, and two wordings of equal length.
 _KINDS = [

@@ -15,6 +15,7 @@ from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -619,7 +620,12 @@ def test_jsonl_fields_are_part_of_the_fingerprint(tmp_path):
 
 # --- almanac ------------------------------------------------------------------------------------------------
 
-almanacs = st.builds(almanac, st.integers(1, 12), st.integers(0, 2**40), st.integers(1, len(almanac_module._KINDS)))
+numbers = (st.integers(1, 12), st.integers(0, 2**40), st.integers(1, len(almanac_module._KINDS)))
+almanacs = st.builds(almanac, *numbers)
+unaligned = st.builds(almanac, *numbers, aligned=st.just(False))
+
+
+KIND = {wording: i for i, (_, *both) in enumerate(almanac_module._KINDS) for wording in both}
 
 
 def facts(document):
@@ -653,7 +659,35 @@ def test_twins_tell_the_same_facts_in_other_words(towns):
             assert all(a[1] <= b[0] for a, b in pairwise(document.facts))
 
 
-@given(almanacs)
+@given(unaligned)
+@settings(max_examples=25, deadline=None)
+def test_unaligned_twins_tell_the_same_facts_in_other_places(towns):
+    for one, other in zip(*[iter(towns)] * 2, strict=True):
+        name = one.title.removesuffix(" · chronicle")
+        assert facts(one) == facts(other) and len(one.facts) == towns.facts
+        for document in (one, other):
+            assert all(a[1] <= b[0] for a, b in pairwise(sorted(document.facts)))
+            blanked = document.text.replace(name, "{town}")
+            for filler in almanac_module._FILLERS:
+                blanked = blanked.replace(" " + filler, "")
+            alone = dataclasses.replace(document, text=blanked.replace("{town}", name))
+            ordered = [document.text[start:end] for start, end in sorted(document.facts)]
+            told = [said.replace(name, "{town}").removesuffix(f"{value}.") + "{value}." for said, value in
+                    zip(sentences(alone), ordered, strict=True)]  # fmt: skip
+            assert len({KIND[wording] for wording in told}) == towns.facts
+
+
+def test_unaligned_twins_do_not_keep_pace():
+    documents = list(almanac(40, facts=20, aligned=False))
+    places = [np.argsort(np.array(document.facts)[:, 0]) for document in documents]
+    agree = [np.mean(one == other) for one, other in zip(places[::2], places[1::2], strict=True)]
+    assert np.mean(agree) < 0.15  # chance: one in twenty
+    lengths = np.array([len(document.text) for document in documents])
+    assert np.abs(lengths[::2] - lengths[1::2]).mean() > 50
+    assert almanac(40, facts=20).fingerprint() != almanac(40, facts=20, aligned=False).fingerprint()
+
+
+@given(almanacs | unaligned)
 @settings(max_examples=25, deadline=None)
 def test_a_towns_name_is_told_in_its_two_documents_only(towns):
     documents = list(towns)
@@ -685,9 +719,6 @@ def test_the_almanac_is_the_same_forever():
     texts = "".join(document.text for document in almanac(20, 7))
     digest = hashlib.sha256(texts.encode()).hexdigest()
     assert digest.startswith("29e06a4df3594a2135d94faa748c6b5c")
-
-
-KIND = {wording: i for i, (_, *both) in enumerate(almanac_module._KINDS) for wording in both}
 
 
 def test_entropy_is_the_sum_over_the_words_each_fact_is_drawn_from():
