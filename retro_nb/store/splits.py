@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -65,6 +66,12 @@ def find_documents(names: Iterable[DocumentName], documents: Sequence[Mapping[st
 def _known(name: DocumentName, known: Mapping[Any, list[int]], documents: Sequence[Mapping[str, Any]]) -> list[int]:
     key = (name["title"], name["digest"]) if isinstance(name, Mapping) else name
     if key in known and not isinstance(key, bool):
+        if isinstance(name, str) and len(known[key]) > 1:
+            warnings.warn(
+                f"{len(known[key])} documents have the title {name!r}, first {known[key][:3]}, and all are meant: pass "
+                f"a number, or an element of Store.documents, for one of them",
+                stacklevel=4,
+            )
         return known[key]
     if isinstance(name, Mapping) and name["title"] in known:
         raise KeyError(f"the text of document {name['title']!r} has changed since it was noted: put it back")

@@ -42,11 +42,13 @@ def _columns(where: object, existing: Sequence[str], text_field: str, title_fiel
     return [field for field in dict.fromkeys((text_field, title_field)) if field in existing]
 
 
-def _document(record: dict, fields: tuple[str, str], name: str, row: int, replaced: int = 0) -> Document:
-    """The document of one row of the table `name`."""
+def _document(
+    record: dict, fields: tuple[str, str], name: str, row: int, replaced: int = 0, prefix: str = ""
+) -> Document:
+    """The document of one row of the table `name`; without a title it is called by its row, after `prefix`."""
     place = f"row {row}"
     return record_document(
-        record, fields, source=f"{name}:{row}", untitled=place, where=f"{name}, {place}", replaced=replaced
+        record, fields, source=f"{name}:{row}", untitled=prefix + place, where=f"{name}, {place}", replaced=replaced
     )
 
 
@@ -70,8 +72,9 @@ def _check_one_split(folder: Path, names: Sequence[str]) -> None:
 class parquet:
     """The rows of a parquet file, or of all parquet files in a folder in order of their relative paths.
 
-    The title is the value under `title_field`, or "row N" without one; the source is "file.parquet:N". A null is an
-    empty text. Bytes that are not UTF-8 become U+FFFD and are counted, as in `text_folder`.
+    The title is the value under `title_field`, or without one "row N", in a folder "file row N"; the source is
+    "file.parquet:N". A null is an empty text. Bytes that are not UTF-8 become U+FFFD and are counted, as in
+    `text_folder`.
 
     Files are read in batches. Memory holds a few megabytes and one page of the file, or one row if that is longer.
 
@@ -158,9 +161,10 @@ class parquet:
         texts = _values(batch.column(self.text_field))
         titled = self.title_field in batch.schema.names
         titles = _values(batch.column(self.title_field)) if titled else [(None, 0)] * len(texts)
+        prefix = f"{name.removesuffix('.parquet')} " if self.path.is_dir() else ""  # each file of a folder has a row 0
         for number, ((text, replaced), (title, _)) in enumerate(zip(texts, titles, strict=True), start=row):
             record = {self.title_field: title, self.text_field: text}
-            yield _document(record, (self.text_field, self.title_field), name, number, replaced)
+            yield _document(record, (self.text_field, self.title_field), name, number, replaced, prefix)
 
     def split(self, count: int) -> "list[parquet]":
         """Divide the rows, in order, into at most `count` corpora of similar size.

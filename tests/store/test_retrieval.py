@@ -1,5 +1,7 @@
 """Live retrieval: the corpus finds itself, leaves out what it is told to, and names what it found."""
 
+import warnings
+
 import faiss
 import numpy as np
 import pytest
@@ -158,6 +160,14 @@ def test_documents_are_left_out_by_number_and_title(retriever, chunks):
         _, ids = retriever.nearest(chunks, exclude)
         assert ids.min() >= 0 and not np.isin(first[ids], numbers).any()
         assert set(first[ids].flat) == set(range(4)) - set(numbers)
+
+
+def test_a_title_of_several_documents_is_said_to_be_one(retriever, chunks):
+    with pytest.warns(UserWarning, match=r"2 documents have the title 'twice', first \[2, 3\]"):
+        retriever.nearest(chunks, ["twice"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        retriever.nearest(chunks, [2, retriever.documents[3]])
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ ROWS = {
 ROWS["title"] = [None if title is None else str(title) for title in ROWS["title"]]
 
 
-def documents(file: str, texts=ROWS["text"], titles=ROWS["title"], first=0) -> list[Document]:
+def documents(file: str, texts=ROWS["text"], titles=ROWS["title"], first=0, untitled="row") -> list[Document]:
     """What the rows should become."""
     return [
-        Document(text or "", f"row {n}" if title is None else title, f"{file}:{n}")
+        Document(text or "", f"{untitled} {n}" if title is None else title, f"{file}:{n}")
         for n, (text, title) in enumerate(zip(texts, titles, strict=True), start=first)
     ]
 
@@ -67,6 +67,9 @@ def test_rows_become_documents(table):
 def test_no_title_column_is_needed_unless_it_is_named(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
     assert [document.title for document in parquet(tmp_path / "a.parquet")] == ["row 0", "row 1"]
+    pq.write_table(pa.table({"text": ["c"]}), tmp_path / "b.parquet")
+    titles = [document.title for document in parquet(tmp_path)]
+    assert titles == ["a row 0", "a row 1", "b row 0"], "no two documents have one title"
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'name', but text: pass title_field="):
         parquet(tmp_path / "a.parquet", title_field="name")
 
@@ -78,7 +81,7 @@ TYPES = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.dict
 def test_strings_of_every_kind_are_read(tmp_path, kind):
     columns = {name: pa.array(ROWS[name]).cast(kind) for name in ("text", "title")}
     pq.write_table(pa.table(columns), tmp_path / "some.parquet", row_group_size=2)  # each with its own dictionary
-    assert list(parquet(tmp_path)) == documents("some.parquet")
+    assert list(parquet(tmp_path)) == documents("some.parquet", untitled="some row")
 
 
 def test_bytes_that_are_not_utf8_are_counted(tmp_path):
@@ -192,7 +195,7 @@ def test_a_table_is_its_parts(tmp_path_factory, files, group, count, again, batc
         titles = [None if size % 3 else f"t{size}" for size in sizes]
         columns = {"text": pa.array(texts, pa.string()), "title": pa.array(titles, pa.string())}
         pq.write_table(pa.table(columns), folder / f"{number}.parquet", row_group_size=group)
-        whole += documents(f"{number}.parquet", texts, titles)
+        whole += documents(f"{number}.parquet", texts, titles, untitled=f"{number} row")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(tables, "BATCH_ROWS", batch)
         corpus = parquet(folder)
