@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from retro_nb.common.arrays import ROOT, write_json
-from retro_nb.lab.parameters import check_parameters
+from retro_nb.lab.parameters import ParameterError, check_parameters
 
 PACKAGES = ("torch", "faiss-cpu", "transformers", "numpy", "retro-nb")
 
@@ -91,17 +91,41 @@ def start(seed: int = 0, out_dir: str | Path = "", name: str = "notebook", devic
     check_parameters({"seed": seed, **config})
     from retro_nb.plotting import use_style  # imported here because matplotlib is slow to import
 
-    random.seed(seed)
+    chosen, folder = _choose_device(device), _make_folder(out_dir or Path("runs", "interactive", name))
+    random.seed(int(seed))
     np.random.seed(seed)
     torch.manual_seed(seed)
     use_style()
-    folder = ROOT / (out_dir or Path("runs", "interactive", name))
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(" · ".join(f"{package} {number}" for package, number in _versions().items()))
     where = f"device {chosen} · {torch.get_num_threads()} threads"
     print(f"{where} · seed {seed} · results in {_relative(folder)}/")
     return Run(seed=seed, device=chosen, out_dir=folder, config=config)
+
+
+def _choose_device(device: str) -> torch.device:
+    """The device of this name, or the best one; one that this machine lacks is refused."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ParameterError(
+            f"device is {device!r}, which cannot be used here ({reason:.80}): pass 'cpu', 'cuda' or 'mps', or nothing "
+            f"to have it chosen"
+        ) from error
+
+
+def _make_folder(out_dir: str | Path) -> Path:
+    try:
+        folder = ROOT / out_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, ValueError, TypeError) as error:
+        raise ParameterError(
+            f"out_dir is {out_dir!r}, where no folder can be made ({error}): pass another folder in quotes, or '' for "
+            f"the usual one"
+        ) from error
 
 
 def show(obj: Any) -> None:

@@ -1,15 +1,24 @@
 """Types and limits of the notebooks' parameters, which `start` checks before anything is computed."""
 
 import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any, NamedTuple
+
+WORDS = {
+    "text": "text in quotes, not blank",
+    "any text": "text in quotes, which may be empty",
+    "pattern": "a regular expression in quotes, which may be empty",
+    "switch": "True or False",
+}
 
 
 class Limits(NamedTuple):
     """The values that a parameter may have."""
 
-    kind: str = "whole"  # "whole" or "real" number, "switch" or "text"
+    kind: str = "whole"  # "whole" or "real" number, or a key of WORDS
     least: float = 1
     most: float = math.inf
     multiple: int = 1  # of which a whole number must be a multiple
@@ -17,17 +26,24 @@ class Limits(NamedTuple):
 
     def allow(self, value: Any) -> bool:
         """Whether a parameter may have this value."""
-        if self.kind in ("text", "switch"):
-            return isinstance(value, str if self.kind == "text" else bool)
+        if self.kind in WORDS:
+            return isinstance(value, bool if self.kind == "switch" else str) and self._allow_text(value)
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind == "whole" else Real):
             return False
-        number = float(value)
-        inside = math.isfinite(number) and self.least <= number <= self.most
-        return (self.or_zero and number == 0) or (inside and (self.kind == "real" or number % self.multiple == 0))
+        with suppress(OverflowError):  # an integer of hundreds of digits
+            number = float(value)
+            inside = math.isfinite(number) and self.least <= number <= self.most
+            return (self.or_zero and number == 0) or (inside and (self.kind == "real" or number % self.multiple == 0))
+        return False
+
+    def _allow_text(self, value: Any) -> bool:
+        with suppress(re.error, RecursionError, OverflowError):
+            return bool(re.compile(value)) if self.kind == "pattern" else self.kind != "text" or bool(value.strip())
+        return False
 
     def __str__(self) -> str:
-        if self.kind in ("text", "switch"):
-            return {"text": "text in quotes", "switch": "True or False"}[self.kind]
+        if self.kind in WORDS:
+            return WORDS[self.kind]
         words = "a whole number" if self.kind == "whole" else "a number"
         words += f" of at least {self.least:g}" + ("" if math.isinf(self.most) else f" and at most {self.most:g}")
         words += f", a multiple of {self.multiple}" if self.multiple > 1 else ""
@@ -35,11 +51,12 @@ class Limits(NamedTuple):
 
 
 COUNT, SEED, TEXT = Limits(), Limits(least=0, most=2**32 - 2**20), Limits("text")
+ANY_TEXT, PATTERN = Limits("any text"), Limits("pattern")
 CHARACTERS = Limits(least=500)  # of a document: fewer than a chunk's 64 tokens leave nothing to learn
 LIMITS = {
-    "about": TEXT, "asked": COUNT, "batch_size": COUNT, "characters": CHARACTERS, "chunk_size": COUNT, "corpus": TEXT,
-    "crowd_size": Limits(least=1000), "depth": COUNT, "dim": Limits(least=32, multiple=32),
-    "documents": Limits(least=2), "gpus": COUNT, "handful": COUNT, "index": TEXT, "k": COUNT, "knn": COUNT,
+    "about": PATTERN, "asked": COUNT, "batch_size": COUNT, "characters": CHARACTERS, "chunk_size": COUNT,
+    "corpus": TEXT, "crowd_size": Limits(least=1000), "depth": COUNT, "dim": Limits(least=32, multiple=32),
+    "documents": Limits(least=2), "gpus": COUNT, "handful": COUNT, "index": ANY_TEXT, "k": COUNT, "knn": COUNT,
     "live": Limits("switch"), "long_chunks": COUNT, "long_speech": TEXT, "lr": Limits("real", 1e-8, 1),
     "max_chars": CHARACTERS._replace(or_zero=True), "max_documents": Limits(least=2, or_zero=True), "new_tokens": COUNT,
     "opening": CHARACTERS, "opening_chars": CHARACTERS, "prompt": TEXT, "question": TEXT, "questions": COUNT,
@@ -65,4 +82,12 @@ def check_parameters(given: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if name in LIMITS and not LIMITS[name].allow(value):
-            raise ParameterError(f"{name} is {value!r}, a {type(value).__name__}: pass {LIMITS[name]}")
+            raise ParameterError(f"{name} is {_shown(value)}, a {type(value).__name__}: pass {LIMITS[name]}")
+
+
+def _shown(value: Any) -> str:
+    """A value in one line of at most 80 characters."""
+    try:
+        return " ".join(f"{value!r:.80}".split())
+    except ValueError:  # an integer of thousands of digits
+        return "too long to show"

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
@@ -46,17 +47,50 @@ def test_every_parameter_has_limits_and_its_default_is_within(path):
         ("seed", -1, "a whole number of at least 0"),
         ("live", "yes", "True or False"),
         ("prompt", 3, "text in quotes"),
+        ("prompt", " ", "not blank"),
+        ("about", "(", "a regular expression"),
+        ("about", "a{99999999999}", "a regular expression"),
+        ("steps", 10**400, "a whole number of at least 1"),
+        ("lr", 10**400, "at most 1"),
+        ("lr", 1j, "a number of at least 1e-08"),
+        ("towns", None, "a whole number of at least 2"),
+        ("batch_size", [4], "a whole number of at least 1"),
+        ("device", "gpu", "pass 'cpu'"),
+        ("device", "cuda:99", "pass 'cpu'"),
     ],
 )
 def test_impossible_values_are_named_before_anything_is_done(tmp_path, name, value, limit):
     with pytest.raises(ParameterError, match=name) as caught:
         start(out_dir=tmp_path / "out", **{name: value})
-    assert str(caught.value).startswith(f"{name} is {value!r}") and limit in str(caught.value)
+    assert str(caught.value).startswith(f"{name} is {value!r:.80}") and limit in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out_dir", [5, "a\0b", "/dev/null/out", __file__, True, ["a"]])
+def test_a_folder_that_cannot_be_made_is_named(out_dir):
+    with pytest.raises(ParameterError, match="^out_dir is .*pass another folder"):
+        start(out_dir=out_dir)
+
+
+def test_a_number_too_long_to_show_is_refused_all_the_same(tmp_path):
+    with pytest.raises(ParameterError, match="^seed is too long to show, a int: pass a whole number"):
+        start(seed=10**5000, out_dir=tmp_path)
+    assert start(seed=np.int64(3), out_dir=tmp_path).seed == 3
+
+
 def test_all_is_0():
-    check_parameters({"max_chars": 0, "max_documents": 0, "temperature": 0, "lr": 1e-3, "share": 1, "own": object()})
+    check_parameters(
+        {
+            "max_chars": 0,
+            "max_documents": 0,
+            "temperature": 0,
+            "about": "",
+            "index": "",
+            "lr": 1e-3,
+            "share": 1,
+            "own": object(),
+        }
+    )
 
 
 def test_a_notebook_shows_one_line(capsys):
