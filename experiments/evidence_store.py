@@ -22,18 +22,25 @@ from retro_nb.store.chunking import special_ids, store_tokenizer
 from retro_nb.store.index import NO_NEIGHBOUR, exact_search
 from retro_nb.store.splits import hold_out
 
-CORPORA: dict[str, Callable] = {"almanac": almanac, "speeches": speeches, "docstrings": docstrings}
+CORPORA: dict[str, Callable] = {
+    "almanac": almanac, "unaligned": almanac, "speeches": speeches, "docstrings": docstrings,
+}  # fmt: skip
 FOUND = 16  # neighbours that are looked up
 SHARED = 10  # neighbours with which a chunk is compared word for word (paper, section 2.6)
 SHARES = {"1/16": 1 / 16, "1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # of the database's documents
 SEEDS = (0, 1, 2)
 
 
+def tells_facts(name: str) -> bool:
+    """Whether the corpus is an almanac: documents 2t and 2t + 1 tell the facts of town t."""
+    return CORPORA[name] is almanac
+
+
 def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
     """Chunks and neighbours of a corpus, and about.json, which is written last."""
     corpus = CORPORA[name](**recipe["corpus"])
     keep_out: Any = recipe["keep_out"]
-    if name == "almanac":  # document 2t of a town that is left out stays in the database: there it can be found
+    if tells_facts(name):  # document 2t of a town that is left out stays in the database: there it can be found
         keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
     tokenizer = recipe.get("tokenizer")  # None is BERT's, a number a BPE of this corpus
     settings = StoreSettings(seq_len=recipe["model"]["max_seq_len"], knn=FOUND, tokenizer=tokenizer, keep_out=keep_out)
@@ -63,7 +70,7 @@ def describe(name: str, recipe: dict[str, Any], corpus: Any, folder: Path, measu
     """What the chunks are: whose, which of their tokens tell facts, what they share with their neighbours."""
     doc_ids = open_array(folder / "doc_ids.npy")
     about = {"built": built_with(recipe), "measured": measured, "titles": [document.title for document in corpus]}
-    if name == "almanac":
+    if tells_facts(name):
         np.save(folder / "facts.npy", fact_tokens(corpus, doc_ids, 64, store_tokenizer(folder / "chunks.npy")))
         about["entropy"] = corpus.fact_entropy
     else:
