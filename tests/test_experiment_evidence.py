@@ -26,7 +26,8 @@ def test_facts_are_measured_where_the_chunk_before_found_the_town_and_unaligned_
         near = experiment.knns[row - 1, : recipe["knn"]] if row else []
         own_town = [i for i in near if i >= 0 and doc_ids[i] // 2 == doc_ids[row] // 2]
         read = {int(token) for i in near if i >= 0 for token in chunks[i, :-1]}
-        read |= {int(t) for i in near if i >= 0 and doc_ids[i + 1 : i + 2] == doc_ids[i] for t in chunks[i + 1, :-1]}
+        continued = [i + 1 for i in near if i >= 0 and i + 1 < len(doc_ids) and doc_ids[i + 1] == doc_ids[i]]
+        read |= {int(token) for i in continued for token in chunks[i, :-1]}
         follows = row > 0 and doc_ids[row] == doc_ids[row - 1]
         on_page = corpus == "almanac" or int(chunks[row, column]) in read
         expected[row, column] = follows and bool(own_town) and on_page
