@@ -21,7 +21,7 @@ from retro_nb.store.chunking import special_ids, store_tokenizer, write_chunks
 from retro_nb.store.dataset import closing_id, knn_to_retrieved_chunks
 from retro_nb.store.embedding import embedding_dim, write_vectors
 from retro_nb.store.files import INDEX, Files
-from retro_nb.store.index import read_index
+from retro_nb.store.index import empty_index, read_index
 from retro_nb.store.knn import AT_A_TIME, index_vectors, write_neighbours
 from retro_nb.store.retrieval import nearest_chunks
 from retro_nb.store.settings import StoreSettings
@@ -168,6 +168,8 @@ def chunks_to_index_and_embed(
         The index and the vectors (read-only): row i of the vectors has id i in the index.
     """
     files = _beside(chunk_memmap_path, index_file)
+    if index:  # refused now, not after the embedding
+        empty_index(index, embedding_dim(bert))
     options: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}
     chunks_to_embeddings_(
         num_chunks=num_chunks, chunks_memmap_path=files.chunks, embeddings_memmap_path=files.vectors,

@@ -49,11 +49,12 @@ from tokenizers import Tokenizer
 from retro_nb.common.arrays import PathLike, ResumableRows, open_array, read_note, to_jsonable, write_json
 from retro_nb.common.extras import extra
 from retro_nb.store.chunking import ChunkedDocument, chunk_document, read_documents, store_tokenizer, write_chunks
-from retro_nb.store.embedding import begin_block, check_vectors, sizes_on, write_vectors
+from retro_nb.store.embedding import begin_block, check_vectors, embedding_dim, sizes_on, write_vectors
 from retro_nb.store.files import Files
 from retro_nb.store.index import (
     BLOCK,
     Vectors,
+    empty_index,
     merge_on_disk,
     read_index,
     rows_of,
@@ -330,6 +331,8 @@ def build_store(
         Errors of a build in one process.
     """
     files = Files.of(Path(folder).resolve())
+    if settings.index:
+        empty_index(settings.index, embedding_dim(settings.bert))
     tokenizer = choose_tokenizer(settings, documents, folder, progress)
     with cluster(workers, address, progress=progress):
         _chunk(documents, files, replace(settings, tokenizer=tokenizer), workers)

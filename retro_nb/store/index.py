@@ -32,9 +32,20 @@ BLOCK = 65536  # vectors held in memory at a time while an index is filled or se
 GROUP = 400  # queries compared together: as a matrix product they take a tenth of the time
 RECALL_TARGET = 0.95
 PQ_CENTROIDS = 256  # per part of a vector: one byte encodes a part
+USUAL = "e.g. 'Flat', 'IVF256,Flat', 'IVF256,PQ48' or 'HNSW32', or None for a choice by size"
 OVERHEAD = 4096  # bytes of an index file besides its vectors and tables
 # Kinds that exclude ids during the search; the others are asked for more ids, and excluded ones are dropped.
 SELECTIVE = (faiss.IndexFlat, faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexScalarQuantizer)
+
+# Kinds that build, and then cannot search without some ids, or to which ids are not given by `add`.
+REFUSED = (
+    faiss.IndexIVFAdditiveQuantizer,
+    faiss.IndexIVFAdditiveQuantizerFastScan,
+    faiss.IndexIVFSpectralHash,
+    faiss.IndexIVFPQR,
+    faiss.Index2Layer,
+    faiss.IndexIDMap,
+)
 
 Distances = Float[np.ndarray, "b k"]
 Neighbours = Int[np.ndarray, "b k"]
@@ -90,6 +101,23 @@ def choose_index(count: int, dim: int, max_bytes: int | None = None) -> str:
     )
 
 
+def empty_index(spec: str, dim: int) -> faiss.Index:
+    """The index of a factory string, untrained, for vectors of this width.
+
+    Raises:
+        ValueError: FAISS does not know the string for this width, or the index could not leave ids out of a search.
+    """
+    try:
+        index = faiss.index_factory(dim, spec, faiss.METRIC_L2)
+    except RuntimeError as error:
+        reason = str(error).split(":")[-1].strip()
+        raise ValueError(f"{spec!r} is no index for vectors of width {dim} ({reason}): pass {USUAL}") from error
+    if isinstance(innermost(index), REFUSED):
+        kind = type(innermost(index)).__name__
+        raise ValueError(f"{spec!r} makes an {kind}, which cannot leave documents out of a search: pass {USUAL}")
+    return index
+
+
 def build_index(vectors: Vectors, spec: str | None = None, *, progress: bool = False) -> faiss.Index:
     """Train and fill a FAISS index with squared L2 distance.
 
@@ -133,7 +161,7 @@ def train_index(vectors: Vectors, spec: str | None = None) -> faiss.Index:
     if not count:
         raise ValueError("no vectors to index: the chunk array is empty")
     with _explaining(spec, vectors):
-        index = faiss.index_factory(dim, spec or choose_index(count, dim), faiss.METRIC_L2)
+        index = empty_index(spec or choose_index(count, dim), dim)
         if hasattr(innermost(index), "do_polysemous_training"):
             innermost(index).do_polysemous_training = False  # takes seconds per PQ byte, for a search not used here
         if not index.is_trained:

@@ -29,9 +29,9 @@ from retro_nb.common.launch import broadcast, launched
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.store.chunking import chunk_settings, read_documents, store_tokenizer, write_chunks
 from retro_nb.store.dataset import RETRODataset
-from retro_nb.store.embedding import bert_fingerprint, write_vectors
+from retro_nb.store.embedding import bert_fingerprint, embedding_dim, write_vectors
 from retro_nb.store.files import Files, knn_path
-from retro_nb.store.index import read_index
+from retro_nb.store.index import empty_index, read_index
 from retro_nb.store.knn import document_ranges, index_vectors, knn_stats, write_neighbours
 from retro_nb.store.retrieval import Retriever
 from retro_nb.store.settings import OF_CHUNKS, StoreSettings
@@ -117,11 +117,13 @@ class Store:
             progress: show progress bars.
 
         Raises:
-            ValueError: a setting is out of range, no document has a token, or numbers in `keep_out` no longer stand
-                for the documents that they stood for.
+            ValueError: a setting is out of range; `index` cannot leave documents out; no document has a token; or
+                numbers in `keep_out` no longer stand for the documents that they stood for.
             OSError: a file cannot be written; what was there is untouched.
         """
         corpus, settings, files = open_corpus(documents), settings or StoreSettings(), files or Files.of(folder)
+        if settings.index:  # refused now, not after the embedding
+            empty_index(settings.index, embedding_dim(settings.bert))
         settings = replace(settings, tokenizer=choose_tokenizer(settings, corpus, folder, progress))
         _note_kept_out(files, settings.keep_out)
         if files == Files.of(folder):

@@ -1,6 +1,7 @@
 """The index against brute force with explicit loops: what is found, what must not be, and what fits where."""
 
 import errno
+import re
 
 import faiss
 import numpy as np
@@ -12,6 +13,7 @@ from retro_nb.store import index as index_module
 from retro_nb.store.index import (
     build_index,
     choose_index,
+    empty_index,
     exact_search,
     innermost,
     parse_bytes,
@@ -229,10 +231,7 @@ def test_an_index_takes_no_more_than_it_is_allowed(limit, tmp_path, monkeypatch)
     [
         ("IVF1024,Flat", 3, "an IVFn index needs n vectors to train on"),
         ("PQ8", 10, "a PQ one 256"),
-        ("PQ7", 300, "multiple of the number of subquantizers"),
         ("IVF0,Flat", 300, "use 'Flat' for a small corpus"),
-        ("IDMap,Flat", 300, "add does not make sense"),
-        ("nonsense", 300, "could not parse index string nonsense"),
     ],
 )
 def test_an_index_that_cannot_be_made(spec, count, reason):
@@ -240,6 +239,40 @@ def test_an_index_that_cannot_be_made(spec, count, reason):
         ValueError, match=f"(?s)cannot make the index '{spec}' from {count} vectors of width 16.*{reason}"
     ):
         build_index(random_vectors(count), spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("PQ7", "multiple of the number of subquantizers"),
+        ("nonsense", "could not parse index string nonsense"),
+        *((spec, "cannot leave documents out of a search") for spec in (
+            "IVF8,LSQ2x8", "IVF8,RQ2x8", "IVF8,PRQ2x2x8", "IVF8,RQ2x4fs_Nrq2x4", "IVF8,ITQ,SH4", "IVF8,PQ8+8",
+            "Residual2x4,PQ8", "IDMap,Flat", "IDMap2,Flat", "PCA8,IVF8,LSQ2x8",
+        )),
+    ],
+)  # fmt: skip
+def test_an_index_that_cannot_serve_is_refused_before_it_is_trained(spec, reason):
+    with pytest.raises(ValueError, match=rf"(?s)'{re.escape(spec)}'.*{reason}.*pass e\.g\. 'Flat'"):
+        empty_index(spec, 16)
+    with pytest.raises(ValueError, match=reason):
+        build_index(random_vectors(300), spec)
+
+
+SERVING = [
+    "Flat", "SQ8", "SQfp16", "HNSW16", "HNSW16,SQ8", "NSG16,Flat", "LSH", "ITQ8,LSH", "PQ8x4", "PQ8x4fs", "RQ2x4",
+    "RaBitQ", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4", "IVF8,PQ8x4fs", "IVF8,RaBitQ", "IVF8_HNSW4,Flat", "IMI2x3,Flat",
+    "PCA8,IVF8,Flat", "OPQ4,PQ4x4", "L2norm,Flat", "IVF8,Flat,RFlat", "PQ8x4,RFlat", "ZnLattice2x4_4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SERVING)
+def test_whatever_is_not_refused_leaves_out_what_is_to_be_left_out(spec):
+    vectors = random_vectors(300)
+    own = np.arange(300)[:, None] // 30 * 30 + [0, 30]
+    _, found = search(build_index(vectors, spec), vectors, 5, exclude=[(0, 40)], own=own)
+    assert (found[0] >= 0).any(), "something is found"
+    assert not ((found >= own[:, :1]) & (found < own[:, 1:])).any() and not ((found >= 0) & (found < 40)).any()
 
 
 def test_no_vectors_make_no_index():

@@ -182,6 +182,12 @@ def test_a_store_that_keeps_documents_out_follows_its_corpus(corpus, settings, t
     assert store.stats["chunks"] == fresh.stats["chunks"] and len(store.dataset()) == len(fresh.dataset())
 
 
+def test_an_index_that_cannot_leave_documents_out_is_refused_before_work(corpus, settings, tmp_path, embedded):
+    with pytest.raises(ValueError, match="IVF8,LSQ2x8"):
+        Store.build(corpus, tmp_path / "store", replace(settings, index="IVF8,LSQ2x8"), progress=False)
+    assert not (tmp_path / "store").exists() and not embedded
+
+
 def test_a_note_of_other_content_is_named(corpus, settings, tmp_path):
     store = Store.build(corpus, tmp_path / "store", replace(settings, keep_out=0.34), progress=False)
     for content in ("{", "[]", '{"0.34": [1]}', '{"0.34": 1}'):
