@@ -32,7 +32,16 @@ import torch
 from evidence import device_name, read_recipe, read_training_arguments
 from sources_export import export
 from sources_knnlm import measure
-from sources_models import COMPARED, MODELS, build_model, parameters, replaced, settings_of
+from sources_models import (
+    COMPARED,
+    MODELS,
+    build_model,
+    fit_settings,
+    parameters,
+    replaced,
+    settings_of,
+    with_readers,
+)
 from sources_results import collect
 from sources_search import mixed
 from sources_store import FOUND, MEMORY, RETRIEVERS, SHARES, Packed, build_store, built_with, pack, rows_of
@@ -93,12 +102,12 @@ class Experiment:
     def train(self, model: str, seed: int) -> None:
         """Train one model and measure it on the validation documents, unless that has been done."""
         file, started = results_of(self.folder) / f"{model}-{seed}.json", time.perf_counter()
-        settings, tested = self.recipe["fit"], file.with_stem(f"{model}-{seed}-test").exists()
+        settings, tested = fit_settings(self.recipe, model), file.with_stem(f"{model}-{seed}-test").exists()
         if (tested or self._weights(model, seed).exists()) and self._is_done(file, model):
             return
         retrieves, knns = MODELS[model].retrieves, self.knns(model)[:, : self.recipe["knn"]]
         torch.manual_seed(seed)
-        retro = build_model(self.recipe, model, self.packed.tokenizer.size)
+        retro = self.untrained(model, seed)
         watched, data = self.documents("valid")[:WATCHED], self.trained_on(model, seed)
 
         def watch() -> dict[str, float]:
@@ -132,6 +141,20 @@ class Experiment:
 
     def _weights(self, model: str, seed: int) -> Path:
         return self.folder / "weights" / f"{model}-{seed}"
+
+    def untrained(self, model: str, seed: int) -> RETRO:
+        """The model as its training begins.
+
+        Raises:
+            SystemExit: it begins with the weights of another model, which are not there.
+        """
+        first = MODELS[model].begins_as
+        if first is None:
+            return build_model(self.recipe, model, self.packed.tokenizer.size)
+        if not (weights := self._weights(first, seed)).exists():
+            raise SystemExit(f"{weights} is missing: run train --models {first} --seeds {seed} first")
+        begun = self.trained(first, seed).float()
+        return with_readers(begun) if MODELS[model].retrieves else begun
 
     def trained(self, model: str, seed: int) -> RETRO:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,7 +31,7 @@ with pytest.MonkeyPatch.context() as patched:
     )
 
 SMALL = {"packages": "[alpha, beta, other]", "unseen": "[other]", "tokenizer": "600", "test": "0.2", "valid": "0.1"}
-TRIED = ("retro", "baseline", "decoder", "mixed", "bm25")
+TRIED = ("retro", "baseline", "decoder", "mixed", "bm25", "retrofit", "longer")
 NAMES = ("chunks", "seqs", "doc_ids", "chunks.bytes")
 THIN = {
     "max_seq_len": "256",
@@ -268,7 +268,7 @@ def test_results_follow_from_the_nats_of_the_documents(trial):
     for parts in (found["libraries"], found["copied"]):
         assert sum(each["bytes"] for each in parts.values()) == sizes
         assert sum(each["bytes"] * each["on"][0] for each in parts.values()) == pytest.approx(sizes * found["on"][0])
-    assert set(found["controls"]) == {"decoder", "mixed", "bm25"} and set(found["costs"]) == set(TRIED)
+    assert set(found["controls"]) == set(TRIED) - {"retro", "baseline"} and set(found["costs"]) == set(TRIED)
     # Of the same depth here, and so the same model on the same batches.
     assert found["controls"]["decoder"]["ratios"]["off"]["seeds"] == [1]
     assert found["unseen"]["all"]["documents"] == len(experiment.documents("unseen"))
@@ -421,6 +421,24 @@ def test_ratios_are_of_sums_and_their_interval_is_of_the_same_documents():
     found = results.ratio((0.9 * baseline).tolist(), baseline.tolist())
     assert found["all"] == pytest.approx(0.9) and found["seeds"] == [pytest.approx(0.9)] * 3
     assert found["interval"] == [pytest.approx(0.9), pytest.approx(0.9)]
+
+
+def test_a_retrofit_leaves_the_baseline_as_it_was(trial):
+    experiment, _ = trial
+    before, after, longer = (
+        dict(experiment.trained(model, 0).named_parameters()) for model in ("baseline", "retrofit", "longer")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("encoder.", "enc_")) or "cross_attn" in name for name in moved)
+    assert any(not torch.equal(before[name], longer[name]) for name in set(before) - moved)
+
+
+def test_a_retrofit_begins_as_the_baseline(trial):
+    experiment, _ = trial
+    begun = experiment.untrained("retrofit", 0).eval()
+    tokens, near = (part[None] for part in experiment.trained_on("retrofit", 0)[0])
+    with torch.no_grad():
+        assert torch.equal(begun(tokens[:, :-1], near), begun(tokens[:, :-1]))
 
 
 def test_the_included_model_of_code_reads(tmp_path):
