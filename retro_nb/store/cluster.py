@@ -49,7 +49,7 @@ from tokenizers import Tokenizer
 from retro_nb.common.arrays import PathLike, ResumableRows, open_array, read_note, to_jsonable, write_json
 from retro_nb.common.extras import extra
 from retro_nb.store.chunking import ChunkedDocument, chunk_document, read_documents, store_tokenizer, write_chunks
-from retro_nb.store.embedding import begin_block, check_vectors, embedding_dim, sizes_on, write_vectors
+from retro_nb.store.embedding import begin_block, check_bert, check_vectors, embedding_dim, sizes_on, write_vectors
 from retro_nb.store.files import Files
 from retro_nb.store.index import (
     BLOCK,
@@ -331,6 +331,7 @@ def build_store(
         Errors of a build in one process.
     """
     files = Files.of(Path(folder).resolve())
+    check_bert(settings.bert)
     if settings.index:
         empty_index(settings.index, embedding_dim(settings.bert))
     tokenizer = choose_tokenizer(settings, documents, folder, progress)

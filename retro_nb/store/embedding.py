@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Integer
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -75,12 +76,48 @@ def _load_bert(source: str, weights: Weights, device: torch.device) -> "BertMode
     logging.set_verbosity_error()  # its report on the unused pooler is irrelevant
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(source, add_pooling_layer=False)
+        with _explain_loading(source):
+            model, report = AutoModel.from_pretrained(source, add_pooling_layer=False, output_loading_info=True)
+            if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+                raise ValueError(f"{len(missing)} tensors are missing in its weights, first {missing[0]}")
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     return model.to(device=device, dtype=best_dtype(device)).eval().requires_grad_(False)
+
+
+@contextmanager
+def _explain_loading(source: str) -> Iterator[None]:
+    """Around loading a BERT: errors name it and what is needed."""
+    try:
+        yield
+    except Exception as error:  # of many types, some from Rust
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if Path(source).is_absolute() and not Path(source).exists():
+            reason = "there is no such folder"
+        raise kind(
+            f"{source} cannot be loaded as a BERT: {reason.rstrip('.')}. Pass the folder of a BertModel or a similar "
+            f"encoder, with config.json, tokenizer.json and model.safetensors (model.save_pretrained and "
+            f"tokenizer.save_pretrained write them), or its name on the hub"
+        ) from error
+
+
+def check_bert(bert: PathLike | None = None) -> None:
+    """Raise unless a BERT's configuration can be read, and its weights, in a local folder, are there and whole.
+
+    Raises:
+        FileNotFoundError, ValueError: the message names what is missing or damaged.
+    """
+    embedding_dim(bert)
+    source = bert_folder(bert)
+    with _explain_loading(source):
+        if Path(source).is_dir() and not _weights(bert):
+            raise FileNotFoundError("there is no model.safetensors or pytorch_model.bin in it")
+        for name, *_ in _weights(bert):
+            if name.endswith(".safetensors"):
+                safe_open(name, framework="pt").keys()
 
 
 def bert_fingerprint(bert: PathLike | None = None) -> str:
@@ -265,7 +302,8 @@ def embedding_dim(bert: PathLike | None = None) -> int:
 def _config(bert: PathLike | None) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(bert_folder(bert))
+    with _explain_loading(bert_folder(bert)):
+        return AutoConfig.from_pretrained(bert_folder(bert))
 
 
 def flops_per_chunk(config: Any, tokens: int) -> int:

@@ -29,7 +29,7 @@ from retro_nb.common.launch import broadcast, launched
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.store.chunking import chunk_settings, read_documents, store_tokenizer, write_chunks
 from retro_nb.store.dataset import RETRODataset
-from retro_nb.store.embedding import bert_fingerprint, embedding_dim, write_vectors
+from retro_nb.store.embedding import bert_fingerprint, check_bert, embedding_dim, write_vectors
 from retro_nb.store.files import Files, knn_path
 from retro_nb.store.index import empty_index, read_index
 from retro_nb.store.knn import document_ranges, index_vectors, knn_stats, write_neighbours
@@ -122,6 +122,7 @@ class Store:
             OSError: a file cannot be written; what was there is untouched.
         """
         corpus, settings, files = open_corpus(documents), settings or StoreSettings(), files or Files.of(folder)
+        check_bert(settings.bert)
         if settings.index:  # refused now, not after the embedding
             empty_index(settings.index, embedding_dim(settings.bert))
         settings = replace(settings, tokenizer=choose_tokenizer(settings, corpus, folder, progress))

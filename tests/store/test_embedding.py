@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,6 +32,7 @@ from retro_nb.store.embedding import (
     Sizes,
     bert_embed,
     bert_fingerprint,
+    check_bert,
     embed_chunks,
     embedding_dim,
     flops_per_chunk,
@@ -38,6 +40,8 @@ from retro_nb.store.embedding import (
     frames_for_bert,
     get_bert,
 )
+from retro_nb.store.settings import StoreSettings
+from retro_nb.store.store import Store
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import SpecialIds, bert_folder, decode, get_tokenizer, tokenize
 
@@ -667,3 +671,60 @@ if __name__ == "__main__":  # a process of `launch`
         {"killed": child_killed, "resumed": child_resumed}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
     sys.stderr.flush()
     os._exit(0)  # now and then a C++ thread aborts the interpreter at its very end, when all is done
+
+
+# folders as people have them
+
+
+def weights_of_another(folder):
+    path = folder / "model.safetensors"
+    save_file({f"other.{name}": value for name, value in load_file(path).items()}, path)
+
+
+def of_sentence_transformers(folder):
+    (folder / "0_Transformer").mkdir()
+    for file in [each for each in folder.iterdir() if each.is_file()]:
+        file.rename(folder / "0_Transformer" / file.name)
+    modules = [{"idx": 0, "path": "0_Transformer"}, {"idx": 1, "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no model\.safetensors"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), "header"),
+        (weights_of_another, "tensors are missing in its weights"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "model_type"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config"),
+        (lambda folder: shutil.rmtree(folder), "there is no such folder"),
+    ],
+    ids=["no weights", "truncated", "other weights", "no type", "no json", "no folder"],
+)
+def test_a_folder_that_is_no_bert_is_refused_with_what_it_lacks(tiny_bert, tmp_path, harm, reason):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "bert"))
+    harm(folder)
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match=rf"(?s){folder} cannot be loaded.*{reason}.*save_pretrained"
+    ):
+        check_bert(folder)
+        get_bert(folder)
+
+
+def test_a_folder_of_sentence_transformers_is_read(tiny_bert, tmp_path):
+    ids, folder = torch.tensor([[101, 2003, 2023, 102]]), Path(shutil.copytree(tiny_bert, tmp_path / "bert"))
+    of_sentence_transformers(folder)
+    check_bert(folder)
+    assert torch.equal(bert_embed(ids, bert=folder), bert_embed(ids, bert=tiny_bert))
+    assert bert_fingerprint(folder) == bert_fingerprint(tiny_bert)
+    (folder / "modules.json").write_text('[{"path": "../elsewhere"}]')
+    with pytest.raises(ValueError, match=r"'\.\./elsewhere' is not the name of a file in"):
+        check_bert(folder)
+
+
+def test_a_store_is_not_begun_without_its_bert(tiny_bert, tmp_path):
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "bert"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="cannot be loaded as a BERT"):
+        Store.build([Document("a text", "a", "a")], tmp_path / "store", StoreSettings(bert=folder), progress=False)
+    assert not (tmp_path / "store").exists()
