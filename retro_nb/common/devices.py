@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 SAFE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDNN_TILE = 128  # queries, and keys, per tile of cuDNN's backward pass
 THREADS_BESIDE_GPU = 4
+if hasattr(os, "register_at_fork"):  # as in a DataLoader's workers: a forked child would wait for threads it lacks
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def best_device() -> torch.device:

@@ -6,6 +6,7 @@ fewer bytes.
 """
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from retro_nb.common.arrays import PathLike, explain_write_errors, replacing
 
 if sys.platform == "darwin":
     faiss.omp_set_num_threads(1)  # FAISS and PyTorch each bring an OpenMP runtime; two of them crash there
+if hasattr(os, "register_at_fork"):  # a forked child lacks OpenMP's threads and would wait for them for ever
+    os.register_at_fork(after_in_child=lambda: faiss.omp_set_num_threads(1))
 
 NO_NEIGHBOUR = -1
 FLAT_LIMIT = 100_000  # up to here exact search takes seconds; beyond, an inverted file pays off

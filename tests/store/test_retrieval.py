@@ -1,6 +1,11 @@
 """Live retrieval: the corpus finds itself, leaves out what it is told to, and names what it found."""
 
+import os
+import signal
+import subprocess
+import sys
 import warnings
+from contextlib import suppress
 
 import faiss
 import numpy as np
@@ -14,6 +19,7 @@ from retro_nb.store.chunking import document_tokens
 from retro_nb.store.files import Files
 from retro_nb.store.retrieval import Retriever
 from retro_nb.store.settings import StoreSettings
+from retro_nb.store.store import Store
 from retro_nb.text.document import Document
 from retro_nb.text.tokens import decode, get_tokenizer
 
@@ -275,3 +281,32 @@ def test_the_index_was_made_by_another_bert(database, chunks):
     small.add(np.zeros((3, 16), np.float32))
     with pytest.raises(ValueError, match="queries of width 32 for an index of width 16: another BERT"):
         knn_chunks_from_seq_chunks(chunks[:1], **{**database, "faiss_index": small})
+
+
+FORKED = """
+import os, signal, sys
+from retro_nb import Store
+store = Store.open(sys.argv[1], bert=sys.argv[2])
+retriever, chunks = store.retriever(), store.dataset()[0][0][:-1].reshape(-1, store.settings.chunk_size)
+def look(): return retriever.nearest(chunks.repeat(64, 1))[1].tolist()
+found = look()
+child = os.fork()
+if not child:
+    os._exit(0 if look() == found else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
+def test_a_forked_process_retrieves_too(tmp_path, tiny_bert):
+    documents = [Document(f"The town {number} has a tower. " * 40, f"{number}", "") for number in range(4)]
+    sizes = StoreSettings(chunk_size=16, seq_len=32, bert=tiny_bert)
+    Store.build(documents, tmp_path / "store", sizes, progress=False)
+    command = [sys.executable, "-c", FORKED, str(tmp_path / "store"), str(tiny_bert)]
+    environment, piped = os.environ | {"OMP_NUM_THREADS": "4"}, subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=piped, start_new_session=True) as process:
+        try:
+            assert process.communicate(timeout=60)[0].strip() == b"0"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
