@@ -37,8 +37,9 @@ test: $(STAMP) ## ruff, the rooms' imports, mypy, the unit tests, every notebook
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then set -x; OMP_NUM_THREADS=1 $(PY) -m pytest \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope notebooks; fi
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab --ServerApp.root_dir=. $(LAB_ARGS) notebooks/00_start_here.ipynb
+lab: $(STAMP) ## open copies of the notebooks in JupyterLab, in my_notebooks/, which git ignores
+	$(PY) -c "from pathlib import Path; from retro_nb.lab.refresh import copy_notebooks; copy_notebooks(Path('my_notebooks'))"
+	$(PY) -m jupyterlab --ServerApp.root_dir=. $(LAB_ARGS) my_notebooks/00_start_here.ipynb
 
 refresh: $(STAMP) ## execute the committed notebooks again, in place
 	$(PY) -m retro_nb refresh

@@ -530,6 +530,31 @@ def test_refresh_replaces_what_succeeds_by_its_normal_form(project):
     assert widgets == [] and value.data == {"text/plain": "2"} and value.execution_count == 4
 
 
+def test_a_learners_copies_are_updated_unless_they_were_changed(project, capsys):
+    first, late = (project / "notebooks" / name for name in ("00_first.ipynb", "10_late.ipynb"))
+    solution = write_notebook(project / "notebooks" / "solutions" / "10_late.ipynb", "n: int = 1", "2 * n")
+    mine = project / "my_notebooks"
+    refresh.copy_notebooks(mine)
+    copies = [mine / path.relative_to(project / "notebooks") for path in (first, late, solution)]
+    assert [copy.read_bytes() for copy in copies] == [path.read_bytes() for path in (first, late, solution)]
+
+    copies[0].write_text("run and saved")
+    refresh.copy_notebooks(mine)
+    assert copies[0].read_text() == "run and saved" and not capsys.readouterr().out, "nothing was updated"
+
+    write_notebook(first, PARAMETERS, "'an update'")
+    write_notebook(late, "steps: int = 4", "'an update'")
+    refresh.copy_notebooks(mine)
+    assert copies[0].read_text() == "run and saved" and copies[1].read_bytes() == late.read_bytes()
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and f"delete {copies[0]}" in printed
+
+    copies[0].unlink()
+    (mine / ".copied.json").write_text("[")  # damaged: what is like the original is taken for a copy
+    refresh.copy_notebooks(mine)
+    assert copies[0].read_bytes() == first.read_bytes() and not capsys.readouterr().out
+
+
 # a real notebook
 
 

@@ -1,10 +1,12 @@
-"""Execute the committed notebooks again and store them in a normal form, so that diffs show only changes.
+"""The committed notebooks: executed again and stored in a normal form, so that diffs show only changes, and copied
+for a learner, whose JupyterLab saves every run.
 
 tests/test_notebooks.py requires this form of every committed notebook.
 """
 
 import base64
 import io
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +20,9 @@ with extra("notebooks"):
     from nbformat import NotebookNode
     from PIL import Image
 
-from retro_nb.common.arrays import replacing
-from retro_nb.lab.runner import Result, execute_as_committed, find_notebooks
+from retro_nb.common.arrays import file_record, read_note, replacing, write_json
+from retro_nb.lab import runner
+from retro_nb.lab.runner import Result, execute_as_committed, find_notebooks, series
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -62,6 +65,34 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
+def _with_solutions(notebooks: list[Path]) -> list[Path]:
+    solutions = [path.parent / "solutions" / path.name for path in notebooks]
+    return notebooks + [path for path in solutions if path.exists()]
+
+
+def copy_notebooks(folder: Path) -> None:
+    """Copy the notebooks and their solutions into a folder of a learner's own, which Git ignores.
+
+    After an update of the originals, a copy that is still as it was made is made anew. One that was changed, if only
+    by running it, stays, and a line says so.
+    """
+    note = folder / ".copied.json"
+    copied = read_note(note)
+    copied = copied if isinstance(copied, dict) else {}  # name -> digest of what was copied
+    for source in _with_solutions(series()):
+        name = source.relative_to(runner.NOTEBOOKS).as_posix()
+        copy, current = folder / name, file_record(source)["sha256"]
+        if copy.exists() and copied.get(name) == current:
+            continue
+        if copy.exists() and file_record(copy)["sha256"] not in (copied.get(name), current):
+            print(f"{name} has been updated, but your copy has changed and stays: delete {copy} to get the new one")
+            continue
+        with replacing(copy) as temporary:
+            shutil.copyfile(source, temporary)
+        write_json(note, copied | {name: current})
+        copied[name] = current
+
+
 def refresh(names: Sequence[str] = ()) -> list[Result]:
     """Execute committed notebooks and their solutions, and replace each that succeeds, atomically.
 
@@ -71,9 +102,7 @@ def refresh(names: Sequence[str] = ()) -> list[Result]:
     Raises:
         ValueError: an unknown name.
     """
-    chosen = find_notebooks(names or ["tutorial"])
-    solutions = [path.parent / "solutions" / path.name for path in chosen]
-    notebooks = chosen + [path for path in solutions if path.exists()]
+    notebooks = _with_solutions(find_notebooks(names or ["tutorial"]))
     results = []
     with tqdm(notebooks, unit="notebook") as bar:
         for notebook in bar:
