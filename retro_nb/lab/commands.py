@@ -1,4 +1,4 @@
-"""The commands `survey`, `build`, `train`, `evaluate`: a corpus to neighbours, these to a model, both to bits per byte.
+"""The commands `survey`, `build`, `predict`, `train`, `evaluate`: from a corpus to a model and its bits per byte.
 
 Their settings are the arguments of the functions that do the work, by the same names: `TrainingWrapper` and
 `StoreSettings` (what is built), `RETRO` (the model) and `fit` (the training), whose docstrings explain them;
@@ -35,6 +35,7 @@ from retro_nb.lab.settings import (
 )
 from retro_nb.measure.evaluation import bytes_of_chunks, evaluate
 from retro_nb.model.retro import RETRO
+from retro_nb.planning.prediction import Prediction, predict
 from retro_nb.planning.survey import Survey, survey
 from retro_nb.store.cluster import build_store
 from retro_nb.store.settings import StoreSettings
@@ -219,6 +220,16 @@ def build(settings: Settings) -> Store:
         if state.is_main_process:
             print(store, flush=True)
         return store
+
+
+def predict_gain(settings: Settings, share: float = 0.05) -> Prediction:
+    """Predict what retrieval will save on a corpus, building first what is missing (see `predict`).
+
+    Args:
+        settings: from `choose_settings("build", …)`.
+        share: of the documents, which are left out.
+    """
+    return predict(build(settings), share=share)
 
 
 def build_on_cluster(settings: Settings, workers: int = 2, address: str | None = None) -> Store:

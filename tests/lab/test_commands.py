@@ -215,6 +215,21 @@ def test_survey_says_what_build_will_take_and_writes_nothing(recipe, tmp_path, c
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: 'Tree' is no index")
 
 
+def test_predict_says_what_copying_from_the_neighbours_saves(recipe, tmp_path, capsys):
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for number in range(12):  # of every two documents the second repeats the first
+        words = np.random.default_rng(number // 2).permutation([f"word{i}" for i in range(40)])
+        (folder / f"{number}.txt").write_text(" ".join(words), encoding="utf-8")
+    given = {"corpus": str(folder), "knn": 1, "chunk_size": 16, "max_seq_len": 64}
+    assert main([*arguments("predict", recipe, **given), "--share", "0.7"]) == 0
+    assert "8 documents of " in capsys.readouterr().out
+    assert main([*arguments("predict", recipe, **given), "--share", "0.1"]) == 2
+    assert "larger share" in capsys.readouterr().err
+    assert main([*arguments("predict", recipe, **given), "--share", "1.5"]) == 2
+    assert "1.5" in capsys.readouterr().err
+
+
 def test_build_takes_the_packages_of_the_docstrings(recipe, capsys):
     given = {"corpus": "docstrings", "packages": "[einops]", "min_chars": 3000}
     assert main(arguments("build", recipe, **given)) == 0
