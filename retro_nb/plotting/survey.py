@@ -1,10 +1,10 @@
-"""Figures of notebook 10: length of a corpus's documents, and the estimated time of a build."""
+"""Figures of notebook 10: length of a corpus's documents, time of a build, gains predicted and measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from retro_nb.planning.costs import Step
 from retro_nb.planning.survey import Survey, as_size, as_time
@@ -12,6 +12,7 @@ from retro_nb.plotting.style import COLOURS, subplots
 
 DOES = {"chunk": "cut into chunks", "embed": "embed", "index": "index", "search": "search neighbours"}
 LEAST = 0.01  # seconds; a shorter bar would have no length on the logarithmic axis
+SAVED = (-0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # ticks of shares of a loss
 TICKS = {"0.1 s": 0.1, "1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600, "10 h": 36000}
 TICKS |= {"4 days": 4 * 86400, "40 days": 40 * 86400, "1 year": 365 * 86400, "10 years": 3650 * 86400}
 
@@ -61,4 +62,30 @@ def times(steps: Sequence[Step]) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.invert_yaxis()
     axes.grid(False, axis="y")
+    return figure
+
+
+def predictions(points: Mapping[str, tuple[float, float]], mine: float | None = None) -> Figure:
+    """What was predicted that neighbours save, and what trained models then saved; both as shares of the loss.
+
+    Args:
+        points: predicted and measured, by the name of what they are about.
+        mine: a prediction of which nothing is measured yet.
+    """
+    figure, axes = subplots(figsize=(6.4, 4.2))
+    axes.plot([-0.01, 0.7], [-0.01, 0.7], color=COLOURS["muted"], linestyle="--", label="as predicted")
+    for name, (predicted, measured) in points.items():
+        axes.plot(predicted, measured, "o", color=COLOURS["model"])
+        axes.annotate(name, (predicted, measured), (7, -4), textcoords="offset points", fontsize=9, va="center")
+    if mine is not None:
+        axes.axvline(mine, color=COLOURS["neighbour"], label=f"here: {mine:.1%} predicted")
+    axes.set_xscale("symlog", linthresh=0.02)
+    axes.set_yscale("symlog", linthresh=0.02)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator(SAVED))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(PercentFormatter(1, 0))
+    axes.set(xlabel="predicted to be saved", ylabel="saved by trained models", xlim=(-0.01, 0.9), ylim=(-0.012, 0.7))
+    axes.legend(loc="upper left")
+    axes.set_title("What copying promises, and what was gained")
     return figure

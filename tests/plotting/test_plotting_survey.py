@@ -34,6 +34,7 @@ FIGURES = {
     "of tiny ones": lambda: figures.lengths(found((10**6, 0, 5), 3)),
     "times": lambda: figures.times(STEPS),
     "short times": lambda: figures.times([step._replace(seconds=step.seconds / 1e5) for step in STEPS]),
+    "predictions": lambda: figures.predictions({"all": (0.07, 0.04), "copies": (0.6, 0.4), "new": (0, -0.01)}, 0.03),
     "long times": lambda: figures.times([step._replace(seconds=step.seconds * 1e6) for step in STEPS]),
 }
 
@@ -86,3 +87,13 @@ def test_ticks_of_times_stand_at_their_seconds():
     ticks = dict(zip((each.get_text() for each in axes.get_xticklabels()), axes.get_xticks(), strict=True))
     assert ticks["1 min"] == 60 and ticks["1 h"] == 3600 and ticks["0.1 s"] == 0.1
     assert max(ticks.values()) < axes.get_xlim()[1]
+
+
+def test_predictions_lie_where_they_were_predicted_and_measured():
+    points = {"all": (0.07, 0.04), "new": (0.0, -0.01)}
+    (axes,) = figures.predictions(points, mine=0.03).axes
+    dots = {tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "o"}
+    assert dots == set(points.values()) and [text.get_text() for text in axes.texts] == list(points)
+    assert any(list(line.get_xdata()) == [0.03, 0.03] for line in axes.lines)
+    (axes,) = figures.predictions(points).axes
+    assert len(axes.lines) == 3, "the diagonal and the points"
