@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or torchrun has started together."""
+"""The processes that `accelerate launch` or torchrun has started together, and how one is stopped."""
 
 import os
 from typing import Any
@@ -22,3 +22,10 @@ def broadcast(value: Any = None) -> Any:
     if joined != processes:
         raise RuntimeError(f"{processes} processes were launched, but PartialState knows {joined}: give it cpu=True")
     return broadcast_object_list([value])[0]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Work stopped by Ctrl-C; says what is kept and how to go on. IPython shows the message alone, no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from retro_nb.common.arrays import PathLike, file_record, inside, read_json, to_jsonable, where_to_write, write_json
 from retro_nb.common.digests import digest
-from retro_nb.common.launch import broadcast, launched
+from retro_nb.common.launch import Interrupted, broadcast, launched
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -295,6 +295,7 @@ def cached(
 
     Raises:
         PermissionError: the array has to be built and the folder is read-only.
+        Interrupted: Ctrl-C stopped `build`; the message says what is kept.
         ValueError: the folder's manifest has a newer format than this version knows.
     """
     read_manifest(Path(path).parent)  # in every process, so that none waits for one that failed here
@@ -340,11 +341,27 @@ def _build_if_stale(
         _tidy((*outputs.values(), folder / MANIFEST), unfinished=force or damaged)
         if damaged:  # drop the record now: an unfinished build is then one of the mended array
             _write_manifest(folder, {name: record for name, record in arrays.items() if name != path.name})
-        stats = to_jsonable(build())
+        with _explain_interrupt(path):
+            stats = to_jsonable(build())
         record = {"settings": settings, "stats": stats, "files": {n: file_record(f) for n, f in outputs.items()}}
         _write_manifest(folder, read_manifest(folder) | {path.name: record})
         _tidy(outputs.values(), unfinished=True)
     return stats
+
+
+@contextmanager
+def _explain_interrupt(path: Path) -> Iterator[None]:
+    """Around a build: let Ctrl-C say what is kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        notes = sorted(path.parent.glob("*.progress"), key=lambda note: note != _note(path))  # or of a part of it
+        if notes:
+            rows = notes[0].read_bytes().partition(b"\n")[2].partition(b"\n")[0]
+            kept = f"{rows.count(b'1')} of {len(rows)} rows are kept, as is what was finished before"
+        else:
+            kept = "it starts again from its beginning, what was finished before is kept"
+        raise Interrupted(f"stopped while building {path}: {kept}; the same call goes on") from None
 
 
 def _recorded_name(file: PathLike, folder: Path) -> str:

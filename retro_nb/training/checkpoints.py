@@ -307,13 +307,6 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-class Interrupted(KeyboardInterrupt):
-    """A run stopped between two steps. IPython shows its message alone, without a traceback."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
-
-
 @contextmanager
 def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
     """Let Ctrl-C or SIGTERM set the yielded event, and raise KeyboardInterrupt only after the block.

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from retro_nb.common.arrays import PathLike, to_jsonable
 from retro_nb.common.devices import can_compile, compile_in_place, few_cpu_threads, send
+from retro_nb.common.launch import Interrupted
 from retro_nb.model.base import ChunkedLM, evaluating
-from retro_nb.training.checkpoints import Checkpoints, Interrupted, interrupt_between_steps, not_finite
+from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, not_finite
 from retro_nb.training.log import History, Log, Skipped
 from retro_nb.training.runs import FREE_SETTINGS, check_data, length, only_run, resolve_settings
 

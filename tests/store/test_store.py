@@ -1,6 +1,9 @@
 """The store as an object: what it builds is what its parts build, it opens without its corpus, and it follows it."""
 
+import itertools
+import re
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from retro_nb import RETRO, Store, StoreSettings, TrainingWrapper
 from retro_nb.common.manifest import read_manifest
 from retro_nb.reference import documents_to_chunks_
-from retro_nb.store import embedding
+from retro_nb.store import chunking, embedding, knn
 from retro_nb.store.files import Files
 from retro_nb.store.index import exact_search
 from retro_nb.store.knn import own_ranges
@@ -186,6 +189,38 @@ def test_an_index_that_cannot_leave_documents_out_is_refused_before_work(corpus,
     with pytest.raises(ValueError, match="IVF8,LSQ2x8"):
         Store.build(corpus, tmp_path / "store", replace(settings, index="IVF8,LSQ2x8"), progress=False)
     assert not (tmp_path / "store").exists() and not embedded
+
+
+STAGES = {
+    "chunks.npy": (chunking, "chunk_document", "starts again from its beginning"),
+    "chunks.embedded.npy": (embedding, "_vectors", r"(8|16) of \d+ rows are kept"),
+    "knn.index": (knn, "build_index", "starts again from its beginning"),
+    "chunks.knn.npy": (knn, "neighbours", r"8 of \d+ rows are kept"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_ctrl_c_at_any_stage_says_in_one_line_what_is_kept(corpus, settings, tmp_path, monkeypatch, name):
+    place, function, kept = STAGES[name]
+    monkeypatch.setattr(embedding, "ON_CPU", embedding.Sizes(4, 8, ahead=0))
+    blocks = knn.search_blocks
+    monkeypatch.setattr(knn, "search_blocks", lambda rows, find, size, progress: blocks(rows, find, 8, progress))
+    whole = Store.build(corpus, tmp_path / "whole", settings, progress=False)
+    calls, original = itertools.count(1), getattr(place, function)
+
+    def interrupted(*args, **options):
+        if next(calls) == (1 if function == "build_index" else 6 if function == "_vectors" else 2):
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
+        patch.setattr(place, function, interrupted)
+        Store.build(corpus, tmp_path / "store", settings, progress=False)
+    message = rf"stopped while building {tmp_path}/store/{name}: .*{kept}.*the same call goes on"
+    assert re.fullmatch(message, str(stopped.value))
+    assert stopped.value._render_traceback_() == [str(stopped.value)], "and no more in a notebook"
+    store = Store.build(corpus, tmp_path / "store", settings, progress=False)
+    assert np.array_equal(store.neighbours, whole.neighbours) and np.array_equal(store.vectors, whole.vectors)
 
 
 def test_a_note_of_other_content_is_named(corpus, settings, tmp_path):
