@@ -3,12 +3,17 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Barrier
 
 import nbformat
+import psutil
 import pytest
 from hypothesis import given as given_values
 from hypothesis import strategies as st
@@ -439,6 +444,65 @@ def test_a_point_runs_until_it_is_done_and_again_with_other_parameters(project, 
     assert [sweep.run_sweep(path)[1][0].status for _ in range(3)] == ["failed", "done", "done"]
     sweep.run_sweep(sweep_file(project, "[0]", **same, parameters="{corpus: speeches}"))
     assert ran == ["almanac", "almanac", "speeches"]
+
+
+def test_two_sweeps_at_once_share_the_points(project, monkeypatch):
+    ran, both = [], Barrier(2)
+
+    def slow(notebook, folder, parameters, progress):
+        assert not folder.exists(), "a point that another sweep is running was deleted, or runs twice"
+        if len(ran) < 2:
+            both.wait(30)
+        ran.append(parameters["seed"])
+        folder.mkdir(parents=True)
+        result = runner.Result(notebook.stem, "done", 1.0, 1, "", {"loss": float(parameters["seed"])})
+        write_json(folder / "result.json", asdict(result))
+        return result
+
+    monkeypatch.setattr(sweep, "execute", slow)
+    path = sweep_file(project, "[0, 1, 2, 3]", grid="{lr: [1e-2], seed: [0, 1, 2, 3]}")
+    with ThreadPoolExecutor(2) as pool:
+        found = [each.result() for each in [pool.submit(sweep.run_sweep, path) for _ in range(2)]]
+    assert sorted(ran) == [0, 1, 2, 3]
+    for _, results in found:
+        assert [result.metrics["loss"] for result in results] == [0.0, 1.0, 2.0, 3.0]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
+def test_nothing_outlives_a_command_that_is_killed(tmp_path, signum):
+    """Neither papermill nor the kernel, however busy: they have a GPU, and write into the folder of the run."""
+    note = f"pathlib.Path({str(tmp_path / 'pids')!r}).write_text(f'{{os.getpid()}} {{os.getppid()}}')"
+    cells = ["import os, pathlib, time", note, "while True:\n    time.sleep(0.1)"]
+    notebook = write_notebook(tmp_path / "long.ipynb", "n: int = 1", *cells)
+    command = [sys.executable, "-m", "retro_nb", "run", str(notebook)]
+    process = subprocess.Popen(command, env=os.environ | {"RETRO_NB_HOME": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (tmp_path / "pids").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(0.5)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert all(map(alive, pids))
+    process.send_signal(signum)
+    process.wait(60)
+    while any(map(alive, pids)):
+        assert time.monotonic() < end, "a process goes on without its parent"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("written", ["{", "[]", '{"loss": 1}', '{"metrics": 3}'])
+def test_damaged_metrics_are_a_failure_that_names_the_file(project, written):
+    code = f"import pathlib\npathlib.Path(out_dir, 'metrics.json').write_text({written!r})"
+    notebook = write_notebook(project / "notebooks" / "05_bad.ipynb", 'out_dir: str = ""', code)
+    result = runner.execute(notebook, project / "runs" / "bad", {})
+    assert result.status == "failed" and "metrics.json holds no metrics" in result.error
 
 
 def fake_results(losses: list[float | None]) -> list[runner.Result]:

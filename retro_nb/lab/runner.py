@@ -11,7 +11,6 @@ evaluated.
 
 import ast
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -32,7 +31,7 @@ with extra("notebooks"):
     import nbformat
     from IPython.core.inputtransformer2 import TransformerManager
 
-from retro_nb.common.arrays import ROOT, write_json, write_text
+from retro_nb.common.arrays import ROOT, read_json, write_json, write_text
 from retro_nb.lab.settings import read_annotation, read_value, read_yaml, refuse_unknown, write_yaml
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -247,15 +246,31 @@ def _error_in(notebook: Path, log: Path) -> str:
     return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
 
 
+# papermill in a process that ends with its parent, however that ends: its standard input is a pipe from the parent.
+BOUND = """
+import os, runpy, threading
+import psutil
+
+def end_with_parent():
+    os.read(0, 1)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(1)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+runpy.run_module("papermill", run_name="__main__", alter_sys=True)
+"""
+
+
 def _papermill(notebook: Path, folder: Path, arguments: Sequence[str], progress: Callable[[int], object]) -> Result:
     """Execute `notebook` into `folder` in a new process. It works in the notebook's directory, as in JupyterLab."""
     output, log, started = folder / notebook.name, folder / "papermill.log", time.perf_counter()
-    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", *arguments]
+    command = [sys.executable, "-c", BOUND, str(notebook), str(output), "-k", "python3", *arguments]
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     with log.open("wb") as stream:
         process = psutil.Popen(
             [*command, "--cwd", str(notebook.parent), "--progress-bar"],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=stream,
             stderr=stream,
             env=environment,
@@ -284,9 +299,13 @@ def execute(
     write_yaml(chosen, parameters)
     out_dir = ["-r", "out_dir", str(folder)] if "out_dir" in declared(notebook) else []
     result = _papermill(notebook, folder, ["-f", str(chosen), *out_dir], progress)
-    with suppress(FileNotFoundError):
-        record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        result.metrics = record["metrics"]
+    try:
+        record = read_json(folder / "metrics.json")
+        result.metrics = dict(record["metrics"])
+    except FileNotFoundError:
+        pass
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        result.status, result.error = "failed", f"{folder / 'metrics.json'} holds no metrics ({error!r:.200})"
     write_json(folder / "result.json", asdict(result))
     return result
 

@@ -19,15 +19,16 @@ import re
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from retro_nb.common.arrays import read_json, replacing, write_text, writing
+from retro_nb.common.arrays import explain_write_errors, read_json, replacing, write_text, writing
 from retro_nb.common.digests import digest
 from retro_nb.common.extras import extra
 from retro_nb.lab import runner
@@ -95,11 +96,30 @@ def _finished(folder: Path) -> Result | None:
     return None
 
 
+def _run_point(sweep: Sweep, point: dict[str, Any], progress: Callable[[int], object], wait: bool) -> Result | None:
+    """The result of a point, run now unless it is finished; None, without `wait`, if another process is running it."""
+    folder = point_folder(sweep, point)
+    with explain_write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{folder}.lock", timeout=-1 if wait else 0):
+            result = _finished(folder)
+            if result is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                result = execute(sweep.notebook, folder, point, progress)
+    except Timeout:
+        return None
+    if result.status == "done" and not is_number(result.metrics.get(sweep.metric)):
+        known = ", ".join(result.metrics) or "none"
+        result.status, result.error = "failed", f"no number {sweep.metric!r} in its metrics: {known}"
+    return result
+
+
 def run_sweep(path: Path) -> tuple[Path, list[Result]]:
     """Run the unfinished points of a sweep, then write its table and plot.
 
     A point that fails, or gives no number for the metric, is reported and does not stop the rest. Failed points
-    are tried again the next time.
+    are tried again the next time. Several processes may run the same sweep: they share its points.
 
     Returns:
         The sweep's folder, with points.csv, table.md and plot.png, and a result for each point.
@@ -108,26 +128,26 @@ def run_sweep(path: Path) -> tuple[Path, list[Result]]:
         ValueError: the file is invalid; no point has run then.
     """
     sweep = read_sweep(path)
-    results = []
+    found: dict[int, Result] = {}
     with tqdm(sweep.points, unit="point", miniters=0, mininterval=1) as bar:
-        for point in bar:
-            folder = point_folder(sweep, point)
-            bar.set_description(", ".join(f"{name} {point[name]}" for name in sweep.axes))
-            result = _finished(folder)
-            if result is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                result = execute(sweep.notebook, folder, point, lambda _: bar.update(0))  # keeps the clock running
-            value = result.metrics.get(sweep.metric)
-            if result.status == "done" and not is_number(value):
-                known = ", ".join(result.metrics) or "none"
-                result.status, result.error = "failed", f"no number {sweep.metric!r} in its metrics: {known}"
-            results.append(result)
+
+        def tick(cells: int) -> None:
+            bar.update(0)  # keeps the clock running
+
+        for wait in (False, True):  # first what no other sweep is running, then what another has begun
+            for number, point in enumerate(sweep.points):
+                bar.set_description(", ".join(f"{name} {point[name]}" for name in sweep.axes))
+                if number not in found and (result := _run_point(sweep, point, tick, wait)):
+                    found[number] = result
+                    bar.update()
+    results = [found[number] for number in range(len(sweep.points))]
     folder = runner.RUNS / f"sweep-{sweep.name}"
-    _write_points(sweep, results, folder / "points.csv")
-    summary = summarise(sweep, results)
-    write_text(folder / "table.md", f"# {sweep.name}: {sweep.metric}\n\n{markdown_table(summary)}\n")
-    with replacing(folder / "plot.png") as temporary:
-        draw(sweep, summary).savefig(temporary, format="png", dpi=120)
+    with FileLock(folder / "summary.lock"):
+        _write_points(sweep, results, folder / "points.csv")
+        summary = summarise(sweep, results)
+        write_text(folder / "table.md", f"# {sweep.name}: {sweep.metric}\n\n{markdown_table(summary)}\n")
+        with replacing(folder / "plot.png") as temporary:
+            draw(sweep, summary).savefig(temporary, format="png", dpi=120)
     return folder, results
 
 
