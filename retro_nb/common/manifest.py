@@ -119,6 +119,13 @@ def intact(path: PathLike) -> bool:
     return bool(files) and all(file.is_file() and file_record(file) == about for file, about in files.items())
 
 
+def folder_lock(folder: Path, name: str = ".lock") -> FileLock:
+    """A lock of a folder. A link in its place is removed: locking, by an older filelock, empties what it leads to."""
+    if (folder / name).is_symlink():
+        (folder / name).unlink()
+    return FileLock(folder / name)
+
+
 @contextmanager
 def _locked(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
     """Hold a folder's lock, since two notebooks may want one array at once; yield whether it is held.
@@ -126,7 +133,7 @@ def _locked(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
     Yield False once `done` reports that another process has done the work. By then that process may hold the lock for
     the next array and wait for this process to do its share.
     """
-    lock = FileLock(folder / ".lock")
+    lock = folder_lock(folder)
     while not lock.is_locked:
         try:
             lock.acquire(timeout=0.5)
@@ -262,7 +269,7 @@ def _tidy_whole(path: Path, settings: dict, outputs: dict[str, Path]) -> None:
     if not _left_beside_whole(files):
         return
     with suppress(OSError, Timeout):  # the folder is read-only; or another process builds and will tidy
-        with FileLock(path.parent / ".lock", timeout=0):
+        with folder_lock(path.parent).acquire(timeout=0):
             if _why_stale(path, settings, outputs) is None:
                 for left in _left_beside_whole(files):
                     left.unlink(missing_ok=True)

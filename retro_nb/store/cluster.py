@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from retro_nb.common.arrays import PathLike, ResumableRows, open_array, read_note, to_jsonable, write_json
+from retro_nb.common.arrays import PathLike, ResumableRows, inside, open_array, read_note, to_jsonable, write_json
 from retro_nb.common.extras import extra
 from retro_nb.store.chunking import ChunkedDocument, chunk_document, read_documents, store_tokenizer, write_chunks
 from retro_nb.store.embedding import begin_block, check_bert, check_vectors, embedding_dim, sizes_on, write_vectors
@@ -379,7 +379,7 @@ def _embed(files: Files, settings: StoreSettings, workers: int) -> None:
 
 def _index(files: Files, settings: StoreSettings, workers: int) -> None:
     """Train on a sample, let workers fill shards and merge them; an index without inverted lists is filled here."""
-    shards = files.index.with_name("shards")
+    shards = inside(files.index.parent, "shards")
 
     def merge(vectors: Vectors, spec: str) -> None:
         merge_on_disk(*_shards(shards, files.vectors, spec, workers), vectors, files.index)

@@ -24,7 +24,7 @@ import faiss
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from retro_nb.common.arrays import PathLike, open_array, to_jsonable
+from retro_nb.common.arrays import PathLike, inside, open_array, to_jsonable
 from retro_nb.common.launch import broadcast, launched
 from retro_nb.common.manifest import cached, finish_replacement, read_manifest, reprocess_requested
 from retro_nb.store.chunking import chunk_settings, read_documents, store_tokenizer, write_chunks
@@ -48,14 +48,15 @@ def choose_tokenizer(
     """Load the tokenizer that the settings name, or train it, once for as long as the corpus stays the same.
 
     Raises:
-        ValueError: a tokenizer must be trained, but the corpus can be read only once.
+        ValueError: a tokenizer must be trained, but the corpus can be read only once; or the store's folder for it is
+            a symbolic link to another place.
     """
     read_manifest(folder)  # one of a newer format is refused before anything is trained
     if not isinstance(settings.tokenizer, int):
         return settings.cutter
     if isinstance(documents, Iterator):
         raise ValueError(f"a {type(documents).__name__} can be read only once: pass a list, or a tokenizer's folder")
-    folder, size = Path(folder) / "tokenizer", settings.tokenizer
+    folder, size = inside(folder, "tokenizer"), settings.tokenizer
     fingerprint = getattr(documents, "fingerprint", None)
     cached(
         folder / "tokenizer.json",

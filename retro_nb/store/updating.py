@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Int32, Int64
 from tqdm.auto import tqdm
 
@@ -44,6 +43,7 @@ from retro_nb.common.manifest import (
     cached,
     check_writable,
     finish_replacement,
+    folder_lock,
     intact,
     read_manifest,
     replace_store,
@@ -210,7 +210,7 @@ def _alone(folder: Path) -> Iterator[None]:
     if launched()[0] > 0 or not os.access(folder, os.W_OK):  # a read-only store cannot change
         yield
         return
-    with FileLock(folder / f".{STAGING}.lock"):
+    with folder_lock(folder, f".{STAGING}.lock"):
         yield
 
 

@@ -39,6 +39,7 @@ from retro_nb.common.manifest import (
     cached,
     check_writable,
     finish_replacement,
+    folder_lock,
     intact,
     read_manifest,
     replace_store,
@@ -755,6 +756,16 @@ def test_no_link_beside_an_array_is_written_through(tmp_path, monkeypatch, endin
             temporary.write_text("whole")
     outside = ("precious.txt", "moved")
     assert {n: everything(tmp_path).get(n) for n in outside} == {n: before.get(n) for n in outside}
+
+
+def test_no_lock_empties_what_a_link_leads_to(tmp_path):
+    (tmp_path / "precious.txt").write_text("precious")
+    for name in (".lock", ".other.lock"):
+        (tmp_path / "store").mkdir(exist_ok=True)
+        (tmp_path / "store" / name).symlink_to(tmp_path / "precious.txt")
+    assert square(tmp_path / "store")[1]
+    with folder_lock(tmp_path / "store", ".other.lock"):
+        assert (tmp_path / "precious.txt").read_text() == "precious"
 
 
 def test_files_that_a_build_wants_in_another_folder_are_its_own(tmp_path):

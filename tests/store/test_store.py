@@ -191,6 +191,16 @@ def test_an_index_that_cannot_leave_documents_out_is_refused_before_work(corpus,
     assert not (tmp_path / "store").exists() and not embedded
 
 
+def test_a_tokenizer_is_not_written_through_a_link(corpus, settings, tmp_path):
+    for name in ("home", "store"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "home" / "tokenizer.json").write_text("precious")
+    (tmp_path / "store" / "tokenizer").symlink_to(tmp_path / "home")
+    with pytest.raises(ValueError, match=r"tokenizer is a symbolic link to .*home"):
+        Store.build(corpus, tmp_path / "store", replace(settings, tokenizer=300), progress=False)
+    assert [path.read_text() for path in (tmp_path / "home").iterdir()] == ["precious"]
+
+
 STAGES = {
     "chunks.npy": (chunking, "chunk_document", "starts again from its beginning"),
     "chunks.embedded.npy": (embedding, "_vectors", r"(8|16) of \d+ rows are kept"),
