@@ -105,9 +105,10 @@ def test_the_sample_stands_in_notebook_06():
         assert " ".join(part.split()) in seen, "notebook 06 has changed: take README's sample from it again"
 
 
-def test_the_tests_that_pin_the_differences_exist():
-    differences = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", differences)
+@pytest.mark.parametrize("page", ["differences", "inputs"])
+def test_the_tests_that_a_page_names_exist(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
     missing = [
         (file, name)
         for file, name in named

@@ -613,3 +613,17 @@ def test_text_that_the_tokenizer_does_not_know_is_not_lost_silently(tmp_path):
         warnings.simplefilter("error")
         paths = {name: tmp_path / "plain" / path.name for name, path in paths.items()}
         documents_to_chunks_([plain], **paths, chunk_size=16, seq_len=32, progress=False)
+
+
+@pytest.mark.parametrize("words, warned", [(2, True), (0, False)])
+def test_unknown_tokens_are_counted_and_warned_of(tmp_path, words, warned):
+    thai, english = "ห้องสมุด " * words, "a house by the sea " * 8
+    documents = [Document(english, "english", "english.txt"), Document(thai + english, "thai", "thai.txt")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build(tmp_path, documents)
+    messages = [str(each.message) for each in caught if "unknown" in str(each.message)]
+    assert len(messages) == warned
+    if warned:
+        tokens = 2 * (8 * 5) + words + 2 * 2  # and [CLS] and [SEP] of each
+        assert f"{words} of {tokens} tokens" in messages[0] and "thai.txt" in messages[0] and "=8000" in messages[0]
