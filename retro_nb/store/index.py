@@ -5,6 +5,7 @@ vector and is exact; IVF probes a few of many inverted lists; HNSW walks a graph
 fewer bytes.
 """
 
+import errno
 import math
 import os
 import re
@@ -237,8 +238,10 @@ def write_index(index: faiss.Index, path: PathLike) -> None:
     with replacing(path) as temporary, explain_write_errors(Path(path)):
         try:
             faiss.write_index(index, str(temporary))
-        except RuntimeError as error:  # FAISS does not say which system error it met
-            raise OSError(0, str(error).split("Error:")[-1].strip()) from error
+        except RuntimeError as error:  # FAISS has the system's error in a text of its own
+            full = os.strerror(errno.ENOSPC)
+            known = (errno.ENOSPC, full) if full in str(error) else (0, str(error).split("Error:")[-1].strip())
+            raise OSError(*known) from error
 
 
 def index_files(path: PathLike) -> list[Path]:

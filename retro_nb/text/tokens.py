@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retro_nb.common.arrays import PathLike, inside, read_note, replacing, write_json
+from retro_nb.common.arrays import PathLike, inside, read_note, write_json, write_text
 from retro_nb.common.digests import digest
 
 PAD_ID = 0  # BERT's [PAD]
@@ -201,8 +201,7 @@ def train_tokenizer(texts: Iterable[str], folder: PathLike, *, size: int = 8000,
     seen = tqdm(texts, desc="reading for the tokenizer", unit=" documents", disable=not progress)
     # A lone surrogate has no UTF-8: it is read as "?".
     backend.train_from_iterator((text.encode("utf-8", "replace").decode() for text in seen), trainer)
-    with replacing(Path(folder) / "tokenizer.json") as temporary:
-        backend.save(str(temporary))
+    write_text(Path(folder) / "tokenizer.json", backend.to_str(pretty=True))
     write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **ADDED})
     return {"size": backend.get_vocab_size()}
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -261,3 +263,17 @@ def test_a_hub_name_without_a_network_says_what_to_do():
     with pytest.raises(FileNotFoundError, match=message) as caught:
         get_tokenizer("somebody/no-bert")
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def train_on_full_disk(folder):
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    with pytest.raises(OSError, match=r"could not write .*tokenizer\.json: File too large.*MB are free"):
+        train_tokenizer(["a text"], folder, size=300, progress=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+def test_a_full_disk_names_the_tokenizers_file(tmp_path, run_apart):
+    assert run_apart(train_on_full_disk, tmp_path) == [0] and not list(tmp_path.iterdir())
