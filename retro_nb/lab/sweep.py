@@ -34,6 +34,7 @@ from retro_nb.common.extras import extra
 from retro_nb.lab import runner
 from retro_nb.lab.runner import Result, choose_parameters, execute, find_notebooks, is_number, markdown_table
 from retro_nb.lab.settings import read_yaml
+from retro_nb.plotting.style import literal
 
 with extra("notebooks"):
     from matplotlib.figure import Figure
@@ -199,12 +200,13 @@ def draw(sweep: Sweep, summary: Sequence[dict[str, Any]]) -> Figure:
     for label, rows in lines.items():
         places = [row[sweep.x] if numeric else labels.index(str(row[sweep.x])) for row in rows]
         bars = [row["std"] or math.nan for row in rows]
-        axes.errorbar(places, [row[sweep.metric] for row in rows], bars, marker="o", capsize=3, label=label)
+        axes.errorbar(places, [row[sweep.metric] for row in rows], bars, marker="o", capsize=3, label=literal(label))
     if not numeric:
-        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), map(literal, labels))
     elif min(values) > 0 and max(values) >= 100 * min(values):
         axes.set_xscale("log")
-    axes.set(xlabel=sweep.x, ylabel=sweep.metric, title=f"{sweep.name} ({sweep.notebook.stem})")
+    axes.set(xlabel=literal(sweep.x), ylabel=literal(sweep.metric))
+    axes.set_title(literal(f"{sweep.name} ({sweep.notebook.stem})"))
     if others:
         axes.legend()
     return figure

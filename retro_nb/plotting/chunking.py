@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from retro_nb.plotting.style import COLOURS, blank, box, subplots
+from retro_nb.plotting.style import COLOURS, blank, box, literal, subplots
 
 Span = tuple[int, int]  # characters [start, stop)
 NOTHING = "#E4E4E4"  # padding
@@ -78,7 +78,7 @@ def cut_text(text: str, chunks: Sequence[Span], shared: Sequence[Span] = (), fir
     for i, (start, stop) in enumerate(lines):
         for word in re.finditer(r"\S+", text[start:stop]):
             x, y = place(i, start + word.start())
-            axes.text(x, y + high * 0.42, word[0], family="monospace", fontsize=9.5, va="center_baseline")
+            axes.text(x, y + high * 0.42, literal(word[0]), family="monospace", fontsize=9.5, va="center_baseline")
     return figure
 
 
@@ -92,7 +92,8 @@ def chunks_by_year(
     axes.vlines(years, 0, chunks, color=COLOURS["chunk"], linewidth=1.4, alpha=0.75)
     for document, name in named.items():
         at = (years[document], chunks[document])
-        label = axes.annotate(f"{name}, {at[1]}", at, (0, 2), textcoords="offset points", ha="right", fontsize=8)
+        text = literal(f"{name}, {at[1]}")
+        label = axes.annotate(text, at, (0, 2), textcoords="offset points", ha="right", fontsize=8)
         label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable across other lines
     axes.set(xlabel="year", ylabel="chunks", ylim=(0, 1.08 * max(chunks)), title="Letters are long, speeches are short")
     axes.grid(axis="x", visible=False)

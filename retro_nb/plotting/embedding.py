@@ -10,7 +10,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from retro_nb.plotting.style import COLOURS, GREY, SEQUENTIAL, blank, box, subplots
+from retro_nb.plotting.style import COLOURS, GREY, SEQUENTIAL, blank, box, literal, subplots
 
 # Special tokens in their own colours, words in the chunks' blue.
 TOKEN_COLOURS = {"[CLS]": COLOURS["neighbour"], "[SEP]": COLOURS["continuation"], "[PAD]": GREY}
@@ -38,7 +38,7 @@ def framings(rows: Mapping[str, Sequence[str]]) -> Figure:
     figure, axes = blank(label + longest * width, 0.5 * len(rows) + 0.1)
     for row, (name, tokens) in enumerate(rows.items()):
         y = 0.5 * (len(rows) - 1 - row) + 0.1
-        axes.text(0, y + 0.17, name, va="center", fontsize=9)
+        axes.text(0, y + 0.17, literal(name), va="center", fontsize=9)
         for i, token in enumerate(tokens):
             x = label + i * width
             box(axes, x, y, width - 0.06, 0.32, token, colour=TOKEN_COLOURS.get(token, COLOURS["chunk"]))
@@ -59,8 +59,8 @@ def vector_map(
     for name, (x, y) in marked.items():
         axes.plot(x, y, "o", markersize=7, markerfacecolor="white", markeredgecolor=COLOURS["neighbour"], mew=2)
         frame = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-        axes.annotate(name, (x, y), (6, 6), textcoords="offset points", fontsize=9, bbox=frame)
-    axes.set(title=title, xlabel="first principal component", ylabel="second principal component")
+        axes.annotate(literal(name), (x, y), (6, 6), textcoords="offset points", fontsize=9, bbox=frame)
+    axes.set(title=literal(title), xlabel="first principal component", ylabel="second principal component")
     figure.colorbar(dots, label="year", aspect=30)
     return figure
 
@@ -72,7 +72,7 @@ def similarity(cosines: Float[np.ndarray, "a b"], rows: str, columns: str, title
     best = np.unravel_index(np.argmax(cosines), cosines.shape)
     frame: dict = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2.5}
     axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, **frame))
-    axes.set(title=title, ylabel=f"chunk of {rows}", xlabel=f"chunk of {columns}")
+    axes.set(title=literal(title), ylabel=literal(f"chunk of {rows}"), xlabel=literal(f"chunk of {columns}"))
     axes.grid(False)
     figure.colorbar(image, label="cosine", aspect=30)
     return figure

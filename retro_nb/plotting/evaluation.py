@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from retro_nb.plotting.style import COLOURS, DIVERGING, subplots, titled_row
+from retro_nb.plotting.style import COLOURS, DIVERGING, literal, subplots, titled_row
 
 # The conditions under which a model is measured, and their colours.
 CONDITIONS = {
@@ -42,9 +42,9 @@ def answers(panels: Mapping[str, Mapping[str, float]], marked: Mapping[str, str]
         axes.barh(rows, list(chances.values()), color=[COLOURS[marked.get(word, "muted")] for word in chances])
         for y, chance in enumerate(chances.values()):
             axes.text(chance, y, f" {chance:.0%}", va="center", fontsize=9)
-        axes.set_yticks(rows, list(chances))
-        for label in axes.get_yticklabels():
-            label.set_fontweight("bold" if label.get_text() in marked else "normal")
+        axes.set_yticks(rows, map(literal, chances))
+        for label, word in zip(axes.get_yticklabels(), chances, strict=True):
+            label.set_fontweight("bold" if word in marked else "normal")
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.25), xticks=(0, 0.5, 1), xlabel="probability")
         axes.grid(False)
@@ -101,11 +101,11 @@ def attention_map(
     """Attention of text tokens (rows) to retrieved tokens (columns); a frame shows the `marked` column."""
     figure, axes = subplots(figsize=(8.4, 1.6 + 0.21 * len(rows)))
     image = axes.imshow(weights, vmin=0, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(columns)), map(literal, columns), rotation=90, fontsize=8)
+    axes.set_yticks(range(len(rows)), map(literal, rows), fontsize=8)
     frame: dict = {"fill": False, "edgecolor": COLOURS["neighbour"], "linewidth": 2}
     axes.add_patch(Rectangle((marked - 0.5, -0.5), 1, len(rows), **frame))
-    axes.set(title=title, xlabel="retrieved token", ylabel="token that reads")
+    axes.set(title=literal(title), xlabel="retrieved token", ylabel="token that reads")
     axes.grid(False)
     figure.colorbar(image, label="weight", aspect=30, fraction=0.03)
     return figure
@@ -115,9 +115,9 @@ def rewritings(chances: Float[np.ndarray, "a a"], words: Sequence[str], title: s
     """Probability of each answer (columns) for each word in the memory (rows); on the diagonal they agree."""
     figure, axes = subplots(figsize=(6.6, 5.6))
     image = axes.imshow(chances, vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(words)), words, fontsize=7)
-    axes.set(xlabel="answer", ylabel="what the memory says", title=title)
+    axes.set_xticks(range(len(words)), map(literal, words), rotation=90, fontsize=7)
+    axes.set_yticks(range(len(words)), map(literal, words), fontsize=7)
+    axes.set(xlabel="answer", ylabel="what the memory says", title=literal(title))
     axes.grid(False)
     figure.colorbar(image, label="probability", aspect=40, fraction=0.03)
     return figure
@@ -151,7 +151,7 @@ def bars(
             end, up = (min(low, *seeds), -1) if mean < 0 else (max(high, *seeds), 1)
             axes.annotate(f"{mean:.2f}".replace("-", "−"), (x, end), (0, 3 * up), textcoords="offset points",
                           ha="center", va="bottom" if up > 0 else "top", fontsize=9)  # fmt: skip
-        axes.set_xticks(range(len(values)), list(values))
+        axes.set_xticks(range(len(values)), map(literal, values))
         axes.grid(axis="x", visible=False)
         axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
         axes.margins(y=0.12)
@@ -205,7 +205,7 @@ def hit_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
     figure, axes = subplots(figsize=(8, 3))
     looks = zip(("model", "neighbour", "chunk"), "os^", strict=True)
     for (name, values), (colour, shape) in zip(rates.items(), looks, strict=False):
-        axes.plot(range(len(values)), values, f"{shape}-", color=COLOURS[colour], label=name)
+        axes.plot(range(len(values)), values, f"{shape}-", color=COLOURS[colour], label=literal(name))
     longest = max(map(len, rates.values()))
     axes.set(xlabel="chunk of the document", ylabel="finds the town", ylim=(0, 1.05), xticks=range(longest))
     axes.set_title("How often is the right town among the neighbours?")
@@ -227,7 +227,7 @@ def gains(panels: Mapping[str, Mapping[str, Spread]], ylabel: str, title: str) -
             axes.plot(x, mean, "o", color=COLOURS["model"], markerfacecolor=fill, markersize=6)
         axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
         turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 6 else {}
-        axes.set_xticks(range(len(groups)), list(groups), fontsize=8, **turned)
+        axes.set_xticks(range(len(groups)), map(literal, groups), fontsize=8, **turned)
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.grid(axis="x", visible=False)
     row[0].set_ylabel(ylabel)
@@ -246,8 +246,8 @@ def sweeps(
         axes.errorbar(range(len(values)), means, ranges, fmt="o-", color=COLOURS["model"], capsize=4, label="RETRO")
         axes.axhspan(min(baseline), max(baseline), color=COLOURS["baseline"], alpha=0.25, linewidth=0)
         axes.axhline(np.mean(baseline), color=COLOURS["baseline"], linestyle="--", label="baseline")
-        axes.set_xticks(range(len(values)), list(values))
-        axes.set(xlabel=name, xlim=(-0.5, len(values) - 0.5))
+        axes.set_xticks(range(len(values)), map(literal, values))
+        axes.set(xlabel=literal(name), xlim=(-0.5, len(values) - 0.5))
         axes.grid(axis="x", visible=False)
     row[0].set_ylabel(ylabel)
     row[0].legend()

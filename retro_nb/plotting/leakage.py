@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from retro_nb.measure.leakage import shared_runs
 from retro_nb.measure.memory import pieces
 from retro_nb.plotting.evaluation import CONDITIONS
-from retro_nb.plotting.style import COLOURS, subplots
+from retro_nb.plotting.style import COLOURS, literal, subplots
 from retro_nb.store.chunking import document_tokens
 from retro_nb.text.document import Document
 
@@ -47,7 +47,7 @@ def overlap_histogram(overlaps: Mapping[str, Float[np.ndarray, " any"]], title: 
     bins = [0, *((np.arange(4, 65, 4) + 0.5) / 64)]  # up to 4 tokens, 5 to 8, 9 to 12, …
     for (name, values), (colour, line) in zip(overlaps.items(), GROUPS, strict=False):
         weights = np.full(len(values), 1 / max(len(values), 1))
-        label = f"{name}: {(values > STRICTEST).mean():.1%} above 12.5%"
+        label = f"{literal(name)}: {(values > STRICTEST).mean():.1%} above 12.5%"
         look: dict = {"histtype": "step", "linewidth": 2, "color": COLOURS[colour], "linestyle": line}
         axes.hist(values, bins, weights=weights, label=label, **look)
     axes.axvline(STRICTEST + 0.5 / 64, color=COLOURS["muted"], linestyle="--", linewidth=1.2)
@@ -71,8 +71,8 @@ def suffix_table(lengths: Int[np.ndarray, "m r"], chunk: Sequence[str], text: Se
         axes.text(column, row, length, ha="center", va="center", **look)
         if (row, column) in run:
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=2, clip_on=False))
-    axes.set_xticks(range(len(text)), text)
-    axes.set_yticks(range(len(chunk)), chunk)
+    axes.set_xticks(range(len(text)), map(literal, text))
+    axes.set_yticks(range(len(chunk)), map(literal, chunk))
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -94,7 +94,7 @@ def bits_by_overlap(curve: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for name in curve[0]["bits_per_byte"]:
         bits = [point["bits_per_byte"][name] for point in curve]
         values = np.array([np.nan if value is None else value for value in bits])
-        axes.plot(alphas, values, label=name, color=CONDITIONS.get(name), **LINES.get(name, {}))
+        axes.plot(alphas, values, label=literal(name), color=CONDITIONS.get(name), **LINES.get(name, {}))
     axes.set(title=title, ylabel="bits per byte")
     axes.legend(ncols=len(curve[0]["bits_per_byte"]))
     bars = below.bar(alphas, [point["chunks"] for point in curve], width=0.06, color=COLOURS["muted"])
@@ -124,7 +124,7 @@ def gain_by_overlap(
     for (name, points), (colour, line) in zip(gains.items(), GROUPS, strict=False):
         values, low, high = np.array(points).T
         shade = CONDITIONS.get(name, COLOURS[colour])
-        axes.plot(alphas, values, f"o{line}", color=shade, linewidth=2, label=name)
+        axes.plot(alphas, values, f"o{line}", color=shade, linewidth=2, label=literal(name))
         axes.fill_between(alphas, low, high, color=shade, alpha=0.18, linewidth=0)
     axes.axhline(0, color=COLOURS["ink"], linewidth=1.2)
     axes.set(title=title, xlabel=chunks, ylabel="bits per byte saved\n(band: 95 % interval)")

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from retro_nb.common.arrays import ROOT, replacing
-from retro_nb.plotting.style import COLOURS, arrow, blank, box, subplots, use_style
+from retro_nb.plotting.style import COLOURS, arrow, blank, box, literal, subplots, use_style
 
 # The picture's example: a message to Congress of 1801, and the years of its chunks' neighbours.
 CHUNKS = (
@@ -90,7 +90,7 @@ def _page(axes: Axes, x: float, top: float, title: str, parts: Sequence[tuple[st
 
     If there are several parts, the name of its colour is above each.
     """
-    axes.text(x, top, title, va="center", weight="bold", color=COLOURS[parts[0][0]])
+    axes.text(x, top, literal(title), va="center", weight="bold", color=COLOURS[parts[0][0]])
     y = top - 0.2
     for colour, text in parts:
         lines = _wrap(text)
@@ -100,7 +100,7 @@ def _page(axes: Axes, x: float, top: float, title: str, parts: Sequence[tuple[st
             y -= 0.17
         box(axes, x, y - height, 3.7, height, colour=COLOURS[colour], alpha=0.16)
         look: dict = {"fontsize": 10, "family": "serif", "linespacing": 1.3, "va": "top", "color": COLOURS["ink"]}
-        axes.text(x + 0.1, y - 0.08, "\n".join(lines), **look)
+        axes.text(x + 0.1, y - 0.08, literal("\n".join(lines)), **look)
         y -= height + 0.08
 
 

@@ -8,7 +8,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from retro_nb.plotting.style import COLOURS, PALE, subplots, titled_row
+from retro_nb.plotting.style import COLOURS, PALE, literal, subplots, titled_row
 from retro_nb.store.retrieval import Passage
 
 
@@ -41,7 +41,7 @@ def bars(words: Sequence[str], panels: Mapping[str, Sequence[float]], title: str
         axes.bar(range(len(values)), values, color=COLOURS["model"])
         for i in np.flatnonzero(values == 0):
             axes.text(i, 0.02, "✕", ha="center", color=COLOURS["neighbour"])
-        axes.set_xticks(range(len(values)), words, rotation=45, ha="right")
+        axes.set_xticks(range(len(values)), map(literal, words), rotation=45, ha="right")
         axes.grid(axis="x", visible=False)
     row[0].set(ylabel="probability", ylim=(0, 1.05))
     return figure
@@ -54,7 +54,7 @@ def drawn(words: Sequence[str], expected: Sequence[float], shares: Sequence[floa
     error = 2 * np.sqrt(p * (1 - p) / draws)
     axes.bar(at - 0.2, p, 0.4, yerr=error, capsize=4, color=COLOURS["muted"], label="softmax, ± 2 standard errors")
     axes.bar(at + 0.2, shares, 0.4, color=COLOURS["model"], label=f"{draws:,} draws with Gumbel noise")
-    axes.set_xticks(at, words)
+    axes.set_xticks(at, map(literal, words))
     axes.set(ylabel="share", title="The argmax of noisy logits falls where softmax says")
     axes.grid(axis="x", visible=False)
     axes.legend()
@@ -87,7 +87,7 @@ def divergence(kl: Mapping[str, Sequence[float]], chunk_size: int) -> Figure:
         values, n = np.asarray(nats, dtype=float), len(nats)
         peak = max(peak, values.max())
         mean = values[chunk_size - 1 :].mean()
-        axes.plot(values, color=COLOURS[colour], linewidth=1, label=f"{name}: mean {mean:.3f}")
+        axes.plot(values, color=COLOURS[colour], linewidth=1, label=f"{literal(name)}: mean {mean:.3f}")
     axes.axvspan(0, chunk_size - 1, color="#EDEDED", zorder=0)
     axes.text((chunk_size - 1) / 2, 0.5, "reads\nnothing", ha="center", va="center", fontsize=9,
               transform=axes.get_xaxis_transform(), color=COLOURS["ink"])  # fmt: skip

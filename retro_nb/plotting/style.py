@@ -12,6 +12,8 @@ with extra("notebooks"):
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+Number = float | int
+
 # Okabe and Ito's palette. Each concept has the same colour in every notebook.
 COLOURS = {
     "chunk": "#0072B2",  # blue: the text being read or written
@@ -60,6 +62,11 @@ def use_style() -> None:
     )
 
 
+def literal(text: object) -> str:
+    """Text of a corpus for a figure; matplotlib would take what stands between two dollar signs for mathematics."""
+    return str(text).replace("$", r"\$")
+
+
 def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """`plt.subplots`, closed: the figure is shown once, as the value of its cell, and takes no memory after that."""
     figure, axes = plt.subplots(rows, columns, **options)
@@ -71,12 +78,12 @@ def titled_row(names: Collection[str], title: str, height: float, **options: Any
     """Panels side by side, each under its name, and the figure's message above all."""
     figure, grid = subplots(1, len(names), figsize=(8, height), squeeze=False, **options)
     for axes, name in zip(grid[0], names, strict=True):
-        axes.set_title(name, fontsize=10, fontweight="normal")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        axes.set_title(literal(name), fontsize=10, fontweight="normal")
+    figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, list(grid[0])
 
 
-def blank(width: float, height: float) -> tuple[Figure, Axes]:
+def blank(width: Number, height: Number) -> tuple[Figure, Axes]:
     """A figure to draw on: no axes, one unit per inch, origin at the lower left."""
     figure, axes = subplots(figsize=(width, height), layout="constrained")
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
@@ -84,7 +91,7 @@ def blank(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def box(axes: Axes, x: float, y: float, w: float, h: float, text: str = "", *, colour: str, **style: Any) -> None:
+def box(axes: Axes, x: Number, y: Number, w: Number, h: Number, text: str = "", *, colour: str, **style: Any) -> None:
     """A rounded box with its lower left corner at (x, y); `colour` fills it, and text is dark or white for contrast."""
     patch = FancyBboxPatch(
         (x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06", facecolor=colour, edgecolor="none", **style
@@ -92,10 +99,11 @@ def box(axes: Axes, x: float, y: float, w: float, h: float, text: str = "", *, c
     axes.add_patch(patch)
     red, green, blue, _ = matplotlib.colors.to_rgba(colour)
     light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.6
-    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", color=COLOURS["ink"] if light else "white")
+    ink = COLOURS["ink"] if light else "white"
+    axes.text(x + w / 2, y + h / 2, literal(text), ha="center", va="center", color=ink)
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
+def arrow(axes: Axes, start: tuple[Number, Number], end: tuple[Number, Number], **style: Any) -> None:
     """A thin arrow from start to end."""
     look: dict = {"arrowstyle": "-|>", "mutation_scale": 10, "color": COLOURS["muted"], "linewidth": 1.2, **style}
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))

@@ -8,7 +8,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 
 from retro_nb.planning.costs import Step
 from retro_nb.planning.survey import Survey, as_size, as_time
-from retro_nb.plotting.style import COLOURS, subplots
+from retro_nb.plotting.style import COLOURS, literal, subplots
 
 DOES = {"chunk": "cut into chunks", "embed": "embed", "index": "index", "search": "search neighbours"}
 LEAST = 0.01  # seconds; a shorter bar would have no length on the logarithmic axis
@@ -27,7 +27,7 @@ def lengths(found: Survey) -> Figure:
         axes.patches[0].set_color(COLOURS["muted"])
         axes.annotate(f"{counts[0]:,} empty", (0.5**0.5, counts[0]), (0, 3), textcoords="offset points", ha="center")
     axes.annotate(
-        f"the longest: {found.longest_share:.1%} of all text\n{found.longest_title:.40}",
+        f"the longest: {found.longest_share:.1%} of all text\n{literal(found.longest_title[:40])}",
         (found.longest, 0),
         (0.98, 0.98),
         textcoords="axes fraction",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from retro_nb.plotting.style import COLOURS, subplots
+from retro_nb.plotting.style import COLOURS, literal, subplots
 from retro_nb.training.log import History
 
 
@@ -27,13 +27,13 @@ def losses(
         steps, values = history.curve("loss")
         width = min(5, len(values))
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.2, label=f"{name}, training")
-        axes.plot(*history.curve("valid_loss"), "o", color=colour, markersize=size, label=f"{name}, held out")
+        axes.plot(steps[width - 1 :], smooth, color=colour, linewidth=1.2, label=f"{literal(name)}, training")
+        axes.plot(*history.curve("valid_loss"), "o", color=colour, markersize=size, label=f"{literal(name)}, held out")
     middle = sum(axes.get_ylim()) / 2
     for name, value in lines.items():  # the curve falls from the upper left, so low lines have room for labels there
         axes.axhline(value, color=COLOURS["muted"], linestyle="--", linewidth=1)
         x, side = (0.01, "left") if value < middle else (0.99, "right")
-        axes.annotate(f"{name}: {value:.2f}", (x, value), (0, -4), ha=side, va="top", fontsize=9,
+        axes.annotate(f"{literal(name)}: {value:.2f}", (x, value), (0, -4), ha=side, va="top", fontsize=9,
                       xycoords=("axes fraction", "data"), textcoords="offset points", color=COLOURS["ink"])  # fmt: skip
     low, high = axes.get_ylim()
     axes.set(xlabel="step", ylabel="loss, nats per word piece", title=title, ylim=(low - 0.3, top or high))
