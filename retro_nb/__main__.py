@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from retro_nb.common.launch import launched
 from retro_nb.lab import commands
 from retro_nb.measure.evaluation import MODES
+from retro_nb.text.document import printable
 
 SURVEY = """Report on a corpus before any long work: what is in it, what a build will take here, what to mend first.
 
@@ -162,12 +164,12 @@ def _use_notebooks(arguments: argparse.Namespace) -> int:
         return _report(refresh(arguments.notebooks))
     if arguments.command == "run":
         folder, results = run(arguments.notebooks, arguments.file, dict(arguments.given))
-        print(f"\n{results_table(results)}\n", flush=True)
+        print(printable(f"\n{results_table(results)}\n"), flush=True)
         code = _report(results)
         print(f"Open {os.path.relpath(folder)}/index.md, or `make lab` to work through the notebooks.")
         return code
     folder, results = run_sweep(arguments.file)
-    print((folder / "table.md").read_text(encoding="utf-8"), flush=True)
+    print(printable((folder / "table.md").read_text(encoding="utf-8")), flush=True)
     code = _report(results)
     print(f"Open {os.path.relpath(folder)}/plot.png; each point's notebook lies in a folder beside it.")
     return code
@@ -177,7 +179,7 @@ def _report(results: Sequence[Any]) -> int:
     """Print a line for each failure; the exit code."""
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
-        print(f"FAILED {result.notebook}, {result.error}", file=sys.stderr)
+        print(printable(f"FAILED {result.notebook}, {result.error}"), file=sys.stderr)
     print(f"{len(results) - len(failed)} of {len(results)} done", flush=True)
     return 1 if failed else 0
 
@@ -194,8 +196,20 @@ def _split_pairs(arguments: Sequence[str]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 if a notebook failed, 2 for bad input, 130 for Ctrl-C."""
     arguments = _parser().parse_args(_split_pairs(sys.argv[1:] if words is None else words))
-    with _terminated_like_interrupted():
+    with _terminated_like_interrupted(), _warnings_in_a_line():
         return _run(arguments)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print a warning as one line, without the line of code that warned."""
+
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager
@@ -236,7 +250,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     except (ValueError, KeyError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         process, message = launched()[0], error.args[0] if isinstance(error, KeyError) else error
-        print(f"error in process {process}: {message}" if process else f"error: {message}", file=sys.stderr)
+        print(printable(f"error{f' in process {process}' if process else ''}: {message}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "stopped; what was finished is kept", file=sys.stderr)

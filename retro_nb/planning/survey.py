@@ -24,7 +24,7 @@ from retro_nb.store.embedding import embedding_dim
 from retro_nb.store.knn import choose_spec
 from retro_nb.store.settings import StoreSettings
 from retro_nb.store.store import choose_tokenizer
-from retro_nb.text.document import Document
+from retro_nb.text.document import Document, printable
 from retro_nb.text.duplicates import GRAM, JACCARD, repeating
 from retro_nb.text.tokens import TextTokenizer
 
@@ -109,9 +109,7 @@ class Survey:
 
     def __str__(self) -> str:
         remarks = [textwrap.fill(each, WIDTH, initial_indent="! ", subsequent_indent="  ") for each in self.remarks]
-        report = "\n".join([*_found(self), "", *_expected(self), *([""] if remarks else []), *remarks])
-        # Titles and file names may hold anything: escape sequences of a terminal are not passed on.
-        return "".join(each if each == "\n" or each.isprintable() else "\ufffd" for each in report)
+        return printable("\n".join([*_found(self), "", *_expected(self), *([""] if remarks else []), *remarks]))
 
 
 def survey(

@@ -57,6 +57,11 @@ class Corpus(Protocol):
     def fingerprint(self) -> dict: ...
 
 
+def printable(text: object) -> str:
+    """A text for a terminal. Titles and file names may hold anything: its escape sequences are not passed on."""
+    return "".join(each if each in "\n\t" or each.isprintable() else "\ufffd" for each in str(text))
+
+
 def at_least_one(name: str, value: int | None) -> None:
     """Raise ValueError for a limit below 1."""
     if value is not None and value < 1:

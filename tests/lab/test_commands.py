@@ -501,6 +501,20 @@ def test_help_has_every_setting_with_type_default_and_sentence(command, capsys):
     assert last and all(line.startswith("      ") for line in last), "a group ends with a setting without a sentence"
 
 
+def test_escape_sequences_in_names_do_not_reach_the_terminal(recipe, tmp_path):
+    """Neither by an error nor by a warning; each is one line, without the line of code that warned."""
+    texts = tmp_path / "t\x1b[31mexts"
+    texts.mkdir()
+    (texts / "b\x1b]0;owned\x07.txt").write_text("")
+    (texts / "c.p\x1b[2Jdf").write_text("")
+    command = [sys.executable, "-m", "retro_nb", *arguments("build", recipe, corpus=texts)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "\x1b" not in done.stdout + done.stderr and "\x07" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("warning:", "error:"))]
+    assert "files left out: 1 .p" in lines[0] and "no text to chunk" in lines[-1]
+    assert not any(line.startswith(" ") for line in done.stderr.splitlines())
+
+
 def test_sigterm_ends_a_command_like_ctrl_c(recipe, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(commands, "build", lambda settings: os.kill(os.getpid(), signal.SIGTERM))
