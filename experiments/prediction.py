@@ -7,7 +7,7 @@ store is built. Measured is RETRO's loss against the baseline's, by experiments/
 are also compared in the groups of experiments/results/code.json: by the share of their 13-grams that stand in the
 database, and chunk by chunk, by the longest run that is shared with a neighbour.
 
-It writes experiments/results/prediction.json.
+It writes experiments/results/prediction.json; `points` there is what notebook 10 draws.
 """
 
 import json
@@ -81,10 +81,18 @@ def of_corpus(name: str, corpus: Any) -> dict[str, Any]:
     return about(prediction, found)
 
 
+def points(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Predicted and measured, by what they are about."""
+    parts = {"source code": found["code"], "speeches": found["speeches"], "docstrings": found["docstrings"]}
+    parts |= {f"code, {run} shared": about for run, about in found["code"]["by_overlap"].items()}
+    return {name: (about["predicted"], about["measured"]) for name, about in parts.items()}
+
+
 def main() -> None:
     found = {"command": "python experiments/prediction.py", "code": of_code()}
     for name, corpus in {"speeches": speeches(), "docstrings": docstrings()}.items():
         found[name] = of_corpus(name, corpus)
+    found["points"] = points(found)
     write_json(Path(RESULTS) / "prediction.json", found)
 
 
