@@ -258,6 +258,8 @@ def nested_anchors(levels: int) -> str:
         ("a: 9" + "9" * 5000, "digits"),
         ("a: 2026-13-45", "month"),
         ("a: *none", "undefined alias"),
+        ("seed: 1\nsteps: 10\nsteps: 20", "line 1: steps has two values"),
+        ("seed: 1\ngrid: {k: [1], k: [2]}", "line 2: k has two values"),
         ("a: !!python/object/apply:os.getcwd []", "constructor"),
         ("a: \0", "cannot read"),
     ],

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
@@ -134,13 +135,24 @@ def load_yaml(text: str) -> Any:
     """What YAML text holds. All YAML that the package reads passes through here.
 
     Raises:
-        ValueError: it is not YAML, or exceeds MOST_VALUES or DEEPEST, or an alias stands for what it lies in.
+        ValueError: it is not YAML, or exceeds MOST_VALUES or DEEPEST, an alias stands for what it lies in, or a name
+            has two values.
     """
     try:
         _check_events(text)
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; of two values with one name it would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, count in names.items() if name != "<<" and count > 1]:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {twice[0]:.80} has two values: leave one out")
+        return super().construct_mapping(node, deep)
 
 
 def _check_events(text: str) -> None:
