@@ -51,6 +51,18 @@ def test_what_a_copier_saves_is_what_was_measured():
     assert said in flat(README)
 
 
+def test_what_predict_promised_is_what_was_predicted():
+    points = results("prediction")["points"]
+    for name, words in (
+        ("source code", "promised {:.1f} % on the source code, where RETRO saved {:.1f} %"),
+        ("speeches", "{:.1f} % on the speeches, where it saved nothing"),
+        ("docstrings", "On the docstrings it promised {:.1f} %"),
+    ):
+        predicted, measured = (100 * value for value in points[name])
+        assert words.format(predicted, measured) in flat(README)
+        assert (measured > 0) == (name == "source code")
+
+
 def test_the_table_of_evidence_is_the_measured_one():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
     assert script["replace_section"](README, "evidence", script["evidence_table"]()) == README
