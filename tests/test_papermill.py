@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -468,6 +469,21 @@ def test_two_sweeps_at_once_share_the_points(project, monkeypatch):
     assert sorted(ran) == [0, 1, 2, 3]
     for _, results in found:
         assert [result.metrics["loss"] for result in results] == [0.0, 1.0, 2.0, 3.0]
+
+
+def sweep_on_full_disk(path, folder):
+    runner.RUNS, runner.NOTEBOOKS = folder / "runs", folder / "notebooks"
+    sweep.execute = lambda *_: runner.Result("00_first", "done", 1.0, 1, "", {"loss": 1.0})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    with pytest.raises(OSError, match=r"could not write .*plot\.png: File too large.*free some space"):
+        sweep.run_sweep(path)
+
+
+def test_a_full_disk_is_told_with_the_file_of_a_sweep(project, run_apart):
+    path = sweep_file(project, "[0]", grid="{lr: [1e-2], seed: [0]}")
+    assert run_apart(sweep_on_full_disk, path, project) == [0]
+    assert not list((project / "runs" / "sweep-mine").glob("*.tmp"))
 
 
 def alive(pid: int) -> bool:

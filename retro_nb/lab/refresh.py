@@ -6,7 +6,6 @@ tests/test_notebooks.py requires this form of every committed notebook.
 
 import base64
 import io
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ with extra("notebooks"):
     from nbformat import NotebookNode
     from PIL import Image
 
-from retro_nb.common.arrays import file_record, read_note, replacing, write_json
+from retro_nb.common.arrays import file_record, read_note, write_json, write_text
 from retro_nb.lab import runner
 from retro_nb.lab.runner import Result, execute_as_committed, find_notebooks, series
 
@@ -87,8 +86,7 @@ def copy_notebooks(folder: Path) -> None:
         if copy.exists() and file_record(copy)["sha256"] not in (copied.get(name), current):
             print(f"{name} has been updated, but your copy has changed and stays: delete {copy} to get the new one")
             continue
-        with replacing(copy) as temporary:
-            shutil.copyfile(source, temporary)
+        write_text(copy, source.read_text(encoding="utf-8"))
         write_json(note, copied | {name: current})
         copied[name] = current
 
@@ -112,6 +110,5 @@ def refresh(names: Sequence[str] = ()) -> list[Result]:
                 if results[-1].status == "failed":
                     continue
                 fresh = normalise(nbformat.read(Path(folder, notebook.name), as_version=4))
-            with replacing(notebook) as temporary:
-                nbformat.write(fresh, temporary)
+            write_text(notebook, nbformat.writes(fresh) + "\n")
     return results

@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from retro_nb.common.arrays import explain_write_errors, read_json, replacing, write_text, writing
+from retro_nb.common.arrays import explain_write_errors, read_json, write_text, writing
 from retro_nb.common.digests import digest
 from retro_nb.common.extras import extra
 from retro_nb.lab import runner
@@ -147,8 +147,8 @@ def run_sweep(path: Path) -> tuple[Path, list[Result]]:
         _write_points(sweep, results, folder / "points.csv")
         summary = summarise(sweep, results)
         write_text(folder / "table.md", f"# {sweep.name}: {sweep.metric}\n\n{markdown_table(summary)}\n")
-        with replacing(folder / "plot.png") as temporary:
-            draw(sweep, summary).savefig(temporary, format="png", dpi=120)
+        with writing(folder / "plot.png") as file, explain_write_errors(folder / "plot.png"):
+            draw(sweep, summary).savefig(file, format="png", dpi=120)
     return folder, results
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from charset_normalizer import from_bytes
 
-from retro_nb.common.arrays import PathLike
+from retro_nb.common.arrays import PathLike, explain_write_errors, writing
 from retro_nb.common.digests import digest
 from retro_nb.text.document import Document, check_count, part_of, shares
 
@@ -191,9 +191,9 @@ def write_texts(texts: Mapping[str, str], folder: PathLike) -> None:
     """
     for title, text in texts.items():
         path, data = Path(folder) / f"{title}.txt", text.encode()
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != data:
-            path.write_bytes(data)
+            with writing(path) as file, explain_write_errors(path):
+                file.write(data)
 
 
 def _check_encoding(encoding: str | None) -> None:

@@ -4,11 +4,14 @@ import gzip
 import json
 import os
 import re
+import resource
+import signal
 import warnings
 
 import pytest
 
 from retro_nb import jsonl, open_corpus, parquet, text_folder
+from retro_nb.text.files import write_texts
 
 
 def titles(corpus) -> list[str]:
@@ -227,3 +230,16 @@ def test_a_file_of_another_kind_than_its_name_is_refused(tmp_path, name, data, m
     (tmp_path / name).write_bytes(data)
     with pytest.raises((ValueError, NotADirectoryError), match=rf"{re.escape(name)}.*{message}"):
         list(open_corpus(tmp_path / name))
+
+
+def write_texts_on_full_disk(folder, text):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    with pytest.raises(OSError, match=r"could not write .*b\.txt: File too large"):
+        write_texts({"a": "short", "b": text}, folder)
+
+
+def test_a_full_disk_leaves_no_half_text(tmp_path, run_apart):
+    write_texts({"b": "before"}, tmp_path)
+    assert run_apart(write_texts_on_full_disk, tmp_path, "long " * 100) == [0]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "short", "b.txt": "before"}
