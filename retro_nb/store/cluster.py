@@ -34,8 +34,9 @@ import pickle
 import shutil
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,9 @@ PATIENCE = 5  # seconds to wait for a cluster's answer
 def cluster(workers: int, address: str | None = None, *, progress: bool = True) -> Iterator[None]:
     """Join a running Ray cluster, or start one on this machine for the duration of the `with` block.
 
+    Whoever reaches a Ray cluster may run code on it. One that is started here listens on 127.0.0.1 alone; one of
+    several machines (`ray start`) must be in a network that only trusted machines reach.
+
     Args:
         workers: number of concurrent workers.
         address: address of a running cluster ("auto", "10.0.0.1:6379"); None to start one. A cluster that this
@@ -146,7 +150,8 @@ def _start(address: str | None, **options: Any) -> None:
             raise ConnectionError(f"no Ray cluster at {address} ({error}): {MEND}") from error
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            ray.init(address or "local", **options)
+            with nullcontext() if address else _on_loopback():
+                ray.init(address or "local", **options)
             return
         except Exception as error:  # Ray raises no specific type; it waits 15 s (Ray issue 65983)
             ray.shutdown()
@@ -154,6 +159,28 @@ def _start(address: str | None, **options: Any) -> None:
                 raise ConnectionError(f"no Ray cluster at {address} ({error}): {MEND}") from error
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
                 raise ConnectionError(f"Ray cannot be started here: {error}") from error
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray listen on 127.0.0.1 alone, as it does by itself on macOS and Windows: whoever reaches a port of Ray's may
+    run code here. Warn if this version of Ray listens on every interface all the same.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    name, switch = "ENABLE_RAY_CLUSTER", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before, variable = getattr(ray_constants, name, None), os.environ.get(switch)
+    os.environ[switch] = "0"  # for Ray's processes
+    setattr(ray_constants, name, False)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, name, before)
+        os.environ.pop(switch)
+        os.environ |= {} if variable is None else {switch: variable}
+    if (host := ray.util.get_node_ip_address()) != "127.0.0.1":
+        warnings.warn(f"Ray listens on {host}: whoever reaches this machine may run code here meanwhile", stacklevel=5)
 
 
 MEND = "`ray start --head` starts one and says its address; without an address, it is started here"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import psutil
 import pytest
 
 from retro_nb import RETRO, TrainingWrapper
@@ -281,6 +282,18 @@ def test_an_error_while_a_worker_opens_its_files_comes_back_too(tmp_path, tiny_b
     (failure,) = map(pickle.loads, result["data"])
     assert type(failure.error) is FileNotFoundError and "chunks.npy" in str(failure.error)
     assert "open_array" in failure.trace
+
+
+def test_a_cluster_started_here_is_reached_from_here_alone(running):
+    sockets = [
+        (process.name(), *socket.laddr)
+        for process in psutil.Process().children(recursive=True)
+        for socket in process.net_connections("tcp")
+        if socket.status == psutil.CONN_LISTEN
+    ]
+    assert {"gcs_server", "raylet"} <= {name for name, *_ in sockets}
+    assert {host for _, host, _ in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, sockets
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 
 
 def test_more_workers_than_the_cluster_has_room_for(running):
