@@ -41,7 +41,9 @@ def _normal_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
     for output in outputs:
         if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
             continue
-        output.get("metadata", {}).clear()
+        if "metadata" in output:  # of what is there only the alternative text of a picture stays
+            alt = output.metadata.get(PNG, {}).get("alt")
+            output.metadata = nbformat.from_dict({PNG: {"alt": alt}} if alt else {})
         if PNG in output.get("data", {}):
             output.data[PNG] = _small_png(output.data[PNG])
         if kept and output.output_type == "stream" == kept[-1].output_type:

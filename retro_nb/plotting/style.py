@@ -1,6 +1,6 @@
 """Style shared by all figures, and the map of the series."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from retro_nb.common.extras import extra
@@ -8,6 +8,7 @@ from retro_nb.common.extras import extra
 with extra("notebooks"):
     import matplotlib
     import matplotlib.pyplot as plt
+    from IPython import get_ipython
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -27,6 +28,8 @@ COLOURS = {
 }
 SEQUENTIAL = "cividis"  # for values from low to high
 DIVERGING = "PuOr"  # for values around zero
+
+LONGEST = 400  # characters of an alternative text
 
 PALE = {"chunk": "#D6E6F2", "neighbour": "#FADFD1", "continuation": "#FBEBCB", "model": "#D3EDE4", "muted": "#EDEDED"}
 GREY = "#DDE3E8"  # boxes that are not the subject
@@ -71,7 +74,49 @@ def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, A
     """`plt.subplots`, closed: the figure is shown once, as the value of its cell, and takes no memory after that."""
     figure, axes = plt.subplots(rows, columns, **options)
     plt.close(figure)
+    _describe_figures_in_notebooks()
     return figure, axes
+
+
+def alternative_text(figure: Figure) -> str:
+    """What a figure shows, for those who cannot see it: titles, axes and legends, or the words of a diagram."""
+    parts = [figure.get_suptitle()]
+    for axes in figure.axes:
+        titles = (axes.get_title(loc) for loc in ("left", "center", "right"))
+        parts += [title for title in titles if title]
+        labels = {"horizontally": axes.get_xlabel(), "vertically": axes.get_ylabel()}
+        parts += [f"{where}: {label}" for where, label in labels.items() if label]
+        if legend := axes.get_legend():
+            parts.append("lines: " + ", ".join(text.get_text() for text in legend.get_texts()))
+    if not any(parts):
+        texts = [
+            text for axes in figure.axes for text in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels())
+        ]
+        words = dict.fromkeys(text.get_text() for text in texts)
+        parts = ["Diagram: " + ", ".join(word for word in words if any(map(str.isalpha, word)))]
+    whole = "; ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part)).replace(r"\$", "$")
+    return whole if len(whole) <= LONGEST else whole[: LONGEST - 2] + " …"
+
+
+class _Described:
+    """A figure's picture, as Jupyter draws it, with its alternative text."""
+
+    def __init__(self, draw: Callable[[Figure], Any]) -> None:
+        self.draw = draw
+
+    def __call__(self, figure: Figure) -> tuple[Any, dict[str, str]]:
+        return self.draw(figure), {"alt": alternative_text(figure)}
+
+
+def _describe_figures_in_notebooks() -> None:
+    """Let Jupyter keep the alternative text beside every figure's picture, for nbconvert and screen readers."""
+    shell = get_ipython()
+    if shell is None:
+        return
+    pictures = shell.display_formatter.formatters["image/png"]
+    draw = pictures.type_printers.get(Figure)
+    if draw and not isinstance(draw, _Described):
+        pictures.for_type(Figure, _Described(draw))
 
 
 def titled_row(names: Collection[str], title: str, height: float, **options: Any) -> tuple[Figure, list[Any]]:

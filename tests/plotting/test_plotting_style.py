@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from retro_nb import survey
 from retro_nb.lab import sweep
@@ -73,3 +75,30 @@ def test_a_literal_text_shows_what_it_was():
         widths.append(shown.get_window_extent(canvas.get_renderer()).width)
     assert widths[0] == pytest.approx(widths[1])
     assert style.literal("no dollar") == "no dollar"
+
+
+def test_an_alternative_text_has_titles_axes_and_legends():
+    figure = evaluation.sweeps({"neighbours": {"1": [2.0, 3.0], "2": [1.0, 2.0]}}, [2.0, 3.0], "bits", "Costs $2")
+    text = style.alternative_text(figure)
+    assert all(word in text for word in ("Costs $2", "neighbours", "bits", "RETRO", "baseline"))
+    diagram = style.alternative_text(style.pipeline("text"))
+    assert "vectors" in diagram and "01" not in diagram and len(diagram) <= style.LONGEST
+
+
+def test_every_figure_has_an_alternative_text():
+    for draw in FIGURES.values():
+        figure = draw()
+        assert figure is None or len(style.alternative_text(figure)) > 3
+
+
+def test_jupyter_keeps_the_alternative_text():
+    shell = InteractiveShell.instance()
+    try:
+        shell.display_formatter.formatters["image/png"].for_type(Figure, lambda figure: b"a picture")
+        figure = evaluation.bars({"speeches": {"on": [1.0, 2.0]}}, "nats", "A title")
+        for _ in range(2):  # it is not described twice
+            style.subplots()
+            data, about = shell.display_formatter.format(figure, include={"image/png"})
+            assert data == {"image/png": b"a picture"} and "A title" in about["image/png"]["alt"]
+    finally:
+        InteractiveShell.clear_instance()
