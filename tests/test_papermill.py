@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import resource
 import signal
@@ -556,6 +557,14 @@ def test_a_metric_that_is_no_number_is_a_failure_that_names_the_others(project, 
     (project / "runs" / "sweep-mine").mkdir(parents=True)
     _, results = sweep.run_sweep(sweep_file(project, "[0]", metric="lost"))
     assert {result.error for result in results} == {"no number 'lost' in its metrics: text"}
+
+
+@pytest.mark.parametrize("loss", [True, math.inf, math.nan, 10**400, "1.0", None])
+def test_what_has_no_mean_is_no_number(project, monkeypatch, loss):
+    result = runner.Result("00_first", "done", 1.0, 1, "", {"loss": loss})
+    monkeypatch.setattr(sweep, "execute", lambda *_: result)
+    _, (found, *_) = sweep.run_sweep(sweep_file(project, "[0, 1]"))
+    assert found.status == "failed" and "no number 'loss'" in found.error
 
 
 @pytest.mark.parametrize(

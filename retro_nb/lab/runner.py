@@ -345,8 +345,8 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a metric is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a metric is a number, which true and false, infinity, and integers beyond any float are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def results_table(results: Sequence[Result], name: Callable[[str], str] = str) -> str:

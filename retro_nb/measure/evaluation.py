@@ -183,15 +183,25 @@ def score(
     doc_ids: Int[np.ndarray, " c"],
     chunk_bytes: Int[np.ndarray, " c"],
 ) -> Score:
-    """Sum token losses over each document."""
+    """Sum token losses over each document.
+
+    Raises:
+        ValueError: the arrays are of unlike corpora, there is no document, or one without a loss.
+    """
+    if not len(losses) == len(doc_ids) == len(chunk_bytes):
+        sizes = f"losses of {len(losses)} chunks, {len(doc_ids)} doc_ids, {len(chunk_bytes)} chunk_bytes"
+        raise ValueError(f"{sizes}: pass those of one corpus")
+    if not len(documents):
+        raise ValueError("no document to score: pass the numbers of those that `token_losses` measured")
     sides = (np.searchsorted(doc_ids, list(documents), side) for side in ("left", "right"))
     edges = [slice(first, stop) for first, stop in zip(*sides, strict=True)]
     parts = [(losses[rows].astype(np.float64), chunk_bytes[rows]) for rows in edges]
-    return Score(
-        np.array([np.nansum(nats) for nats, _ in parts]),
-        np.array([np.count_nonzero(~np.isnan(nats)) for nats, _ in parts]),
-        np.array([sizes.sum(dtype=np.int64) for _, sizes in parts]),
-    )
+    tokens = np.array([np.count_nonzero(~np.isnan(nats)) for nats, _ in parts])
+    if not tokens.all():
+        unscored = documents[int(tokens.argmin())]
+        raise ValueError(f"document {unscored} has no loss: pass it to `token_losses`, or leave it out here")
+    nats = np.array([np.nansum(nats) for nats, _ in parts])
+    return Score(nats, tokens, np.array([sizes.sum(dtype=np.int64) for _, sizes in parts]))
 
 
 def bytes_of_chunks(chunks_memmap_path: PathLike) -> Int[np.ndarray, " c"]:
@@ -203,7 +213,14 @@ def interval(first: Score, second: Score | None = None, *, share: float = 0.95, 
     """Confidence interval of bits per byte or, with a second score, of the difference first − second.
 
     It is a bootstrap over documents, drawn with replacement `RESAMPLES` times, the same ones for both scores.
+
+    Raises:
+        ValueError: the scores are not of the same documents, or the share is not between 0 and 1.
     """
+    if second is not None and not np.array_equal(first.bytes, second.bytes):
+        raise ValueError(f"scores of {len(first.bytes)} and {len(second.bytes)} documents: pass those of the same ones")
+    if not 0 < share < 1:
+        raise ValueError(f"share {share} of the resamplings is not between 0 and 1: pass e.g. 0.95")
     rng, count = np.random.default_rng(seed), len(first.nats)
     picks = rng.integers(count, size=(RESAMPLES, count))
     nats = first.nats if second is None else first.nats - second.nats

@@ -133,9 +133,11 @@ def survey(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no document has a token, `settings.index` is not an index, or a tokenizer must be trained but the
-            corpus can be read only once.
+        ValueError: `seconds` is negative or not a number, no document has a token, `settings.index` is not an index,
+            or a tokenizer must be trained but the corpus can be read only once.
     """
+    if not seconds >= 0:
+        raise ValueError(f"seconds {seconds}: pass 0 or more, or math.inf to read all")
     settings, length = settings or StoreSettings(), _length(corpus)
     tokenizer, trained_on_all = _choose_tokenizer(corpus, settings, progress)
     reading = Reading(tokenizer, settings.chunk_size, settings.seq_len // settings.chunk_size)

@@ -1,5 +1,6 @@
 """Bits per byte against a plain loop over documents; the conditions; the bootstrap against what is known of it."""
 
+import inspect
 import json
 import math
 
@@ -309,6 +310,22 @@ def test_a_twin_is_found_by_the_number_of_its_document(counts, k, seed):
     knns = np.random.default_rng(seed).integers(-1, len(doc_ids), (len(doc_ids), k))
     for found, row, own in zip(found_twins(knns, doc_ids), knns.tolist(), doc_ids.tolist(), strict=True):
         assert found == any(i >= 0 and doc_ids[i] // 2 == own // 2 for i in row)
+
+
+def test_what_was_not_measured_is_not_scored():
+    doc_ids, size = np.repeat([0, 1, 2], 2).astype(np.int32), np.full(6, 10)
+    losses = np.where(doc_ids[:, None] == 0, np.nan, np.ones((6, 4))).astype(np.float32)
+    assert score(losses, [1, 2], doc_ids, size).bits_per_byte == pytest.approx(0.4 / math.log(2))
+    for documents, message in (([0, 1], "document 0 has no loss"), ([1, 7], "document 7 has no loss"), ([], "no doc")):
+        with pytest.raises(ValueError, match=message):
+            score(losses, documents, doc_ids, size)
+    with pytest.raises(ValueError, match="6 doc_ids, 3 chunk_bytes: pass those of one corpus"):
+        inspect.unwrap(score)(losses, [1], doc_ids, size[:3])  # in tests the annotations would refuse it first
+    both, one = score(losses, [1, 2], doc_ids, size), score(losses, [1], doc_ids, size)
+    with pytest.raises(ValueError, match="scores of 2 and 1 documents"):
+        interval(both, one)
+    with pytest.raises(ValueError, match=r"share 95\.0 of the resamplings"):
+        interval(both, share=95.0)
 
 
 def test_modes_are_documented():

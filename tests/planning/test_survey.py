@@ -470,3 +470,9 @@ def test_a_title_cannot_command_the_terminal(quick):
     corpus = [Document("The tower stands by the river. " * 30, "\x1b]0;owned\x07\x1b[2J", "a.txt")]
     report = str(quick(corpus))
     assert "owned" in report and all(each == "\n" or each.isprintable() for each in report)
+
+
+@pytest.mark.parametrize("seconds", [-1, math.nan])
+def test_a_time_that_is_none_is_refused(seconds):
+    with pytest.raises(ValueError, match="pass 0 or more"):
+        survey([Document("A text.", "a", "a.txt")], seconds=seconds)
