@@ -204,7 +204,7 @@ def test_the_command_goes_on_where_it_was_killed(running, tmp_path, tiny_bert, m
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     killed = subprocess.run(
         [sys.executable, "-c", DRIVER, *command, "--workers", "2", "--address", address],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},  # for a cluster on 127.0.0.1
         capture_output=True,
         text=True,
         timeout=300,
