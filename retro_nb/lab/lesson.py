@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retro_nb.common.arrays import ROOT, write_json
+from retro_nb.common.arrays import READ_ONLY, ROOT, where_to_write, write_json
 from retro_nb.lab.parameters import ParameterError, check_parameters
 
 PACKAGES = ("torch", "faiss-cpu", "transformers", "numpy", "retro-nb")
@@ -122,10 +122,10 @@ def _make_folder(out_dir: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except (OSError, ValueError, TypeError) as error:
-        raise ParameterError(
-            f"out_dir is {out_dir!r}, where no folder can be made ({error}): pass another folder in quotes, or '' for "
-            f"the usual one"
-        ) from error
+        mend = "pass another folder in quotes, or '' for the usual one"
+        if getattr(error, "errno", None) in READ_ONLY:
+            mend = where_to_write(ROOT / out_dir)
+        raise ParameterError(f"out_dir is {str(out_dir)!r}, where no folder can be made ({error}): {mend}") from error
 
 
 def show(obj: Any) -> None:

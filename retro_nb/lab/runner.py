@@ -31,7 +31,7 @@ with extra("notebooks"):
     import nbformat
     from IPython.core.inputtransformer2 import TransformerManager
 
-from retro_nb.common.arrays import ROOT, read_json, write_json, write_text
+from retro_nb.common.arrays import ROOT, explain_write_errors, read_json, write_json, write_text
 from retro_nb.lab.settings import read_annotation, read_value, read_yaml, refuse_unknown, write_yaml
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -322,9 +322,10 @@ def _new_folder(label: str) -> Path:
     """Create a folder in runs/, named by the time."""
     name = time.strftime("%Y-%m-%d_%H-%M-%S") + label
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
-        with suppress(FileExistsError):
-            (RUNS / (name + suffix)).mkdir(parents=True)
-            return RUNS / (name + suffix)
+        folder = RUNS / (name + suffix)
+        with suppress(FileExistsError), explain_write_errors(folder):
+            folder.mkdir(parents=True)
+            return folder
     raise AssertionError("unreachable")
 
 

@@ -1,13 +1,16 @@
 """The helpers around every notebook: seeding, results inside the project, checks that never raise."""
 
+import errno
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from retro_nb.lab import lesson
+from retro_nb.common import arrays
+from retro_nb.lab import lesson, runner
 
 
 @pytest.fixture
@@ -32,6 +35,20 @@ def test_start_seeds_all_three_generators(root):
     assert draws() == first
     lesson.start(seed=4)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_a_project_that_may_not_be_written_names_the_setting_that_moves_its_results(root, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for module in (arrays, runner):
+        monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(runner, "RUNS", root / "runs")
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match=r"^out_dir is 'runs/.*Read-only.*RETRO_NB_HOME"):
+        lesson.start(name="03_faiss_knn")
+    with pytest.raises(OSError, match=r"could not write .*runs.*Read-only.*RETRO_NB_HOME"):
+        runner._new_folder("-x")
 
 
 @pytest.mark.parametrize(("out_dir", "expected"), [("", "runs/interactive/03_faiss_knn"), ("runs/mine", "runs/mine")])
