@@ -36,7 +36,9 @@ def requirements(lines: list[str]) -> dict[str, Requirement]:
 
 def required() -> dict[str, Requirement]:
     extras = PROJECT["optional-dependencies"]
-    return requirements([*PROJECT["dependencies"], *(each for name in extras for each in extras[name])])
+    installed = re.search(r"-e \"\.\[(.*)\]\"", MAKEFILE)[1].split(",")  # by `make setup`
+    assert set(extras) - set(installed) == {"translations"}
+    return requirements([*PROJECT["dependencies"], *(each for name in installed for each in extras[name])])
 
 
 def constraints() -> dict[str, Requirement]:
