@@ -116,9 +116,10 @@ class Experiment:
         self.data = found.with_neighbours(self.knns[:, : recipe["knn"]])
         self.doc_ids = np.array(self.data.doc_ids)
         self.rows = np.flatnonzero(np.isin(self.doc_ids, self.measured))
-        unseen = [*self.measured, *(number - 1 for number in self.measured if tells_facts(name))]
+        if "untrained" not in self.about:
+            raise SystemExit(f"{store} was built by an older version: remove it, or pass another --runs")
         draw, among = recipe.get("draw", (None, recipe["knn"]))
-        self.train = without_documents(found.with_neighbours(self.knns[:, :among], draw), unseen)
+        self.train = without_documents(found.with_neighbours(self.knns[:, :among], draw), self.about["untrained"])
         self.bytes = np.array(bytes_of_chunks(store / "chunks.npy"))
         self.facts = self._facts_read(self.knns[:, : recipe["knn"]]) if tells_facts(name) else None
 

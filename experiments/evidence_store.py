@@ -8,7 +8,7 @@ facts.npy or overlap.npy        tokens that tell a fact of the almanac, or r(C) 
 about.json                      settings, titles, which documents are measured; written last
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from retro_nb.measure.leakage import overlaps
 from retro_nb.store.chunking import special_ids, store_tokenizer
 from retro_nb.store.index import NO_NEIGHBOUR, exact_search
 from retro_nb.store.splits import hold_out
+from retro_nb.text.document import Document
+from retro_nb.text.translations import book_of, translations
 
 CORPORA: dict[str, Callable] = {
     "almanac": almanac, "unaligned": almanac, "speeches": speeches, "docstrings": docstrings,
+    "translations": translations,
 }  # fmt: skip
 FOUND = 16  # neighbours that are looked up
 SHARED = 10  # neighbours with which a chunk is compared word for word (paper, section 2.6)
@@ -36,11 +39,23 @@ def tells_facts(name: str) -> bool:
     return CORPORA[name] is almanac
 
 
+def chapters_of(corpus: Iterable[Document], books: Sequence[int], version: str | None = None) -> list[int]:
+    """The numbers of the chapters of some books, in one translation or in all."""
+    sources = [document.source for document in corpus]
+    return [
+        number
+        for number, source in enumerate(sources)
+        if book_of(source) in books and version in (None, source.split("/")[0])
+    ]
+
+
 def build_store(name: str, recipe: dict[str, Any], folder: Path) -> None:
     """Chunks and neighbours of a corpus, and about.json, which is written last."""
     corpus = CORPORA[name](**recipe["corpus"])
     keep_out: Any = recipe["keep_out"]
-    if tells_facts(name):  # document 2t of a town that is left out stays in the database: there it can be found
+    if name == "translations":
+        keep_out = chapters_of(corpus, keep_out["books"], keep_out["version"])
+    elif tells_facts(name):  # document 2t of a town that is left out stays in the database: there it can be found
         keep_out = (2 * hold_out(np.arange(corpus.towns), keep_out) + 1).tolist()
     tokenizer = recipe.get("tokenizer")  # None is BERT's, a number a BPE of this corpus
     settings = StoreSettings(seq_len=recipe["model"]["max_seq_len"], knn=FOUND, tokenizer=tokenizer, keep_out=keep_out)
@@ -70,9 +85,13 @@ def describe(name: str, recipe: dict[str, Any], corpus: Any, folder: Path, measu
     """What the chunks are: whose, which of their tokens tell facts, what they share with their neighbours."""
     doc_ids = open_array(folder / "doc_ids.npy")
     about = {"built": built_with(recipe), "measured": measured, "titles": [document.title for document in corpus]}
+    about["untrained"] = measured
+    if name == "translations":  # nor in another translation, in which they are in the database
+        about["untrained"] = chapters_of(corpus, recipe["keep_out"]["books"])
     if tells_facts(name):
         np.save(folder / "facts.npy", fact_tokens(corpus, doc_ids, 64, store_tokenizer(folder / "chunks.npy")))
         about["entropy"] = corpus.fact_entropy
+        about["untrained"] = sorted([*measured, *(number - 1 for number in measured)])  # nor the twin that is there
     else:
         rows = np.flatnonzero(np.isin(doc_ids, measured))
         chunks, near = open_array(folder / "chunks.npy"), open_array(folder / "knns.npy")[rows, :SHARED]

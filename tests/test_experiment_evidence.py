@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from retro_nb.common.arrays import ROOT
+from retro_nb.text.document import Document
 
 pytestmark = pytest.mark.slow
 
@@ -33,3 +34,32 @@ def test_facts_are_measured_where_the_chunk_before_found_the_town_and_unaligned_
         expected[row, column] = follows and bool(own_town) and on_page
     assert np.array_equal(experiment.facts, expected) and expected[experiment.rows].sum() > 20
     assert all(number % 2 for number in experiment.measured)
+
+
+def test_books_that_are_measured_are_trained_on_in_no_translation_and_found_in_the_others(tmp_path, monkeypatch):
+    words = "the king went to the river and the people sang of the sea and the old stone house on the hill".split()
+
+    class Versions(list):
+        def fingerprint(self):
+            return {"chapters": len(self)}
+
+    def translations(versions):
+        rng, chapters = np.random.default_rng(0), Versions()
+        for version in ("kjv", "web"):
+            for book in range(1, 60):
+                chapters.append(
+                    Document(" ".join(rng.permutation(words * 8)), f"{book} {version}", f"{version}/{book}/1")
+                )
+        return chapters
+
+    monkeypatch.setitem(evidence.CORPORA, "translations", translations)
+    recipe = evidence.read_recipe("translations", {})
+    experiment = evidence.Experiment("translations", recipe, tmp_path)
+    books, titles = recipe["keep_out"]["books"], experiment.about["titles"]
+    assert [titles[number] for number in experiment.measured] == [f"{book} web" for book in books]
+    trained = set(experiment.train.dataset.sequence_documents[experiment.train.indices].tolist())
+    assert {titles[number] for number in trained} == {title for title in titles if int(title.split()[0]) not in books}
+    near = experiment.knns[experiment.rows, : recipe["knn"]]
+    found = {titles[number] for number in experiment.doc_ids[near[near >= 0]].tolist()}
+    assert not any(title == f"{book} web" for title in found for book in books)
+    assert any(title == f"{book} kjv" for title in found for book in books)
