@@ -1,6 +1,7 @@
 """Held-out documents, and the sequences on both sides of the split."""
 
 import difflib
+import glob
 import json
 import warnings
 from collections import defaultdict
@@ -14,6 +15,7 @@ from jaxtyping import Int
 from torch.utils.data import Dataset, Subset
 
 from retro_nb.common.arrays import READ_ONLY, read_json, to_jsonable, write_json
+from retro_nb.common.manifest import folder_lock
 
 DocumentName = int | np.integer | str | Mapping[str, str]  # a number, a title, or an `identity`
 
@@ -144,7 +146,10 @@ def note_documents(
     if all(each in before for each in now):
         return
     try:
-        write_json(note, notes | {_key(keep_out): before + [each for each in now if each not in before]})
+        with folder_lock(note.parent):
+            for left in note.parent.glob(f"{glob.escape(note.name)}.*.tmp"):  # by a kill
+                left.unlink()
+            write_json(note, notes | {_key(keep_out): before + [each for each in now if each not in before]})
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise

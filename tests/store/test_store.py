@@ -133,8 +133,11 @@ def test_a_share_stays_with_its_documents_when_the_corpus_changes(settings, tmp_
         embedded.clear()
         return Store.build(text_folder(folder), tmp_path / "store", share, progress=False)
 
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "chunks.kept_out.json.4711.tmp").touch()  # left by a kill
     store = build(texts)
     first, second = of(store)
+    assert not list(store.folder.glob("*.tmp"))
     if not noted:
         store.files.kept_out.unlink()
     texts = {f"-{number}": f"Another text, number {number}, comes before all. " for number in range(3)} | texts
