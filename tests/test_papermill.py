@@ -465,9 +465,12 @@ def test_two_sweeps_at_once_share_the_points(project, monkeypatch):
 
     monkeypatch.setattr(sweep, "execute", slow)
     path = sweep_file(project, "[0, 1, 2, 3]", grid="{lr: [1e-2], seed: [0, 1, 2, 3]}")
+    leftover = project / "runs" / "sweep-mine" / "table.md.123.tmp"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
     with ThreadPoolExecutor(2) as pool:
         found = [each.result() for each in [pool.submit(sweep.run_sweep, path) for _ in range(2)]]
-    assert sorted(ran) == [0, 1, 2, 3]
+    assert sorted(ran) == [0, 1, 2, 3] and not leftover.exists()
     for _, results in found:
         assert [result.metrics["loss"] for result in results] == [0.0, 1.0, 2.0, 3.0]
 

@@ -144,6 +144,8 @@ def run_sweep(path: Path) -> tuple[Path, list[Result]]:
     results = [found[number] for number in range(len(sweep.points))]
     folder = runner.RUNS / f"sweep-{sweep.name}"
     with FileLock(folder / "summary.lock"):
+        for left in folder.glob("*.tmp"):  # by a kill
+            left.unlink()
         _write_points(sweep, results, folder / "points.csv")
         summary = summarise(sweep, results)
         write_text(folder / "table.md", f"# {sweep.name}: {sweep.metric}\n\n{markdown_table(summary)}\n")

@@ -147,15 +147,23 @@ def choose_files(folder: Path, endings: Sequence[str], glob: str | Sequence[str]
 
     Returns:
         Paths relative to the folder, in order; and the files left out, counted by the reason, "" for none.
+
+    Raises:
+        ValueError: a pattern is empty, absolute, or none.
     """
     reasons: dict[str, str | None] = {}
     for pattern in [glob] if isinstance(glob, str) else glob:
-        for path in folder.glob(pattern):
-            name = path.relative_to(folder).as_posix()
+        try:
+            names = [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
+        except (ValueError, NotImplementedError, IndexError) as error:  # empty or absolute
+            raise ValueError(
+                f"glob {pattern!r} is no pattern of files in {folder} ({error}): pass e.g. '**/*.rst'"
+            ) from None
+        for name in names:
             if reasons.get(name, FOLDER) is not None:  # what one pattern leaves out, another may ask for
                 reasons[name] = _reason_to_leave_out(folder, name, pattern)
                 if reasons[name] is None and endings and not name.lower().endswith(tuple(endings)):
-                    reasons[name] = ascii(path.suffix.lower())[1:-1] or "without an ending"
+                    reasons[name] = ascii(Path(name).suffix.lower())[1:-1] or "without an ending"
     groups: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         if reason not in (None, FOLDER):

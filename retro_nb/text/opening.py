@@ -105,6 +105,8 @@ def _opening(where: Any, glob: str | Sequence[str] | None) -> partial:
             warnings.warn(message, stacklevel=4)
         return partial(NAMED[where])
     name, _, config = where.removeprefix(HUB).partition(":")
+    if not name.strip():
+        raise FileNotFoundError(f"corpus {where!r} names no dataset: pass e.g. {HUB}user/name")
     return partial(hf_dataset, name, **({"name": config} if config else {}))
 
 
@@ -132,8 +134,7 @@ def _file(path: Path) -> partial:
 def _folder(folder: Path, glob: str | Sequence[str] | None) -> partial:
     if saved_to_disk(folder):
         return partial(hf_dataset, folder)
-    patterns = [glob] if isinstance(glob, str) else glob or ()
-    texts = any(True for pattern in patterns for _ in folder.glob(pattern))
+    texts = glob is not None and choose_files(folder, (), glob)[0]
     if not texts and choose_files(folder, (".parquet",))[0]:
         return partial(parquet, folder)
     return partial(text_folder, folder, TEXTS if glob is None else glob)

@@ -243,3 +243,12 @@ def test_a_full_disk_leaves_no_half_text(tmp_path, run_apart):
     write_texts({"b": "before"}, tmp_path)
     assert run_apart(write_texts_on_full_disk, tmp_path, "long " * 100) == [0]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "short", "b.txt": "before"}
+
+
+@pytest.mark.parametrize("glob", ["", "/etc/*.txt", "**a/*.txt", ["*.txt", ""]])
+def test_a_glob_that_is_none_is_named(tmp_path, glob):
+    write(tmp_path, "in/a.txt")
+    with pytest.raises(ValueError, match=r"^glob '.*' is no pattern of files in .*in \(.*pass e\.g\."):
+        text_folder(tmp_path / "in", glob)
+    with pytest.raises(ValueError, match=r"^glob"):
+        open_corpus(tmp_path / "in", glob=glob)

@@ -115,6 +115,7 @@ def test_a_hub_name_is_streamed_and_not_asked_for_before_it_is_opened(monkeypatc
         ("my.jsonl", {"encoding": None}, ValueError, "encoding is None, but corpus my.jsonl has only text_field and"),
         ("almanac", {"encoding": "cp1251"}, ValueError, "encoding is 'cp1251', but corpus almanac has no such options"),
         ("hf:x", {"encoding": "cp1251"}, ValueError, "encoding is 'cp1251', but corpus hf:x has only text_field and"),
+        ("hf:", {}, FileNotFoundError, "corpus 'hf:' names no dataset: pass e.g. hf:user/name"),
         ("texts", {"enc": "cp1251"}, ValueError, "unknown option 'enc': open_corpus knows glob, encoding, text_field"),
         ("hf:somebody/nothing", {}, ConnectionError, "set HF_HUB_OFFLINE=0"),
     ],
