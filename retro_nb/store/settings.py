@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from retro_nb.common.arrays import PathLike
@@ -52,6 +53,7 @@ class StoreSettings:
 
     Raises:
         ValueError: a setting is out of range.
+        TypeError: `keep_out` is neither a share nor a list.
     """
 
     chunk_size: int = 64
@@ -73,6 +75,10 @@ class StoreSettings:
             raise ValueError(f"knn is {self.knn}: it must be at least 1")
         check_sizes(self.chunk_size, self.seq_len, self.max_chunks, self.max_seqs)
         check_similarity(self.max_similarity)
+        if isinstance(self.keep_out, str) or not isinstance(self.keep_out, Real | Sequence):
+            raise TypeError(
+                f"keep_out is {self.keep_out!r:.80}: pass a share, or a list of titles, numbers or identities"
+            )
 
     @property
     def cutter(self) -> TextTokenizer:

@@ -66,6 +66,8 @@ def find_documents(names: Iterable[DocumentName], documents: Sequence[Mapping[st
 
 
 def _known(name: DocumentName, known: Mapping[Any, list[int]], documents: Sequence[Mapping[str, Any]]) -> list[int]:
+    if isinstance(name, Mapping) and not {"title", "digest"} <= {*name}:
+        raise KeyError(f"{dict(name)} is no document: an identity has a title and a digest, as in Store.documents")
     key = (name["title"], name["digest"]) if isinstance(name, Mapping) else name
     if key in known and not isinstance(key, bool):
         if isinstance(name, str) and len(known[key]) > 1:

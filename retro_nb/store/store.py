@@ -118,8 +118,8 @@ class Store:
             progress: show progress bars.
 
         Raises:
-            ValueError: a setting is out of range; `index` cannot leave documents out; no document has a token; or
-                numbers in `keep_out` no longer stand for the documents that they stood for.
+            ValueError: a setting is out of range; `index` cannot leave documents out; no document has a token, or
+                all are kept out; or numbers in `keep_out` no longer stand for the documents that they stood for.
             OSError: a file cannot be written; what was there is untouched.
         """
         corpus, settings, files = open_corpus(documents), settings or StoreSettings(), files or Files.of(folder)
@@ -133,6 +133,8 @@ class Store:
         write_chunks(corpus, files, settings, progress=progress)
         chunked = read_documents(files.chunks)
         kept_out = document_numbers(settings.keep_out, chunked, files.kept_out)
+        if len(kept_out) == len(chunked):
+            raise ValueError(f"keep_out names all {len(chunked)} documents: leave some to be retrieved")
         if launched()[0] == 0:
             note_documents(files.kept_out, settings.keep_out, kept_out, chunked)
         options: dict[str, Any] = {"force_reprocess": force_reprocess, "progress": progress}

@@ -171,6 +171,20 @@ def test_numbers_that_stand_for_other_documents_are_refused(corpus, settings, tm
     assert of(store) == ["1", "4"] and store.kept_out == [2, 5]
 
 
+@pytest.mark.parametrize(
+    ("keep_out", "error", "message"),
+    [
+        ("12", TypeError, "keep_out is '12': pass a share, or a list"),
+        ([{"title": "1"}], KeyError, "an identity has a title and a digest"),
+        (1, ValueError, "the share 1 .* is not between 0 and 1"),
+        (list(TEXTS), ValueError, "names all 6 documents"),
+    ],
+)
+def test_what_names_no_documents_to_keep_out_is_refused(corpus, settings, tmp_path, keep_out, error, message):
+    with pytest.raises(error, match=message):
+        Store.build(corpus, tmp_path / "store", replace(settings, keep_out=keep_out), progress=False)
+
+
 @pytest.mark.filterwarnings("ignore:building")
 def test_a_store_that_keeps_documents_out_follows_its_corpus(corpus, settings, tmp_path, embedded):
     store = Store.build(corpus, tmp_path / "store", replace(settings, keep_out=["1", "4"]), progress=False)
