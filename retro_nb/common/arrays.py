@@ -108,13 +108,14 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         explained = OSError(
             error.errno or errno.EIO,
             f"could not write {path}: {error.strerror or error}. What was there before is untouched; "
-            f"{_mend(path, error.errno)}, and run again: finished work is kept",
+            f"{remedy(path, error.errno)}, and run again: finished work is kept",
         )
         explained.explained = True  # type: ignore[attr-defined]
         raise explained from error
 
 
-def _mend(path: Path, number: int | None) -> str:
+def remedy(path: Path, number: int | None) -> str:
+    """What to do about a path that could not be written, by the number of the error."""
     if number in READ_ONLY:
         return where_to_write(path)
     folder = next((each for each in path.absolute().parents if each.is_dir()), Path())

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from retro_nb.common.arrays import PathLike, file_record, inside, read_json, to_jsonable, where_to_write, write_json
+from retro_nb.common.arrays import PathLike, file_record, inside, read_json, remedy, to_jsonable, write_json
 from retro_nb.common.digests import digest
 from retro_nb.common.launch import Interrupted, broadcast, launched
 
@@ -47,7 +47,7 @@ def check_writable(folder: PathLike) -> None:
         raise PermissionError(
             error.errno,
             f"the work folder {folder} has to be built but cannot be written ({error.strerror}): pass another "
-            f"work_dir, with the same settings; {where_to_write(folder)}",
+            f"work_dir, with the same settings; {remedy(folder, error.errno)}",
         ) from error
 
 

@@ -890,6 +890,16 @@ def test_a_folder_that_may_not_be_written_is_named_with_the_setting_that_moves_t
     assert "MB are free" not in str(own.value) and "RETRO_NB_HOME" not in str(elsewhere.value)
 
 
+def test_a_disk_without_room_for_a_file_is_no_matter_of_rights(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manifest.tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=r"No space left.*MB are free") as caught:
+        check_writable(tmp_path)
+    assert "may write" not in str(caught.value)
+
+
 def write_plainly_on_full_disk(path):
     full_disk(100)
     with pytest.raises(OSError, match=r"could not write .*a\.txt: File too large.*MB are free"):
