@@ -7,7 +7,7 @@ recognise("my_texts/")      a function that opens it; a bad name fails before an
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -49,6 +49,7 @@ def open_corpus(where: Any, *, glob: str | Sequence[str] | None = None, **option
         FileNotFoundError: no such name or path; the message suggests the closest name.
         NotADirectoryError: the path is a file of another kind.
         ValueError: this corpus does not have one of the options.
+        TypeError: `where` is neither a name nor a path nor documents.
     """
     return recognise(where, glob=glob, **options)()
 
@@ -98,6 +99,10 @@ def _opening(where: Any, glob: str | Sequence[str] | None) -> partial:
     if is_path(where):
         return _file(Path(where)) if not Path(where).is_dir() else _folder(Path(where), glob)
     if not isinstance(where, str):
+        first = where[0] if isinstance(where, Sequence) and len(where) else None
+        if not isinstance(where, Iterable) or not (first is None or hasattr(first, "text")):
+            found = type(where).__name__ + (f" of {type(first).__name__}" if first is not None else "")
+            raise TypeError(f"corpus {where!r:.40} is a {found}: pass a name, a path, or Documents")
         return partial(_itself, where)
     if where in NAMED:
         if Path(where).is_dir():

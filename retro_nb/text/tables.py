@@ -88,7 +88,7 @@ class parquet:
         self._names, left_out = [self.path.name], ""
         if self.path.is_dir():
             self._names, left_out = choose_files(self.path, (".parquet",))
-        if not self._names or not self.path.exists():
+        if not self._names or not (self.path.is_dir() or self.path.is_file()):
             found = f" (it has {left_out})" if left_out else ""
             raise FileNotFoundError(f"{self.path} is no .parquet file and no folder of them{found}: pass either")
         if left_out:
@@ -314,12 +314,16 @@ def _load(dataset: str | Path, split: str, options: dict[str, Any]) -> Any:
         from datasets import load_dataset, load_from_disk
 
     path = Path(dataset)
-    if saved_to_disk(path):
-        return load_from_disk(str(path), **options)
-    if path.is_file():
-        return load_dataset(str(path.parent), data_files=path.name, split=split, **options)
-    if path.is_dir():
-        return load_dataset(str(path), split=split, **options)
+    try:
+        if saved_to_disk(path):
+            return load_from_disk(str(path), **options)
+        if path.is_file():
+            return load_dataset(str(path.parent), data_files=path.name, split=split, **options)
+        if path.is_dir():
+            return load_dataset(str(path), split=split, **options)
+    except Exception as error:  # of many types, seldom with the file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} cannot be read as a dataset ({reason:.300}): save it anew, or pass split") from error
     try:
         return load_dataset(str(dataset), split=split, **{"streaming": True} | options)
     except ConnectionError as error:

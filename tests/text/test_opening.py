@@ -190,3 +190,9 @@ def test_a_hub_name_is_a_setting(monkeypatch):
     corpus, work_dir = choose_corpus(settings)
     assert texts(corpus) == ["from the hub"] and corpus.fingerprint()["options"] == {"name": "wikitext-2-raw-v1"}
     assert work_dir == folder("hf_dataset", corpus.fingerprint())
+
+
+@pytest.mark.parametrize("where", [None, 5, b"texts", ["one text", "another"], [("text", "title")]])
+def test_what_is_no_corpus_is_refused_at_the_door(where):
+    with pytest.raises(TypeError, match=r"^corpus .* is a \w+( of \w+)?: pass a name, a path, or Document"):
+        open_corpus(where)

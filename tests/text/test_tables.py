@@ -395,3 +395,17 @@ def test_a_folder_of_tables_leaves_out_what_nobody_means(table, tmp_path):
         shutil.copy(table, tmp_path / name)
     with pytest.warns(UserWarning, match=r"1 hidden .*1 left by an archiver"):
         assert len(parquet(tmp_path / "in")) == len(parquet(table))
+
+
+def test_a_damaged_dataset_is_named(rows, tmp_path):
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "train" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"saved cannot be read as a dataset \(JSONDecodeError"):
+        hf_dataset(tmp_path / "saved")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes")
+def test_a_pipe_is_no_table(tmp_path):
+    os.mkfifo(tmp_path / "a.parquet")
+    with pytest.raises(FileNotFoundError, match=r"a\.parquet is no \.parquet file"):
+        parquet(tmp_path / "a.parquet")
