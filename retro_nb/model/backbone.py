@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from retro_nb.common.arrays import PathLike
 from retro_nb.model.base import evaluating
-from retro_nb.model.pretrained import find_included
+from retro_nb.model.pretrained import find_included, included_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,13 @@ def language_model(model: nn.Module) -> "PreTrainedModel":
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(model).__name__} is no Hugging Face causal language model: load one by AutoModelForCausalLM"
+            f"{type(model).__name__} is no Hugging Face causal language model: load one by AutoModelForCausalLM, and "
+            f"pass it without a wrapper such as DataParallel (its .module)"
+        )
+    if absent := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise ValueError(
+            f"{len(absent)} weights of this {type(model).__name__} are not in memory, {absent[0]} first (on disk, "
+            f"offloaded, or on the meta device): load it whole, without device_map or offload_folder"
         )
     return model
 
@@ -98,6 +105,9 @@ def _try(backbone: "PreTrainedModel", blocks: list[Block]) -> None:
         hook = blocks[0].second_norm.register_forward_pre_hook(note, with_kwargs=True)
         stack.callback(hook.remove)
         stack.enter_context(reading({1: blocks[0]}, add))
+        # With return_dict=False, a language model of transformers cannot read what its own layers return.
+        stack.callback(setattr, backbone.config, "return_dict", backbone.config.return_dict)
+        backbone.config.return_dict = True
         logits = backbone(input_ids=ids, use_cache=False).logits
         hidden = backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.allclose(seen["h"], seen["expected"]):
@@ -162,21 +172,34 @@ def load_backbone(name: PathLike) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
+    source = find_included(name)
+    here = Path(source).is_dir() or not _on_hub(str(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(find_included(name))
+        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=here)
     except OSError as error:
+        names = included_names(lambda config: "model_type" in config)  # ours have no type
         raise FileNotFoundError(
-            f"there is no language model {str(name)!r} on this machine: pass a folder, or set HF_HUB_OFFLINE=0 and "
-            f"have a network"
+            f"there is no language model {str(name)!r} on this machine: pass a folder, the name of an included one "
+            f"({names}), or set HF_HUB_OFFLINE=0 and have a network"
         ) from error
     model.config.name_or_path = str(name)
     return model
 
 
+def _on_hub(name: str) -> bool:
+    """Ask the hub once whether it has a model; transformers would ask six times, seconds apart."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(name, timeout=5).id is not None
+    except Exception:  # offline, no network, no such name: of many types, which depend on the client
+        return False
+
+
 def identity(backbone: "PreTrainedModel", frozen: bool) -> dict[str, Any]:
     """Data that identify a language model: name, architecture and, if it is frozen, a sample of its weights."""
     architecture = json.loads(backbone.config.to_json_string())  # keys are strings, as after reading config.json
-    for key in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"):
+    for key in ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "return_dict"):
         architecture.pop(key, None)  # redundant, or may change
     name = backbone.config.name_or_path
     return {"name": name, "architecture": architecture, "sample": _sample(backbone) if frozen else None}

@@ -20,6 +20,7 @@ from retro_nb.model.loss import linear_cross_entropy, token_cross_entropy
 from retro_nb.model.pretrained import Saveable
 from retro_nb.text.tokens import TextTokenizer
 
+SEVERAL_GPUS = "`accelerate launch` starts `fit` on several GPUs"
 Retrieved = Int[Tensor, "b l k r"] | Int[Tensor, "b l r"]
 
 
@@ -32,6 +33,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def check_ids(name: str, ids: Any, *axes: str) -> None:
+    """Reject what is not a tensor of token ids with these axes.
+
+    Raises:
+        TypeError: it is no tensor, or not one of whole numbers.
+        ValueError: it has other axes.
+    """
+    mend = f"pass a tensor of token ids, ({', '.join(axes)})"
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} is {' '.join(repr(ids).split())[:60]}, of type {type(ids).__name__}: {mend}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} holds {ids.dtype}, which are no token ids: {mend}")
+    if ids.ndim != len(axes):
+        raise ValueError(f"{name} has the shape {tuple(ids.shape)}: {mend}")
+
+
+def check_model(model: Any) -> None:
+    """Raise a TypeError if this is no model of this package, such as one in a wrapper."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(f"the model is in a {type(model).__name__}: pass its .module; {SEVERAL_GPUS}")
+    if not isinstance(model, ChunkedLM):
+        raise TypeError(f"{type(model).__name__} is no model that reads neighbours: pass a RETRO or a RETROfit")
 
 
 class ChunkedLM(Saveable):
@@ -75,10 +100,12 @@ class ChunkedLM(Saveable):
                 (0 if all are), in training and evaluation mode alike.
 
         Raises:
+            TypeError: a list or an array instead of a tensor, or numbers that are not whole.
             ValueError: a sequence that is empty or longer than max_seq_len, neighbours for a wrong number of
                 chunks or shorter than a chunk, a token outside the vocabulary (checked on the CPU only;
                 on a GPU the check would hold up every step).
         """
+        check_ids("seq", seq, "b", "n")
         if not return_loss:
             return self.to_logits(self._hidden(seq, retrieved))
         labels = rearrange(seq[:, 1:], "b n -> (b n)")
@@ -198,8 +225,9 @@ class ChunkedLM(Saveable):
     def _check_retrieved(self, retrieved: Retrieved | None, chunks: int) -> Int[Tensor, "b l k r"] | None:
         if retrieved is None:
             return None
-        if retrieved.ndim == 3:
+        if isinstance(retrieved, Tensor) and retrieved.ndim == 3:
             retrieved = rearrange(retrieved, "b l r -> b l 1 r")
+        check_ids("retrieved", retrieved, "b", "l", "k", "r")
         _, l, _, r = retrieved.shape
         if l != chunks:
             raise ValueError(
@@ -214,6 +242,11 @@ class ChunkedLM(Saveable):
         return retrieved
 
     # training
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse torch's DataParallel on several GPUs: its copies average losses of unlike token counts, and the
+        layers of a copied language model would not read."""
+        raise TypeError(f"DataParallel cannot run a {type(self).__name__}: call it without; {SEVERAL_GPUS}")
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from retro_nb.common.arrays import SOURCE, PathLike, replacing, write_json
+from retro_nb.common.arrays import SOURCE, PathLike, read_json, replacing, write_json
 
 Model = TypeVar("Model", bound="Saveable")
 INCLUDED = SOURCE / "data" / "checkpoints"  # models included in the project
@@ -74,7 +74,7 @@ def _kind(name: str) -> str:
 def _read_config(path: Path, name: str) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("model") != _kind(name):
         raise ValueError(f"{path} is not the configuration of a {name} saved with save_pretrained")
@@ -97,16 +97,54 @@ def find_included(name: PathLike) -> PathLike:
     return INCLUDED / name if (INCLUDED / name).is_dir() and not Path(name).is_dir() else name
 
 
+def included_names(wanted: Callable[[dict], bool]) -> str:
+    """Names of the included models with such a config.json, for error messages."""
+    paths = sorted(INCLUDED.glob("*/config.json"))
+    return ", ".join(path.parent.name for path in paths if wanted(read_json(path))) or "none"
+
+
 def load_weights(weights: nn.Module, folder: str | Path, device: str | torch.device = "cpu") -> None:
     """Load the weights that `save` wrote into a module of the same architecture."""
     load_model(weights, Path(folder) / "model.safetensors", device=str(device))
 
 
-def load(build: Callable[[dict], Model], name: str, folder: str | Path, device: str | torch.device = "cpu") -> Model:
-    """Load a model that `save` wrote into build(config), in evaluation mode. Errors as in `from_pretrained`."""
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that contain non-finite values. Waits for the device once."""
+    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+    if not named:
+        return []
+    finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in named]).tolist()
+    return [name for (name, _), sound in zip(named, finite, strict=True) if not sound]
+
+
+def _check_shapes(model: nn.Module, path: Path) -> None:
+    """Reject a file whose tensors do not have the model's shapes; the model may be on the meta device."""
+    with safe_open(path, "pt") as weights:
+        saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    own = model.state_dict(keep_vars=True)
+    stored = {id(own[name]) for name in saved.keys() & own.keys()}  # of tied weights, one is saved
+    for name, tensor in own.items():
+        if saved.get(name, shape := tuple(tensor.shape)) != shape:
+            raise ValueError(f"{name} has the shape {saved[name]} in the file and {shape} in the model")
+        if id(tensor) not in stored:
+            raise ValueError(f"the file has no {name}")
+
+
+def load(
+    build: Callable[[dict], Model],
+    name: str,
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    meta_first: bool = False,
+) -> Model:
+    """Load a model that `save` wrote into build(config), in evaluation mode. Errors as in `from_pretrained`.
+
+    With `meta_first`, the shapes are compared on the meta device before the model takes time and memory.
+    """
     folder = Path(find_included(folder))
     if not folder.is_dir():
-        names = ", ".join(sorted(path.name for path in INCLUDED.glob("*/"))) or "none"
+        names = included_names(lambda config: config.get("model") == _kind(name))
         raise FileNotFoundError(f"{folder} is no folder with a model, nor the name of an included one ({names})")
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     for path in (config_path, weights_path):
@@ -118,8 +156,14 @@ def load(build: Callable[[dict], Model], name: str, folder: str | Path, device: 
             saved_with = json.loads((weights.metadata() or {}).get("config", "null"))
         if saved_with != config:
             raise ValueError("they were saved with another configuration")
-        model = build({key: value for key, value in config.items() if key != "model"})
+        arguments = {key: value for key, value in config.items() if key != "model"}
+        if meta_first:
+            with torch.device("meta"):
+                _check_shapes(build(arguments), weights_path)
+        model = build(arguments)
         load_weights(model.own_weights, folder, device)
+        if broken := not_finite(model.own_weights.named_parameters()):
+            raise ValueError(f"{len(broken)} tensors hold numbers that are not finite, {broken[0]} first")
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{weights_path} does not hold the weights of the model in {config_path}: {error}. Save both "

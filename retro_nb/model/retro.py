@@ -99,6 +99,11 @@ class RETRO(ChunkedLM):
     ):
         self.config = plain_config(locals())
         super().__init__()
+        for name in ("num_tokens", "max_seq_len", "chunk_size"):
+            if self.config[name] < 1:
+                raise ValueError(f"{name} is {self.config[name]}: pass 1 or more")
+        if not 0 <= pad_id < num_tokens:
+            raise ValueError(f"pad_id {pad_id} is not in the vocabulary, 0 … {num_tokens - 1}: pass the tokenizer's")
         enc_layers = _layers("enc_cross_attn_layers", enc_cross_attn_layers, enc_depth)
         dec_layers = _layers("dec_cross_attn_layers", dec_cross_attn_layers, dec_depth)
         if not dec_layers:
@@ -266,10 +271,10 @@ class RETRO(ChunkedLM):
 
         Raises:
             FileNotFoundError: no such folder or name, or a file in it is missing.
-            ValueError: the configuration is not RETRO's, the weights are damaged, or the two do not belong
-                together.
+            ValueError: the configuration is not RETRO's, the weights are damaged or not finite, or the two do not
+                belong together.
         """
-        return load(lambda config: cls(**config), RETRO.__name__, folder, device)
+        return load(lambda config: cls(**config), RETRO.__name__, folder, device, meta_first=True)
 
 
 def _residual_stream(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

@@ -336,7 +336,7 @@ class RETROfit(ChunkedLM):
             positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options |= {"attention_mask": real.long(), "position_ids": positions}
         with attention_kernels():
-            return self.backbone.base_model(input_ids=ids, **options)
+            return self.backbone.base_model(input_ids=ids, return_dict=True, **options)
 
     def _ids(self, ids: Int[Tensor, "*b"], name: str) -> Int[Tensor, "*b"]:
         """Ids that the language model knows; a padding id outside its vocabulary becomes 0 (no text attends to it)."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retro_nb.model.base import ChunkedLM, evaluating
+from retro_nb.model.base import ChunkedLM, check_ids, check_model, evaluating
 from retro_nb.model.cuda_graphs import Recording, can_record
 from retro_nb.text.tokens import EOS_ID
 
@@ -152,11 +153,14 @@ def generate(
         (b, n) tokens, prompts included; n is the length of the longest row.
 
     Raises:
+        TypeError: the prompt, `retrieved` or neighbours are a list or an array instead of a tensor, or no whole
+            numbers; or the model is in a wrapper such as DataParallel.
         ValueError: an empty prompt or one longer than max_seq_len, lengths outside the prompt, `retrieved`
             for chunks that the shortest prompt does not complete, a temperature outside 0 … 1e30.
         FloatingPointError: the logits of a row being generated hold NaN or ∞, or only −∞. On a GPU the error
             comes up to 15 tokens later, because the check runs together with that for ended rows.
     """
+    _check_arguments(retro, prompt, retrieved, prompt_lengths)
     _check_temperature(temperature)
     if filter_fn in (top_k, top_p):
         _check_share(filter_thres)
@@ -243,6 +247,18 @@ def left_pad(prompt: Int[Tensor, "b _"], chunk_size: int, pad_id: int) -> Int[Te
     return prompt.gather(1, (prompt != pad_id).byte().argsort(dim=1, stable=True))  # padding first, else in order
 
 
+def _check_arguments(retro: Any, prompt: Any, retrieved: Any, lengths: Any) -> None:
+    """Reject another model, and what are no tensors of token ids; errors as in `generate`."""
+    check_model(retro)
+    check_ids("prompt", prompt, "b", "n")
+    for name, rows, *axes in (("retrieved", retrieved, "b", "l", "k", "r"), ("prompt_lengths", lengths, "b")):
+        if rows is None:
+            continue
+        check_ids(name, rows, *axes)
+        if len(rows) != len(prompt):
+            raise ValueError(f"{name} has {len(rows)} rows for {len(prompt)} prompts: pass one for each")
+
+
 def _row_limits(
     retro: ChunkedLM, prompt: Int[Tensor, "b _"], lengths: Int[Tensor, " b"] | None, max_new_tokens: int | None
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
@@ -300,10 +316,11 @@ def _neighbours(
             found = torch.full_like(seq[:, :1, None], retro.pad_id).expand(-1, 1, m)
         else:
             found = fetch(seq[:, u * m : (u + 1) * m], u)
-        if found.ndim != 3 or len(found) != len(seq):
+        check_ids(f"the result of fetch_neighbours for chunk {u}", found, "b", "k", "r")
+        if len(found) != len(seq) or not found.shape[1]:
             raise ValueError(
                 f"the neighbours of chunk {u} have shape {tuple(found.shape)}: fetch_neighbours must return "
-                f"(b, k, r) with b = {len(seq)}"
+                f"(b, k, r) with b = {len(seq)} and k at least 1"
             )
         return found.to(seq.device)
 

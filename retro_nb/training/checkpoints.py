@@ -26,28 +26,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from retro_nb.common.arrays import PathLike, file_record, inside, move_settled, settle, to_jsonable, write_json
+from retro_nb.common.launch import Interrupted
 from retro_nb.model.base import ChunkedLM
-from retro_nb.model.pretrained import load_weights
+from retro_nb.model.pretrained import load_weights, not_finite
 from retro_nb.training.log import whole_records
 from retro_nb.training.runs import by_main, data_identity
 
 MARK = "fit.json"  # marks every folder that `fit` created: written first, deleted last
-OPTIMIZER = "optimizer.bin"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.bin"
 START_OVER = "resume=False to start over, or another out_dir"
-
-
-def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that contain non-finite values. Waits for the device once."""
-    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
-    if not named:
-        return []
-    finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in named]).tolist()
-    return [name for (name, _), sound in zip(named, finite, strict=True) if not sound]
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
@@ -71,8 +62,10 @@ def _load_plain(path: Path) -> Any:
     """Load a file of torch.save that holds only tensors and plain values; nothing in it is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message suggests executing it
-        raise ValueError(f"{path} holds more than tensors and plain values, so `fit` has not written it") from None
+    except (pickle.UnpicklingError, EOFError, RuntimeError):  # torch's own message suggests executing it
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, or is damaged: `fit` has not written it so"
+        ) from None
 
 
 class Checkpoints:
@@ -167,9 +160,11 @@ class Checkpoints:
                 raise ValueError(f"of step {saved['step']}")
         except FileNotFoundError:
             return f"{MARK} is missing"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             return f"{MARK} is empty, damaged or of an earlier version ({error!r})"
         self._refuse_other(folder, identity)
+        if unlisted := sorted({WEIGHTS, OPTIMIZER, _states_name(0)} - files.keys()):
+            return f"{MARK} does not list {', '.join(unlisted)}"
         for name, record in files.items():
             try:
                 path = inside(folder, name)
@@ -213,12 +208,31 @@ class Checkpoints:
             return
         try:
             load_weights(self.retro.own_weights, self.newest)
-            optimizer.load_state_dict(_load_plain(self.newest / OPTIMIZER))
-            states = self.newest / _states_name(self.accelerator.process_index)
-            if states.exists():  # the run that saved may have had fewer processes
-                set_random_states(_load_plain(states), self.accelerator.device)
-        except (ValueError, KeyError, SafetensorError) as error:
+            self._load_optimizer(optimizer, self.newest / OPTIMIZER)
+            self._load_random_states(self.newest / _states_name(self.accelerator.process_index))
+        except (ValueError, SafetensorError) as error:
             raise ValueError(f"could not load {self.newest}: {error}. Pass {START_OVER}") from error
+
+    def _load_optimizer(self, optimizer: Optimizer, path: Path) -> None:
+        try:
+            optimizer.load_state_dict(_load_plain(path))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no state of an optimizer ({error!r})") from error
+        if not optimizer.state:  # every step leaves moments
+            raise ValueError(f"{path} holds no moments of a weight")
+
+    def _load_random_states(self, path: Path) -> None:
+        if not path.exists():
+            warnings.warn(
+                f"{path.parent} has no random states of process {self.accelerator.process_index}, since the run that "
+                f"saved it had fewer processes: dropout goes on with other random numbers",
+                stacklevel=5,
+            )
+            return
+        try:
+            set_random_states(_load_plain(path), self.accelerator.device)
+        except (LookupError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no random states ({error!r})") from error
 
     def save(self, step: int, optimizer: Optimizer) -> None:
         """Save a checkpoint, then delete all older ones but the previous. Non-finite values are rejected.
@@ -309,7 +323,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
-    """Let Ctrl-C or SIGTERM set the yielded event, and raise KeyboardInterrupt only after the block.
+    """Let Ctrl-C or SIGTERM set the yielded event, and raise `Interrupted` only after the block.
 
     Interrupting a step would leave the weights half updated. A second one interrupts at once. Schedulers send SIGTERM
     before they kill. Only the main thread can handle signals; in other threads nothing changes.
@@ -321,7 +335,10 @@ def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
 
     def ask(signum: int, frame: Any) -> None:
         if asked.is_set():
-            raise KeyboardInterrupt
+            raise Interrupted(
+                "stopped at once, in the midst of a step: the weights in memory may be half updated. The same call "
+                "goes on from the newest checkpoint, if there is one"
+            )
         asked.set()
         print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
 
@@ -332,4 +349,4 @@ def interrupt_between_steps(enabled: bool) -> Iterator[threading.Event]:
         for each, handler in before.items():
             signal.signal(each, handler)
     if asked.is_set():
-        raise KeyboardInterrupt
+        raise Interrupted("stopped after the last step: the run is complete")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from retro_nb.common.arrays import PathLike, explain_write_errors, file_record, to_jsonable
 from retro_nb.common.manifest import read_manifest
-from retro_nb.model.base import ChunkedLM
+from retro_nb.model.base import ChunkedLM, check_model
 from retro_nb.store.dataset import RETRODataset
 
 PAPER_WARMUP_STEPS = 750  # appendix C.1
@@ -158,9 +158,10 @@ def check_data(retro: ChunkedLM, train: Dataset, valid: Dataset | None) -> None:
     """Reject data on which the model cannot be trained or measured.
 
     Raises:
-        TypeError: a dataset without a length.
+        TypeError: a model in a wrapper such as DataParallel, or a dataset without a length.
         ValueError: another chunk size or tokenizer, or no token to predict.
     """
+    check_model(retro)
     for name, data in (("train", train), ("valid", valid)):
         check_store(retro, data)
         if data is None:

@@ -31,7 +31,8 @@ from retro_nb.common.arrays import PathLike, to_jsonable
 from retro_nb.common.devices import can_compile, compile_in_place, few_cpu_threads, send
 from retro_nb.common.launch import Interrupted
 from retro_nb.model.base import ChunkedLM, evaluating
-from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps, not_finite
+from retro_nb.model.pretrained import not_finite
+from retro_nb.training.checkpoints import Checkpoints, interrupt_between_steps
 from retro_nb.training.log import History, Log, Skipped
 from retro_nb.training.runs import FREE_SETTINGS, check_data, length, only_run, resolve_settings
 

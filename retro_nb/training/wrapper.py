@@ -245,7 +245,6 @@ class TrainingWrapper(nn.Module):
         Returns:
             Prompts and samples, at most n tokens; a row ends with the token that closes a document, then padding.
         """
-        device = next(self.retro.parameters()).device
         if start is None:
             start = torch.full((1, 1), self.tokenizer.ids.sos)
         self.retriever.excluded(exclude)  # rejects an unknown document now, not after the first chunk
@@ -254,13 +253,13 @@ class TrainingWrapper(nn.Module):
             distances, ids = self.retriever.nearest(chunk, exclude)
             if on_retrieved is not None:
                 on_retrieved(u, distances, ids)
-            return self.retriever.tokens(ids).to(device)
+            return self.retriever.tokens(ids)
 
         return generate(
             self.retro,
-            start.to(device),
+            start,
             fetch,
-            retrieved=None if retrieved is None else retrieved.to(device),
+            retrieved=retrieved,
             filter_fn=filter_fn,
             filter_thres=filter_thres,
             temperature=temperature,

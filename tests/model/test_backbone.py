@@ -1,10 +1,16 @@
 """Language models as RETROfit sees them: where it can read and where it cannot, and how a model is known again."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
 from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import disk_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_language_models import CONFIGS, LAYERS, SIZES, language_model
@@ -165,6 +171,58 @@ def test_no_such_model(name, tmp_path):
     for each in (name, tmp_path / name):
         with pytest.raises(FileNotFoundError, match=f"no language model '{each}' on this machine: pass a folder"):
             load_backbone(each)
+
+
+ASKING = """
+from retro_nb.model.backbone import load_backbone
+try:
+    load_backbone("nowhere")
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_included_models_are_named():
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        asked = []
+
+        def hang_up():
+            while True:
+                try:
+                    connection = hub.accept()[0]
+                except OSError:
+                    return
+                asked.append(connection.recv(100))
+                connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        there = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", ASKING]
+        done = subprocess.run(command, env=os.environ | there, capture_output=True, text=True)
+    assert "no language model 'nowhere' on this machine" in done.stdout and "(almanac-lm)" in done.stdout, done.stderr
+    assert len([request for request in asked if b"nowhere" in request]) == 1
+
+
+def offloaded(folder):
+    model = language_model("gpt2")
+    disk_offload(model, folder)
+    return model
+
+
+def on_meta(folder):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(language_model("gpt2").config)
+
+
+@pytest.mark.parametrize("make", [offloaded, on_meta])
+def test_a_model_whose_weights_are_elsewhere_is_refused(make, tmp_path):
+    with pytest.raises(ValueError, match=r"are not in memory, transformer\.wte\.weight first .*load it whole"):
+        blocks(make(tmp_path))
+
+
+def test_a_wrapped_model_is_refused():
+    with pytest.raises(ValueError, match=r"DataParallel is no Hugging Face .*\.module"):
+        blocks(nn.DataParallel(language_model("gpt2")))
 
 
 # how it is known again

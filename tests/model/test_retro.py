@@ -12,6 +12,7 @@ from einops import repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paper_equations import retro_logits
+from safetensors.torch import load_file, save_file
 from small_retros import OPTIONS, SMALL, batch, every_option, make
 from torch import nn
 from torch.testing import assert_close
@@ -257,6 +258,10 @@ def test_what_decode_refuses():
         (dict(tied_output=True), "separate_embeddings=True, or enc_dim=16"),
         (dict(norm_klass="BatchNorm"), "choose one of RMSNorm, LayerNorm"),
         (dict(dim_head=7), "dim_head 7 is odd"),
+        (dict(pad_id=40), "pad_id 40 is not in the vocabulary, 0 … 39"),
+        (dict(pad_id=-1), "pad_id -1 is not in the vocabulary"),
+        (dict(chunk_size=0), "chunk_size is 0: pass 1 or more"),
+        (dict(max_seq_len=0), "max_seq_len is 0"),
     ],
 )
 def test_impossible_models_are_refused(changes, message):
@@ -396,6 +401,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         ('{"model_type": "bert"}', "not the configuration of a RETRO"),
         ("[]", "not the configuration"),
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -409,6 +415,43 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     os.remove(folder / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
         RETRO.from_pretrained(folder)
+
+
+def saved_with(folder, weights=None, **changes):
+    """A model of which config.json, its copy in the weights' file, or the weights have been changed."""
+    make().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    tensors = load_file(folder / "model.safetensors") | (weights or {})
+    save_file(tensors, folder / "model.safetensors", metadata={"config": json.dumps(config)})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_shapes_are_compared_before_memory_is_taken(tmp_path):
+    for name, changes, message in (
+        (
+            "long",
+            dict(max_seq_len=2**40),
+            r"pos_emb\.weight has the shape \(24, \d+\) in the file and \(10995",
+        ),
+        ("pad", dict(pad_id=99), "pad_id 99 is not in the vocabulary"),
+        ("deep", dict(dec_depth=4), r"the file has no decoder\.layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RETRO.from_pretrained(saved_with(tmp_path / name, **changes))
+
+
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path):
+    spoilt = make().to_logits.bias.detach().clone()
+    spoilt[3] = float("nan")
+    folder = saved_with(tmp_path, {"to_logits.bias": spoilt})
+    with pytest.raises(ValueError, match=r"not finite, to_logits\.bias first"):
+        RETRO.from_pretrained(folder)
+
+
+def test_torchs_data_parallel_on_several_gpus_is_refused():
+    with pytest.raises(TypeError, match=r"DataParallel cannot run a RETRO: .*accelerate launch"):
+        make()._replicate_for_data_parallel()  # torch calls it for a model on several GPUs
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -354,19 +354,48 @@ def test_a_model_that_is_not_frozen_learns_too(family):
     assert model.trained_share == 1
 
 
-def test_gradient_checkpointing_is_refused_where_the_readers_would_not_learn():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_refused_where_the_readers_would_not_learn(reentrant):
+    options = dict(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model = make("gpt2", freeze=False)
-    model.backbone.gradient_checkpointing_enable()
+    model.backbone.gradient_checkpointing_enable(**options)
     model.train()
     with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
         model(*batch(9), return_loss=True)
     model(batch(9)[0], return_loss=True).backward()  # nothing is read
     expected = model.eval()(*batch(8))  # nothing is run again
     frozen = make("gpt2")
-    frozen.backbone.gradient_checkpointing_enable()
+    frozen.backbone.gradient_checkpointing_enable(**options)
     frozen.train()(*batch(9), return_loss=True).backward()  # a frozen language model keeps its activations
     assert_close(frozen.eval()(*batch(8)), expected)
     assert all(weight.grad is not None for weight in frozen.reader.parameters())
+
+
+def test_a_language_model_set_to_return_tuples_is_read_alike(tmp_path):
+    seq, retrieved = batch(12)
+    expected, plain = make("gpt2")(seq, retrieved), language_model("gpt2")
+    plain.config.return_dict = False
+    model = retrofit(plain, **SMALL, tokenizer=folders["gpt2"])
+    move(model.reader)
+    model.load_state_dict(make("gpt2").state_dict())
+    assert torch.equal(model(seq, retrieved), expected) and plain.config.return_dict is False
+    assert generate(model, seq[:, :6], lambda chunk, u: retrieved[:, u], max_new_tokens=3).shape == (2, 9)
+    model.save_pretrained(tmp_path)
+    loaded = RETROfit.from_pretrained(tmp_path, language_model("gpt2"), tokenizer=model.tokenizer)
+    assert torch.equal(loaded(seq, retrieved), expected)
+
+
+def test_one_model_is_called_while_it_writes():
+    """By the function that fetches its neighbours, in the same thread."""
+    model, (seq, retrieved) = make("gpt2").eval(), batch(12)
+
+    def fetch(chunk, u):
+        model(seq, retrieved.flip(0))
+        return retrieved[:, u]
+
+    options = dict(max_new_tokens=7, temperature=0)
+    expected = generate(model, seq[:, :3], lambda chunk, u: retrieved[:, u], **options)
+    assert torch.equal(generate(model, seq[:, :3], fetch, **options), expected)
 
 
 def test_another_thread_uses_the_language_model_meanwhile():

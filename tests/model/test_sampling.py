@@ -623,7 +623,17 @@ def test_dropout_is_off_while_sampling(retro):
         (prompt_of(3), dict(prompt_lengths=torch.tensor([4])), r"must lie in 1 … 3"),
         (prompt_of(3), dict(prompt_lengths=torch.tensor([0])), r"must lie in 1 … 3"),
         (prompt_of(9), dict(retrieved=torch.ones(1, 3, 2, 8).long()), r"completes 2 of 4 tokens: pass retrieved"),
-        (prompt_of(5), dict(fetch_neighbours=lambda chunk, u: fetch(chunk, u)[0]), "must return"),
+        (
+            prompt_of(5),
+            dict(fetch_neighbours=lambda chunk, u: fetch(chunk, u)[0]),
+            "fetch_neighbours for chunk 0 has the shape",
+        ),
+        (
+            prompt_of(5),
+            dict(fetch_neighbours=lambda chunk, u: fetch(chunk, u)[:, :0]),
+            r"\(1, 0, 8\): fetch_neighbours",
+        ),
+        (prompt_of(5), dict(fetch_neighbours=lambda chunk, u: fetch(chunk, u)[..., :3]), "3 tokens a neighbour"),
         (prompt_of(3), dict(temperature=-1), "temperature -1 is not in"),
         (prompt_of(3), dict(temperature=math.inf), "temperature inf is not in"),
         (prompt_of(3), dict(temperature=math.nan), "temperature nan is not in"),
@@ -635,6 +645,45 @@ def test_dropout_is_off_while_sampling(retro):
 def test_bad_calls_are_refused(retro, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         generate(retro, prompt, **options)
+
+
+SCRIPT = """
+import numpy as np, torch  # in a process that checks no annotation
+from retro_nb import RETRO, generate
+retro = RETRO(num_tokens=40, max_seq_len=9, enc_dim=8, enc_depth=1, dec_dim=8, dec_depth=1, chunk_size=4, heads=1,
+              dec_cross_attn_layers=(1,), dim_head=8)
+prompt = torch.ones(1, 5).long()
+for retro, prompt, options in (
+    (retro, [[1, 2]], {}), (retro, np.ones((1, 2), int), {}), (retro, "text", {}), (retro, prompt[0], {}),
+    (retro, prompt.float(), {}), (retro, prompt, {"prompt_lengths": [5]}), (retro, prompt, {"retrieved": prompt}),
+    (retro, prompt, {"prompt_lengths": torch.tensor([5, 5])}),
+    (retro, prompt, {"retrieved": torch.ones(2, 1, 1, 8).long()}),
+    (retro, prompt, {"fetch_neighbours": lambda chunk, u: None}),
+    (retro, prompt, {"fetch_neighbours": lambda chunk, u: np.ones((1, 1, 8), int)}),
+    (retro, prompt, {"fetch_neighbours": lambda chunk, u: torch.ones(1, 1, 8)}),
+    (torch.nn.DataParallel(retro), prompt, {}), (torch.nn.Linear(1, 1), prompt, {}),
+):
+    try:
+        generate(retro, prompt, **options)
+    except (TypeError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_what_is_no_tensor_of_tokens_is_named():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    expected = (
+        ("TypeError prompt", "of type list: pass a tensor"), ("TypeError prompt", "ndarray: pass a tensor"),
+        ("TypeError prompt", "str: pass a tensor"), ("ValueError prompt", "(5,): pass a tensor of token ids, (b, n)"),
+        ("TypeError prompt", "float32"), ("TypeError prompt_lengths", "list: pass"), ("ValueError retrieved", "(1, 5)"),
+        ("ValueError prompt_lengths has 2 rows", "1 prompts"), ("ValueError retrieved has 2 rows", "1 prompts"),
+        ("TypeError the result of fetch_neighbours for chunk 0", "NoneType"),
+        ("TypeError the result of fetch_neighbours for chunk 0", "ndarray"),
+        ("TypeError the result of fetch_neighbours for chunk 0", "float32"),
+        ("TypeError", "DataParallel: pass its .module"), ("TypeError Linear", "pass a RETRO"),
+    )  # fmt: skip
+    for line, (begin, part) in zip(done.stdout.splitlines(), expected, strict=True):
+        assert line.startswith(begin) and part in line, done.stderr
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from retro_nb.model.pretrained import not_finite
 from retro_nb.model.retro import RETRO
-from retro_nb.training.checkpoints import not_finite
 from retro_nb.training.log import read_log
 from retro_nb.training.training import fit
 
@@ -108,7 +109,9 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(out_dir, exp
         goes_on(out_dir, expected)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 9}', '{"step": 9, "files": {}, "model": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "[" * 99_999, '{"step": 9}', '{"step": 9, "files": {}, "model": 1}']
+)
 def test_a_damaged_note_is_named_and_the_checkpoint_before_is_taken(out_dir, expected, content):
     (out_dir / "checkpoints" / "step-00000009" / "fit.json").write_text(content)
     with pytest.warns(UserWarning, match=r"step-00000009: fit\.json is empty, damaged"):
@@ -130,6 +133,55 @@ def test_a_note_that_names_a_file_elsewhere_is_damaged_and_that_file_is_not_read
     note.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=r"step-00000009: fit\.json is damaged \('../../../elsewhere' is not the name"):
         goes_on(out_dir, expected)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.bin"])
+def test_a_note_that_leaves_out_a_file_is_damaged(out_dir, expected, name):
+    """Without random states, say, the losses after the checkpoint would be others."""
+    newest = out_dir / "checkpoints" / "step-00000009"
+    content = json.loads((newest / "fit.json").read_text())
+    del content["files"][name]
+    (newest / "fit.json").write_text(json.dumps(content))
+    (newest / name).unlink()
+    with pytest.warns(UserWarning, match=rf"step-00000009: fit\.json does not list {re.escape(name)}"):
+        goes_on(out_dir, expected)
+
+
+def replace_file(path: Path, save: Callable[[Path], None]) -> None:
+    """Write other content, and its digest into fit.json."""
+    save(path)
+    note = path.parent / "fit.json"
+    saved, content = json.loads(note.read_text()), path.read_bytes()
+    saved["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    note.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("content", [{}, [], {"state": {}}, None])
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.bin"])
+def test_a_state_that_is_empty_is_named(out_dir, name, content):
+    newest = out_dir / "checkpoints" / "step-00000009"
+    replace_file(newest / name, partial(torch.save, content))
+    with pytest.raises(ValueError, match=rf"could not load .*{re.escape(name)} holds no .*resume=False") as error:
+        train(out_dir)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.bin"])
+def test_a_state_that_torch_has_not_saved_is_named(out_dir, name, content):
+    newest = out_dir / "checkpoints" / "step-00000009"
+    replace_file(newest / name, lambda path: path.write_bytes(content))
+    with pytest.raises(ValueError, match=rf"could not load .*{re.escape(name)} holds more .*resume=False") as error:
+        train(out_dir)
+    assert "weights_only" not in str(error.value)
+
+
+def test_an_optimizer_without_moments_is_named(out_dir):
+    file = out_dir / "checkpoints" / "step-00000009" / "optimizer.bin"
+    state = torch.load(file, weights_only=True)
+    replace_file(file, partial(torch.save, state | {"state": {}}))
+    with pytest.raises(ValueError, match=r"could not load .*optimizer\.bin holds no moments"):
+        train(out_dir)
 
 
 def test_a_folder_in_place_of_a_file_is_damage(out_dir, expected):

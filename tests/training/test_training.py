@@ -581,6 +581,16 @@ def test_who_stops_it_gets_a_checkpoint(tmp_path, uninterrupted, number, capsys)
     resume(tmp_path, uninterrupted)
 
 
+def test_a_second_interrupt_stops_at_once(tmp_path, uninterrupted, capsys):
+    retro = tiny_retro(**DROPOUT)
+    at_forward(retro, 9, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])  # in step 7
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at once, .* goes on from the newest checkpoint"):
+        fit(retro, tiny_data(), tiny_data(5, seed=1), eval_every=4, out_dir=tmp_path, **RUN)
+    assert capsys.readouterr().err.count("interrupt again to stop at once") == 1
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000005"]
+    resume(tmp_path, uninterrupted)
+
+
 def half_saved(value, path: Path, save=torch.save) -> None:
     save(value, path)
     if Path(path).name == "optimizer.bin":
