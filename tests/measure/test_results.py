@@ -130,7 +130,14 @@ def test_what_was_made_with_other_settings_is_refused(trial):
 # what is committed
 
 
-@pytest.mark.parametrize("corpus", evidence.CORPORA)
+RUN = [name for name in evidence.CORPORA if (evidence.RESULTS / f"{name}.json").exists()]  # others are recipes only
+
+
+def test_results_of_the_first_three_are_committed():
+    assert {"almanac", "speeches", "docstrings"} <= set(RUN)
+
+
+@pytest.mark.parametrize("corpus", RUN)
 def test_committed_results_are_of_the_recipe(corpus):
     found = results(corpus)
     assert found["settings"] == evidence.read_recipe(corpus, {})
@@ -173,7 +180,7 @@ def test_the_sweeps_of_memory_ran_to_their_ends(name):
     assert least < 0.05 < 3 < max(float(row["nats"]) for row in rows), "from reading to guessing"
 
 
-@pytest.mark.parametrize("name", evidence.CARD_TEXTS)
+@pytest.mark.parametrize("name", [name for name in evidence.CARD_TEXTS if name in RUN])
 def test_cards_say_what_was_measured(name):
     found, folder = results(name), ROOT / "data" / "checkpoints" / name
     card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
