@@ -580,6 +580,8 @@ def test_what_has_no_mean_is_no_number(project, monkeypatch, loss):
         ({"notebook": "11_none"}, "no notebook '11_none'"),
         ({"parameters": "[corpus]"}, "parameters is ['corpus']"),
         ({"metric": "[loss]"}, "metric is ['loss']"),
+        ({"grid": f"{{lr: {list(range(999))}, seed: {list(range(999))}}}"}, "the grid has more than 10000 points"),
+        ({"grid": "{lr: [1, 2, 1.0]}"}, "has the point {'corpus': 'almanac', 'lr': 1.0} twice"),
         ({"x": "[lr]"}, "x is ['lr'], but the grid varies"),
     ],
 )

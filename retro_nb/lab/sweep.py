@@ -18,7 +18,7 @@ import math
 import re
 import shutil
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +40,9 @@ with extra("notebooks"):
     from matplotlib.figure import Figure
 
 
+MOST_POINTS = 10_000
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Contents of a sweep file; `points` holds all parameters of each point, cast to their types."""
@@ -56,7 +59,8 @@ def read_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        ValueError: a key or parameter is missing, unknown, or of the wrong type.
+        ValueError: a key or parameter is missing, unknown, or of the wrong type, two points are the same, or there
+            are more than MOST_POINTS.
     """
     content, complaints = read_yaml(path), []
     wanted = ("notebook", "parameters", "grid", "metric", "x")
@@ -75,11 +79,15 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"{path}: grid maps names to lists of values, such as {{k: [0, 2], seed: [0, 1]}}")
     if x not in list(grid):
         raise ValueError(f"{path}: x is {x!r:.80}, but the grid varies {', '.join(grid)}: let x be one of these")
+    if math.prod(map(len, grid.values())) > MOST_POINTS:
+        raise ValueError(f"{path}: the grid has more than {MOST_POINTS} points: leave values out")
     named = str(content["notebook"])
     beside = path.parent / named  # a notebook's path may be relative to the sweep file
     notebooks = find_notebooks([str(beside) if named.endswith(".ipynb") and beside.is_file() else named])
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     points = [choose_parameters(notebooks, given=base | point)[0] for point in combinations]
+    if twice := [point for point, count in Counter(map(str, points)).items() if count > 1]:
+        raise ValueError(f"{path}: the grid has the point {twice[0]:.200} twice, which would count as two runs")
     return Sweep(path.stem.removeprefix("sweep_"), notebooks[0], content["metric"], x, list(grid), points)
 
 
