@@ -222,12 +222,14 @@ class Checkpoints:
             raise ValueError(f"{path} holds no moments of a weight")
 
     def _load_random_states(self, path: Path) -> None:
-        if not path.exists():
+        saved, processes = len(list(path.parent.glob(_states_name("*")))), self.accelerator.num_processes
+        if saved != processes and self.accelerator.is_main_process:
             warnings.warn(
-                f"{path.parent} has no random states of process {self.accelerator.process_index}, since the run that "
-                f"saved it had fewer processes: dropout goes on with other random numbers",
+                f"{path.parent} was saved by {saved} process(es) and goes on with {processes}: dropout draws other "
+                f"random numbers than before",
                 stacklevel=5,
             )
+        if not path.exists():
             return
         try:
             set_random_states(_load_plain(path), self.accelerator.device)
@@ -301,7 +303,7 @@ def _all(home: Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
-def _states_name(process: int) -> str:
+def _states_name(process: int | str) -> str:
     return f"random_states_{process}.bin"
 
 
