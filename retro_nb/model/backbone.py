@@ -173,9 +173,9 @@ def load_backbone(name: PathLike) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     source = find_included(name)
-    here = Path(source).is_dir() or not _on_hub(str(name))
+    is_local = Path(source).is_dir() or not _on_hub(str(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=here)
+        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=is_local)
     except OSError as error:
         names = included_names(lambda config: "model_type" in config)  # ours have no type
         raise FileNotFoundError(
@@ -221,9 +221,9 @@ def check_same(backbone: "PreTrainedModel", known: dict[str, Any]) -> None:
 
     Keys that only one configuration has are ignored, because versions of transformers differ in their names.
     """
-    own, there = identity(backbone, frozen=known["sample"] is not None), known["architecture"]
-    same = all(value == there.get(name, value) for name, value in own["architecture"].items())
-    if not same or (known["sample"] and not np.allclose(own["sample"], known["sample"], rtol=ROUNDING, atol=1e-7)):
+    own, trained_with = identity(backbone, frozen=known["sample"] is not None), known["architecture"]
+    equal = all(value == trained_with.get(name, value) for name, value in own["architecture"].items())
+    if not equal or (known["sample"] and not np.allclose(own["sample"], known["sample"], rtol=ROUNDING, atol=1e-7)):
         raise ValueError(f"this {type(backbone).__name__} is not {known['name'] or 'the one'} that the weights are for")
 
 

@@ -110,8 +110,8 @@ class ChunkedLM(Saveable):
             return self.to_logits(self._hidden(seq, retrieved))
         labels = rearrange(seq[:, 1:], "b n -> (b n)")
         asked = (labels != self.pad_id).nonzero()[:, 0]
-        x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")[self._here(asked)]
-        total = linear_cross_entropy(x, *self._output(), self._here(labels[asked].long()))
+        x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")[self._on_device(asked)]
+        total = linear_cross_entropy(x, *self._output(), self._on_device(labels[asked].long()))
         return total / max(1, len(asked))
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class ChunkedLM(Saveable):
 
         Arguments and errors are those of `forward` with return_loss: seq is (b, n+1).
         """
-        labels = self._here(seq[:, 1:].long())
+        labels = self._on_device(seq[:, 1:].long())
         padding = labels.eq(self.pad_id)
         x = rearrange(self._hidden(seq[:, :-1], retrieved), "b n d -> (b n) d")
         asked = rearrange(labels.masked_fill(padding, 0), "b n -> (b n)")  # the output layer may lack pad_id
@@ -207,9 +207,9 @@ class ChunkedLM(Saveable):
         if count == len(chunks):
             return retrieved, None
         kept = missing.byte().argsort(stable=True)[: max(2, count)]
-        return chunks[kept], self._here(kept)
+        return chunks[kept], self._on_device(kept)
 
-    def _here(self, ids: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def _on_device(self, ids: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         return send(ids, self.to_logits.weight.device)
 
     def _check_tokens(self, ids: Int[Tensor, "..."], name: str) -> None:

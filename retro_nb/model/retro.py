@@ -207,7 +207,7 @@ class RETRO(ChunkedLM):
 
     def _embed(self, seq: Int[Tensor, "b n"], start: int = 0) -> Float[Tensor, "b n _"]:
         self._check_tokens(seq, "seq")
-        x = self.token_emb(self._here(seq))
+        x = self.token_emb(self._on_device(seq))
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[start : start + seq.shape[1]]
         return _residual_stream(self.to_dec_dim(x))
@@ -218,7 +218,7 @@ class RETRO(ChunkedLM):
         if retrieved is None:
             return None, None
         self._check_tokens(retrieved, "retrieved")
-        embed, retrieved = self.enc_token_emb or self.token_emb, self._here(retrieved)
+        embed, retrieved = self.enc_token_emb or self.token_emb, self._on_device(retrieved)
         return _residual_stream(embed(retrieved)), retrieved.ne(self.pad_id)
 
     @property

@@ -328,7 +328,7 @@ class RETROfit(ChunkedLM):
         if begun is None and not (seq[:, 0] == self.pad_id).any():
             return None
         real = (seq != self.pad_id).cumsum(dim=1) > 0
-        return self._here(real if begun is None else real | rearrange(begun, "b -> b 1").to(real.device))
+        return self._on_device(real if begun is None else real | rearrange(begun, "b -> b 1").to(real.device))
 
     def _run(self, ids: Int[Tensor, "b n"], real: Bool[Tensor, "b _"] | None, **options: Any) -> Any:
         """Run the language model without its output layer on the last n tokens; `real` covers all tokens so far."""
@@ -341,14 +341,14 @@ class RETROfit(ChunkedLM):
     def _ids(self, ids: Int[Tensor, "*b"], name: str) -> Int[Tensor, "*b"]:
         """Ids that the language model knows; a padding id outside its vocabulary becomes 0 (no text attends to it)."""
         self._check_tokens(ids, name)
-        ids = self._here(ids)
+        ids = self._on_device(ids)
         return ids if self.pad_id < self.words else ids.masked_fill(ids == self.pad_id, 0)
 
     def _embed_retrieved(
         self, retrieved: Int[Tensor, "b l k r"]
     ) -> tuple[Float[Tensor, "b l k r _"], Bool[Tensor, "b l k r"]]:
         ids = self._ids(retrieved, "retrieved")
-        return self.backbone.get_input_embeddings()(ids), self._here(retrieved).ne(self.pad_id)
+        return self.backbone.get_input_embeddings()(ids), self._on_device(retrieved).ne(self.pad_id)
 
     # saving
 

@@ -218,10 +218,12 @@ class _Rows:
         in_prompt, ended = position < self.lengths, self.ends <= position
         self.failed.copy_(self.failed.where(possible | in_prompt | ended, self.failed.minimum(position)))
         token = token.masked_fill(ended, self.pad_id)
-        there = self.seq.index_select(1, position).where(rearrange(in_prompt, "b -> b 1"), rearrange(token, "b -> b 1"))
-        self.seq.index_copy_(1, position, there)
+        chosen = self.seq.index_select(1, position).where(
+            rearrange(in_prompt, "b -> b 1"), rearrange(token, "b -> b 1")
+        )
+        self.seq.index_copy_(1, position, chosen)
         self.ends.copy_(self.ends.where(in_prompt | (token != self.eos_id), self.ends.minimum(position + 1)))
-        return there
+        return chosen
 
     def look(self) -> int:
         """Where the last row ends, as known so far. A GPU waits once for this and for the check of `failed`.

@@ -68,7 +68,7 @@ class almanac:
             wordings = [_shuffled(rng, sentences) for _, *sentences in kinds]
             for (telling, opening), *sentences in zip(_OPENINGS.items(), *wordings, strict=True):
                 order = list(range(self.facts)) if self.aligned else _rearranged(rng, self.facts)
-                text, facts = _tell(name, opening, sentences, values, order)
+                text, facts = _document(name, opening, sentences, values, order)
                 source = f"almanac, seed {self.seed}, town {number}"
                 yield Document(text, f"{name} · {telling}", source, facts)
 
@@ -108,7 +108,7 @@ def _rearranged(rng: random.Random, facts: int) -> list[int | str]:
     return order
 
 
-def _tell(
+def _document(
     name: str, opening: str, sentences: Sequence[str], values: list[str], order: Sequence[int | str]
 ) -> tuple[str, Spans]:
     """Fill in the sentences -> the text, and the span of each value in it. `order` has their numbers, or fillers."""

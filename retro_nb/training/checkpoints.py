@@ -183,11 +183,11 @@ class Checkpoints:
     def _refuse_other(self, folder: Path, saved: dict[str, dict]) -> None:
         for part, settings in self.identity.items():
             for name in sorted(settings.keys() | saved[part].keys()):
-                there, here = saved[part].get(name), settings.get(name)
-                if there != here:
+                before, now = saved[part].get(name), settings.get(name)
+                if before != now:
                     kind = "other training data" if part == "data" else f"another {part}"
                     raise ValueError(
-                        f"{folder} is of {kind}: {name} is {there!r} there and {here!r} here. Pass the same to go on, "
+                        f"{folder} is of {kind}: {name} is {before!r} there and {now!r} here. Pass the same to go on, "
                         f"{START_OVER}"
                     )
 
