@@ -232,7 +232,15 @@ class Checkpoints:
         if not path.exists():
             return
         try:
-            set_random_states(_load_plain(path), self.accelerator.device)
+            states, device = _load_plain(path), self.accelerator.device
+            if (device.type == "cuda") != ("cuda" in states):
+                before = "a GPU" if "cuda" in states else "a CPU"
+                warnings.warn(
+                    f"{path.parent} was saved on {before} and goes on on {device.type}: dropout draws other random "
+                    f"numbers than before",
+                    stacklevel=5,
+                )
+            set_random_states(states, device)
         except (LookupError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no random states ({error!r})") from error
 

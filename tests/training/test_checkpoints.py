@@ -176,6 +176,14 @@ def test_a_state_that_torch_has_not_saved_is_named(out_dir, name, content):
     assert "weights_only" not in str(error.value)
 
 
+def test_a_run_that_was_saved_on_a_gpu_says_so(out_dir, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    file = out_dir / "checkpoints" / "step-00000009" / "random_states_0.bin"
+    replace_file(file, partial(torch.save, torch.load(file, weights_only=True) | {"cuda": torch.get_rng_state()}))
+    with pytest.warns(UserWarning, match="saved on a GPU and goes on on cpu"):
+        train(out_dir)
+
+
 def test_an_optimizer_without_moments_is_named(out_dir):
     file = out_dir / "checkpoints" / "step-00000009" / "optimizer.bin"
     state = torch.load(file, weights_only=True)
