@@ -197,3 +197,9 @@ def test_it_links_to_the_lessons_before_and_after(path):
     place = LESSONS.index(path)
     for neighbour in LESSONS[max(place - 1, 0) : place] + LESSONS[place + 1 : place + 2]:
         assert f"]({neighbour.name})" in cells(path)[0].source, f"the first cell has no link to {neighbour.name}"
+
+
+@every_notebook
+def test_its_pictures_have_an_alternative_text(path):
+    pictures = [output for output in outputs(path) if "image/png" in output.get("data", {})]
+    assert all(output.metadata["image/png"]["alt"] for output in pictures)
