@@ -31,6 +31,7 @@ def run_without(packages: set[str], code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_library_needs_no_extra(tmp_path):
     code = f"""
 import torch

@@ -297,6 +297,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
 def test_a_forked_process_retrieves_too(tmp_path, tiny_bert):
     documents = [Document(f"The town {number} has a tower. " * 40, f"{number}", "") for number in range(4)]

@@ -704,6 +704,7 @@ def test_a_larger_almanac_begins_with_the_smaller(towns, seed):
     assert list(almanac(towns + 3, seed))[: 2 * towns] == list(almanac(towns, seed))
 
 
+@pytest.mark.slow
 def test_the_almanac_is_the_same_in_every_process():
     documents = [dataclasses.astuple(document) for document in almanac(20, 7)]
     here = str((hashlib.sha256(repr(documents).encode()).hexdigest(), almanac(20, 7).fingerprint()))

@@ -313,6 +313,7 @@ def test_a_stream_is_read_again_and_lacks_what_it_cannot_have(rows):
     assert list(pickle.loads(pickle.dumps(corpus))) == list(corpus)
 
 
+@pytest.mark.slow
 def test_a_fingerprint_is_the_contents_in_every_process(rows, tmp_path):
     rows.save_to_disk(tmp_path / "saved")
     program = f"from retro_nb import hf_dataset; print(hf_dataset({str(tmp_path / 'saved')!r}).fingerprint())"

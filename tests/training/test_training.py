@@ -720,6 +720,7 @@ def child_alone(out_dir: Path) -> None:
     fit(tiny_retro(**DROPOUT), data, valid, eval_every=4, out_dir=out_dir, **RUN)
 
 
+@pytest.mark.slow
 def test_another_process_agrees_and_survives_sigkill(tmp_path, uninterrupted):
     child = start("alone", tmp_path, PYTHONHASHSEED="1")
     output, errors = child.communicate()
