@@ -9,7 +9,6 @@ on the very texts that are measured, so the gain is flattered: no honest copier 
 It writes experiments/results/speeches-copier.json.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,33 +16,23 @@ from evidence import RESULTS, Experiment, read_recipe
 
 from retro_nb import RETRO, knn_to_retrieved_chunks
 from retro_nb.common.arrays import write_json
+from retro_nb.planning.prediction import ORDER, Copier
 
-LONGEST = 3  # tokens that are looked up
 WEIGHTS = np.linspace(0, 0.9, 46)
 
 
 def forecasts(texts: Sequence[Sequence[int]], before: list[int], chunk: list[int]) -> list[tuple[int, float]]:
     """For each token of a chunk how many tokens before it were found, and how likely that makes it."""
-    followed = defaultdict(list)
+    copier, tokens = Copier(), before + chunk
     for text in texts:
-        for i, token in enumerate(text):
-            for n in range(1, min(i, LONGEST) + 1):
-                followed[tuple(text[i - n : i])].append(token)
-    made, tokens = [], before + chunk
-    for i in range(len(before), len(tokens)):
-        for n in range(LONGEST, 0, -1):
-            if seen := followed.get(tuple(tokens[i - n : i])):
-                made.append((n, seen.count(tokens[i]) / len(seen)))
-                break
-        else:
-            made.append((0, 0.0))
-    return made
+        copier.read(text)
+    return [copier.forecast(tokens, i) for i in range(len(before), len(tokens))]
 
 
 def gain(nats: np.ndarray, found: np.ndarray, copied: np.ndarray) -> float:
     """The share of the loss that is saved with the best weight for each length that was found."""
     mixed = np.exp(-nats)
-    for n in range(1, LONGEST + 1):
+    for n in range(1, ORDER):
         model, copier = mixed[found == n], copied[found == n]
         losses = [-np.log((1 - w) * model + w * copier).sum() for w in WEIGHTS]
         w = WEIGHTS[int(np.argmin(losses))]
@@ -63,7 +52,7 @@ def main() -> None:
                 near = knn_to_retrieved_chunks(experiment.knns[row - 1, :k], chunks, doc_ids=doc_ids)
                 texts = [[token for token in text if token] for text in near.tolist()]
                 counted = ~np.isnan(losses[row])
-                predicted = forecasts(texts, chunks[row - 1, -1 - LONGEST : -1].tolist(), chunks[row, :-1].tolist())
+                predicted = forecasts(texts, chunks[row - 1, -ORDER:-1].tolist(), chunks[row, :-1].tolist())
                 nats.append(losses[row][counted].astype(np.float64))
                 made += [each for each, wanted in zip(predicted, counted, strict=True) if wanted]
         found, copied = np.array(made).T

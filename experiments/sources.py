@@ -51,13 +51,13 @@ from retro_nb.common.arrays import ROOT, open_array, write_json
 from retro_nb.measure.evaluation import MODES, bytes_of_chunks, score, token_losses
 from retro_nb.measure.results import RESULTS
 from retro_nb.model.pretrained import INCLUDED
+from retro_nb.planning.prediction import RUNS as RUNS_OF_TOKENS
 from retro_nb.store.splits import of_documents
 
 RUNS = ROOT / "runs" / "code"
 STEPS = ("prepare", "build", "train", "test", "knnlm", "collect", "export")
 WATCHED = 60  # validation documents on which training is watched
 READ = (1, 2, 4, 8, FOUND)  # neighbours that a trained model is given
-RUNS_OF_TOKENS = {"<8": (0, 7), "8-15": (8, 15), "16-31": (16, 31), ">=32": (32, 64)}  # shared with ten neighbours
 
 
 class Experiment:
